@@ -1,0 +1,102 @@
+"""Depthwise causal convolution along the length, and its decode step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.causal_conv1d import reference  # noqa: F401  registers torch.ops.mamba_train.causal_conv1d
+from kernels.checks import (
+    check_floating,
+    check_length,
+    check_same_device,
+    check_seq_idx,
+    check_tensor,
+    compute_dtype,
+)
+
+__all__ = ["causal_conv1d", "causal_conv1d_step"]
+
+Activation = Literal["silu"] | None
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return y[t] = activation(bias + sum over j < width of weight[:, width-1-j]·x[t-j]), one filter per channel.
+
+    Shapes: x (batch, length, channel), any strides; weight (channel, width), any width of at least 1; bias
+    (channel); seq_idx (batch, length) int32, the number of the document of each position, where any change hides
+    what came before; initial_state (batch, width-1, channel), the inputs before position 0, which belong to the
+    document at position 0 (zeros when absent). Arithmetic is fp32, or fp64 when x is fp64.
+
+    Returns y in the dtype of x, and with `return_final_state=True` also the last width-1 inputs,
+    (batch, width-1, channel) in the dtype of x, zero where the last document had not begun. Both are
+    differentiable; the backward is deterministic. Raises ValueError naming the argument that does not fit.
+    """
+    name = "causal_conv1d"
+    check_tensor(name, "x", x, [("batch", None), ("length", None), ("channel", None)])
+    check_length(name, "x", x)
+    batch, length, channels = x.shape
+    _check_filter(name, weight, bias, activation, channels)
+    if seq_idx is not None:
+        check_seq_idx(name, seq_idx, batch, length)
+    if initial_state is not None:
+        expected = [("batch", batch), ("width-1", weight.shape[1] - 1), ("channel", channels)]
+        check_tensor(name, "initial_state", initial_state, expected)
+    floating = dict(x=x, weight=weight, bias=bias, initial_state=initial_state)
+    check_floating(name, **floating)
+    check_same_device(name, "x", **floating, seq_idx=seq_idx)
+    y, final_state = torch.ops.mamba_train.causal_conv1d(
+        x, weight, bias, activation == "silu", seq_idx, initial_state
+    )
+    return (y, final_state) if return_final_state else y
+
+
+def causal_conv1d_step(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = None
+) -> tuple[Tensor, Tensor]:
+    """Advance the convolution by one position; the same as `causal_conv1d` on a sequence of length 1.
+
+    Shapes: state (batch, width-1, channel), the inputs before this one; x (batch, channel); weight (channel, width);
+    bias (channel). Returns y (batch, channel) in the dtype of x and the new state in the dtype of `state`, which
+    itself is not changed. Raises ValueError naming the argument that does not fit.
+    """
+    name = "causal_conv1d_step"
+    check_tensor(name, "x", x, [("batch", None), ("channel", None)])
+    batch, channels = x.shape
+    _check_filter(name, weight, bias, activation, channels)
+    expected = [("batch", batch), ("width-1", weight.shape[1] - 1), ("channel", channels)]
+    check_tensor(name, "state", state, expected)
+    check_floating(name, state=state, x=x, weight=weight, bias=bias)
+    check_same_device(name, "x", state=state, x=x, weight=weight, bias=bias)
+    dtype = compute_dtype(x)
+    window = torch.cat([state.to(dtype), x.to(dtype).unsqueeze(1)], dim=1)
+    y = (window * weight.to(dtype).t()).sum(dim=1)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    if activation == "silu":
+        y = F.silu(y)
+    return y.to(x.dtype), window[:, 1:].to(state.dtype)
+
+
+def _check_filter(
+    name: str, weight: Tensor, bias: Tensor | None, activation: str | None, channels: int
+) -> None:
+    check_tensor(name, "weight", weight, [("channel", channels), ("width", None)])
+    if weight.shape[1] < 1:
+        raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}, expected a width of at least 1")
+    if bias is not None:
+        check_tensor(name, "bias", bias, [("channel", channels)])
+    if activation not in (None, "silu"):
+        raise ValueError(f"{name}: activation is {activation!r}, expected None or 'silu'")

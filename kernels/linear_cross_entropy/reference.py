@@ -1,0 +1,122 @@
+"""Chunked linear cross-entropy in plain PyTorch; a chunk's logits become its gradient in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.checks import compute_dtype
+
+
+def default_chunk_size(hidden: Tensor, weight: Tensor) -> int:
+    """Tokens whose fp32 logits fill about 4 MiB on the CPU (its caches) and 256 MiB on a GPU."""
+    logits = 2**20 if hidden.device.type == "cpu" else 2**26
+    return max(1, logits // weight.shape[0])
+
+
+@torch.library.custom_op("mamba_train::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    chunk_size: int,
+    hidden_needs_grad: bool,
+    weight_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the summed loss and the gradients of hidden (tokens, channel) and weight, empty where not needed."""
+    _check_targets(targets, ignore_index, weight.shape[0])
+    dtype = compute_dtype(hidden)
+    weight_cast = weight.to(hidden.dtype)
+    loss = hidden.new_zeros((), dtype=dtype)
+    hidden_grad = torch.empty_like(hidden if hidden_needs_grad else hidden[:0])
+    weight_grad = weight.new_zeros(weight.shape if weight_needs_grad else (0,), dtype=dtype)
+    for begin in range(0, hidden.shape[0], chunk_size):
+        tokens = slice(begin, begin + chunk_size)
+        logits, losses, counted = _losses(hidden[tokens], weight_cast, targets[tokens], ignore_index)
+        loss += losses.sum()
+        if not (hidden_needs_grad or weight_needs_grad):
+            continue
+        logits_grad = logits.exp_()
+        picked = targets[tokens].masked_fill(~counted, 0).unsqueeze(1)
+        logits_grad.scatter_add_(1, picked, logits_grad.new_full(picked.shape, -1.0))
+        logits_grad.mul_(counted.unsqueeze(1))
+        logits_grad = logits_grad.to(hidden.dtype)
+        if hidden_needs_grad:
+            torch.mm(logits_grad, weight_cast, out=hidden_grad[tokens])
+        if weight_needs_grad:
+            weight_grad += logits_grad.t() @ hidden[tokens]
+    return loss, hidden_grad, weight_grad.to(weight.dtype)
+
+
+@linear_cross_entropy_op.register_fake
+def _(hidden, weight, targets, ignore_index, chunk_size, hidden_needs_grad, weight_needs_grad):  # type: ignore[no-untyped-def]
+    return (
+        hidden.new_empty((), dtype=compute_dtype(hidden)),
+        torch.empty_like(hidden if hidden_needs_grad else hidden[:0]),
+        weight.new_empty(weight.shape if weight_needs_grad else (0,)),
+    )
+
+
+@torch.library.custom_op("mamba_train::token_cross_entropy", mutates_args=())
+def token_cross_entropy_op(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_size: int
+) -> Tensor:
+    """Return the loss of each token, (tokens), 0 where ignored."""
+    _check_targets(targets, ignore_index, weight.shape[0])
+    weight_cast = weight.to(hidden.dtype)
+    losses = hidden.new_empty(targets.shape, dtype=compute_dtype(hidden))
+    for begin in range(0, hidden.shape[0], chunk_size):
+        tokens = slice(begin, begin + chunk_size)
+        losses[tokens] = _losses(hidden[tokens], weight_cast, targets[tokens], ignore_index)[1]
+    return losses
+
+
+@token_cross_entropy_op.register_fake
+def _(hidden, weight, targets, ignore_index, chunk_size):  # type: ignore[no-untyped-def]
+    return hidden.new_empty(targets.shape, dtype=compute_dtype(hidden))
+
+
+def _losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities (tokens, vocabulary), losses and which tokens count, of one chunk."""
+    logits = (hidden @ weight.t()).to(compute_dtype(hidden))
+    logits -= logits.logsumexp(dim=1, keepdim=True)
+    counted = targets != ignore_index
+    picked = logits.gather(1, targets.masked_fill(~counted, 0).unsqueeze(1)).squeeze(1)
+    return logits, -picked * counted, counted
+
+
+def _check_targets(targets: Tensor, ignore_index: int, vocabulary: int) -> None:
+    # Elsewhere than on the CPU looking would wait for the device; there the gather itself traps.
+    if targets.device.type != "cpu":
+        return
+    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"linear_cross_entropy: targets of shape {tuple(targets.shape)} hold {int(targets[wrong][0])}, "
+            f"expected 0 to {vocabulary - 1} (vocabulary={vocabulary}) or ignore_index={ignore_index}"
+        )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *_, ctx.hidden_needs_grad, ctx.weight_needs_grad = inputs
+    _, hidden_grad, weight_grad = output
+    ctx.save_for_backward(hidden_grad, weight_grad)
+
+
+def _backward(ctx, loss_grad, _hidden_grad_grad, _weight_grad_grad):  # type: ignore[no-untyped-def]
+    hidden_grad, weight_grad = ctx.saved_tensors
+    return (
+        (hidden_grad * loss_grad).to(hidden_grad.dtype) if ctx.hidden_needs_grad else None,
+        (weight_grad * loss_grad).to(weight_grad.dtype) if ctx.weight_needs_grad else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)

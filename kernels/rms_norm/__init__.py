@@ -1,0 +1,49 @@
+"""Root-mean-square normalisation, alone and fused with the residual add."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.checks import check_floating, check_same_device, check_tensor
+from kernels.rms_norm import reference  # noqa: F401  registers torch.ops.mamba_train.rms_norm, add_rms_norm
+
+__all__ = ["add_rms_norm", "rms_norm"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Return x / sqrt(mean(x², last axis) + eps) · weight.
+
+    Shapes: x (..., channel), weight (channel). Arithmetic is fp32, or fp64 when x is fp64; the result has the dtype
+    of x. Raises ValueError naming the argument that does not fit. Source: arXiv 1910.07467, equation 4.
+    """
+    _check("rms_norm", x, None, weight)
+    return torch.ops.mamba_train.rms_norm(x, weight, eps)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(x + residual), x + residual): the add and the norm that open a block.
+
+    Shapes: x, residual (..., channel); weight (channel). The sum is fp32 (fp64 when x is fp64), whatever the dtype
+    of x; the normalised result has the dtype of x. `residual=None` stands for zeros, as before the first block.
+    Raises ValueError naming the argument that does not fit.
+    """
+    _check("add_rms_norm", x, residual, weight)
+    y, total, _ = torch.ops.mamba_train.add_rms_norm(x, residual, weight, eps)
+    return y, total
+
+
+def _check(name: str, x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(
+            f"{name}: x has shape {tuple(x.shape)}, expected (..., channel) with at least one channel"
+        )
+    check_tensor(name, "weight", weight, [("channel", x.shape[-1])])
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"{name}: residual has shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}"
+        )
+    check_floating(name, x=x, residual=residual, weight=weight)
+    check_same_device(name, "x", x=x, residual=residual, weight=weight)

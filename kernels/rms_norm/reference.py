@@ -1,0 +1,107 @@
+"""Root-mean-square normalisation in plain PyTorch, with a backward that keeps one number per row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.checks import compute_dtype
+
+
+@torch.library.custom_op("mamba_train::rms_norm", mutates_args=())
+def rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return y and 1 / rms, (..., 1)."""
+    y, inverse_rms = _normalise(x.to(compute_dtype(x)), weight, eps)
+    return y.to(x.dtype, memory_format=torch.contiguous_format), inverse_rms
+
+
+@rms_norm_op.register_fake
+def _(x, weight, eps):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x))
+
+
+@torch.library.custom_op("mamba_train::add_rms_norm", mutates_args=())
+def add_rms_norm_op(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the sum x + residual, and 1 / rms, (..., 1)."""
+    dtype = compute_dtype(x)
+    if residual is None:
+        total = x.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    else:
+        total = torch.add(x.to(dtype), residual.to(dtype)).contiguous()
+    y, inverse_rms = _normalise(total, weight, eps)
+    return y.to(x.dtype, memory_format=torch.contiguous_format), total, inverse_rms
+
+
+@add_rms_norm_op.register_fake
+def _(x, residual, weight, eps):  # type: ignore[no-untyped-def]
+    dtype = compute_dtype(x)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty((*x.shape[:-1], 1), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("mamba_train::rms_norm_backward", mutates_args=())
+def rms_norm_backward_op(
+    y_grad: Tensor, through: Tensor | None, x: Tensor, inverse_rms: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x (in the compute dtype, plus `through`) and of weight."""
+    dtype = inverse_rms.dtype
+    normalised = x.to(dtype) * inverse_rms
+    y_grad = y_grad.to(dtype)
+    weighted = y_grad * weight.to(dtype)
+    # d(x / rms) removes from the gradient its component along the normalised row.
+    along = torch.linalg.vecdot(weighted, normalised).unsqueeze(-1) / x.shape[-1]
+    x_grad = weighted.addcmul_(normalised, along, value=-1).mul_(inverse_rms)
+    if through is not None:
+        x_grad += through
+    channels = x.shape[-1]
+    weight_grad = normalised.mul_(y_grad).reshape(-1, channels).sum(dim=0)
+    return x_grad.contiguous(), weight_grad.to(weight.dtype)
+
+
+@rms_norm_backward_op.register_fake
+def _(y_grad, through, x, inverse_rms, weight):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=inverse_rms.dtype), weight.new_empty(weight.shape)
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    inverse_rms = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+    return (x * inverse_rms).mul_(weight.to(x.dtype)), inverse_rms
+
+
+def _setup_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _norm_backward(ctx, y_grad, _inverse_rms_grad):  # type: ignore[no-untyped-def]
+    x, weight, inverse_rms = ctx.saved_tensors
+    x_grad, weight_grad = torch.ops.mamba_train.rms_norm_backward(y_grad, None, x, inverse_rms, weight)
+    return x_grad.to(x.dtype), weight_grad, None
+
+
+rms_norm_op.register_autograd(_norm_backward, setup_context=_setup_norm)
+
+
+def _setup_add_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, residual, weight, _ = inputs
+    _, total, inverse_rms = output
+    ctx.save_for_backward(total, weight, inverse_rms)
+    ctx.x_dtype = x.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _add_norm_backward(ctx, y_grad, total_grad, _inverse_rms_grad):  # type: ignore[no-untyped-def]
+    total, weight, inverse_rms = ctx.saved_tensors
+    total_grad, weight_grad = torch.ops.mamba_train.rms_norm_backward(
+        y_grad, total_grad, total, inverse_rms, weight
+    )
+    residual_grad = None if ctx.residual_dtype is None else total_grad.to(ctx.residual_dtype)
+    return total_grad.to(ctx.x_dtype), residual_grad, weight_grad, None
+
+
+add_rms_norm_op.register_autograd(_add_norm_backward, setup_context=_setup_add_norm)

@@ -1,0 +1,75 @@
+"""One decode step of the selective scan."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.checks import check_floating, check_same_device, check_tensor, compute_dtype
+
+
+def selective_scan_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Advance `state` by one position; the same as `selective_scan` on a sequence of length 1.
+
+    Shapes: state (batch, channel, state) fp32; x, dt, z (batch, channel); A (channel, state); B, C (batch, state);
+    D, dt_bias (channel). Returns y (batch, channel) in the dtype of x and the new state in fp32 (fp64 for fp64 x);
+    `state` itself is not changed. Raises ValueError naming the argument whose shape does not fit.
+    """
+    _check(state, x, dt, A, B, C, D, z, dt_bias)
+    dtype = compute_dtype(x)
+    x_wide = x.to(dtype)
+    delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
+    if dt_softplus:
+        delta = F.softplus(delta)
+    decay = torch.exp(delta.unsqueeze(-1) * A.to(dtype))
+    driven = (delta * x_wide).unsqueeze(-1) * B.to(dtype).unsqueeze(1)
+    new_state = torch.addcmul(driven, decay, state.to(dtype))
+    y = torch.matmul(new_state, C.to(dtype).unsqueeze(-1)).squeeze(-1)
+    if D is not None:
+        y = torch.addcmul(y, x_wide, D.to(dtype))
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(x.dtype), new_state
+
+
+def _check(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+) -> None:
+    name = "selective_scan_step"
+    check_tensor(name, "x", x, [("batch", None), ("channel", None)])
+    batch, channels = x.shape
+    check_tensor(name, "A", A, [("channel", channels), ("state", None)])
+    states = A.shape[1]
+    check_tensor(name, "state", state, [("batch", batch), ("channel", channels), ("state", states)])
+    check_tensor(name, "dt", dt, [("batch", batch), ("channel", channels)])
+    check_tensor(name, "B", B, [("batch", batch), ("state", states)])
+    check_tensor(name, "C", C, [("batch", batch), ("state", states)])
+    for label, vector in (("D", D), ("dt_bias", dt_bias)):
+        if vector is not None:
+            check_tensor(name, label, vector, [("channel", channels)])
+    if z is not None:
+        check_tensor(name, "z", z, [("batch", batch), ("channel", channels)])
+    floating = dict(x=x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    check_floating(name, **floating)
+    check_same_device(name, "x", **floating)

@@ -1,0 +1,30 @@
+"""`mamba-train COMMAND`, or `python -m mamba_train COMMAND`."""
+
+import argparse
+import importlib
+
+from mamba_train.composition import user_errors_exit
+
+# Each is a module of mamba_train.commands with `add_arguments(parser)` and `run(arguments)`.
+COMMANDS = {
+    "generate": "write text with a trained model",
+    "report": "draw the curves of one or several runs",
+}
+
+
+def main() -> None:
+    """Parse the command line and run one command; a user's mistake is one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="mamba-train", description="Work with what train.py has made.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"mamba_train.commands.{name}")
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    with user_errors_exit():
+        arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""From the command line to a checked `Config`, and from Hydra's errors to one clear line.
+
+Nothing here imports torch, so that a mistake is reported in the time Hydra takes to compose.
+"""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mamba_train.config import Config, register_schema
+from mamba_train.config_checks import check_config
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+EXIT_USER_ERROR = 2
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Turn a composition into the typed `Config` and check what types cannot say.
+
+    Raises ValueError with the Hydra key, the value, and what would be accepted.
+    """
+    known = set(known_keys())
+    for key in _dotted_keys(OmegaConf.to_container(composed)):
+        if key not in known:  # `+key=value` gets past Hydra
+            raise ValueError(f"{key}: there is no such key{_nearest(key, known)}; see --help")
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ValueError(f"{missing[0]} has no value; give one on the command line: {missing[0]}=VALUE")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
+
+
+def compose_config(overrides: Iterable[str] = ()) -> Config:
+    """Compose and check a config without a command line (for tests and other programs)."""
+    register_schema()
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return to_config(hydra.compose("config", overrides=list(overrides)))
+
+
+def main(run: Callable[[Config], None]) -> None:
+    """Compose the config of this command line and call `run` with it.
+
+    A mistake in the config ends the process with one line on stderr and exit code 2.
+    """
+    register_schema()
+
+    @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
+    def composed_main(composed: DictConfig) -> None:
+        with user_errors_exit():
+            config = to_config(composed)
+        run(config)
+
+    # With this Hydra raises instead of printing its own account of the error.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        composed_main()
+    except (HydraException, OmegaConfBaseException) as error:
+        exit_with_user_error(ValueError(explain(error)))
+
+
+class user_errors_exit:
+    """Context manager: a ValueError or FileNotFoundError inside becomes one line and exit code 2."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (ValueError, FileNotFoundError)):
+            exit_with_user_error(error)
+
+
+def exit_with_user_error(error: BaseException) -> None:
+    """Print the error as one line and exit with code 2; MAMBA_TRAIN_TRACEBACK=1 shows where it arose."""
+    if os.environ.get("MAMBA_TRAIN_TRACEBACK"):
+        traceback.print_exception(error)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    # A plain exit would let the exception print itself as the context of SystemExit.
+    raise SystemExit(EXIT_USER_ERROR) from None
+
+
+def explain(error: Exception) -> str:
+    """Say in one line which key or option is wrong and what would be accepted."""
+    text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
+    if match := re.search(r"(?:In '[^']*': )?Could not find '([^'/]+)/([^']+)'", text):
+        group, option = match.groups()
+        options = sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))
+        return f"{group}={option}: there is no such option{_nearest(option, options)}; {group} can be {_list(options)}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1).split("@")[0]
+        if "could not be converted" not in text and "Invalid value" not in text:
+            if key in known_keys():
+                return f"{key}: cannot be given a value of this form; see --help"
+            return f"{key}: there is no such key{_nearest(key, known_keys())}; see --help"
+    if match := re.search(r"Key '([^']+)' not in '(\w+)'", text):
+        key = _full_key(text) or match.group(1)
+        return f"{key}: there is no such key{_nearest(key, known_keys())}; see --help"
+    if match := re.search(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", text):
+        return f"{_full_key(text)}={match.group(1)}: expected {_type_name(match.group(2))}"
+    if match := re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\]", text):
+        choices = match.group(2).split(", ")
+        return f"{_full_key(text)}={match.group(1)}: expected one of {_list(choices)}{_nearest(match.group(1), choices)}"
+    if match := re.search(r"Value '(.*?)' is not a valid bool", text):
+        return f"{_full_key(text)}={match.group(1)}: expected true or false"
+    if match := re.search(r"field '([\w.]+)' is not Optional", text):
+        return f"{_full_key(text)}=null: a value is needed here"
+    if match := re.search(
+        r"(?:Error parsing override|mismatched input|no viable alternative|extraneous input)", text
+    ):
+        return f"cannot read the command line: {text.splitlines()[0]}; expected KEY=VALUE or GROUP=OPTION"
+    return " ".join(text.split())
+
+
+def known_keys() -> list[str]:
+    """All dotted keys of the schema and the names of the groups."""
+    schema = OmegaConf.to_container(OmegaConf.structured(Config), throw_on_missing=False)
+    groups = [p.name for p in CONF_DIR.iterdir() if p.is_dir()]
+    return sorted(set(_dotted_keys(schema)) | set(groups))
+
+
+def _dotted_keys(node: object, prefix: str = "") -> Iterable[str]:
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield f"{prefix}{name}"
+            yield from _dotted_keys(child, f"{prefix}{name}.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)`, or nothing when no known name is near."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        # The right leaf in the wrong place: lr -> optim.lr.
+        close = [key for key in known if key.split(".")[-1] == name.split(".")[-1]][:1]
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _full_key(text: str) -> str | None:
+    match = re.search(r"full_key: (\S+)", text)
+    return match.group(1) if match else None
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _type_name(hydra_type: str) -> str:
+    names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+    return names.get(hydra_type, hydra_type)

@@ -1,0 +1,187 @@
+"""The typed schema of `conf/`: one dataclass per config group.
+
+Hydra composes the YAML files of `conf/` onto these dataclasses, so a misspelt key or a wrong type
+fails while the command line is being read. What a type cannot say (sizes that must divide, files
+that must exist) is checked by `mamba_train.validation`. This module must not import torch: a
+mistake in a config should be reported before the second that importing torch takes.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+class DataSource(StrEnum):
+    """Where the text comes from."""
+
+    stdlib = "stdlib"  # the Python standard library of this machine
+    local = "local"  # a folder (or one file) of .txt, .jsonl, .jsonl.zst
+
+
+class ScheduleKind(StrEnum):
+    """Shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+    wsd = "wsd"  # warm-up, stable, decay
+
+
+class DeviceKind(StrEnum):
+    """Where the one-device engine runs."""
+
+    auto = "auto"  # a CUDA device if there is one, else the CPU
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the matrix products; masters and SSM parameters are always fp32."""
+
+    auto = "auto"  # bf16 on CUDA, fp32 on the CPU
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class WandbMode(StrEnum):
+    """Whether metrics go to Weights & Biases."""
+
+    auto = "auto"  # online when logged in, offline otherwise
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class ProgressMode(StrEnum):
+    """How progress is shown."""
+
+    auto = "auto"  # a live bar in a terminal, plain lines otherwise
+    bar = "bar"
+    plain = "plain"
+    silent = "silent"
+
+
+@dataclass
+class ModelConfig:
+    """A Mamba-1 language model."""
+
+    name: str = MISSING
+    n_layer: int = MISSING
+    d_model: int = MISSING
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2  # d_inner = expand * d_model
+    dt_rank: int | None = None  # null: ceil(d_model / 16)
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4
+    dt_scale: float = 1.0
+    vocab_size: int | None = None  # null: what the tokenizer has
+    pad_vocab_size_multiple: int = 8
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+
+
+@dataclass
+class DataConfig:
+    """The text, how it is tokenised, and how it is cut into sequences."""
+
+    name: str = MISSING
+    source: DataSource = MISSING
+    path: str | None = None  # folder or file, for source=local
+    text_key: str = "text"  # field of a JSON line that holds the text
+    tokenizer: str | None = None  # a tokenizer.json; null: train one on the training split
+    vocab_size: int = 4096  # of the tokenizer that is trained
+    validation_fraction: float = 0.05
+    sequence_length: int = 256  # tokens the model sees at once
+    reset_state_at_documents: bool = True
+    cache_dir: str = ".cache/data"
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = MISSING  # peak learning rate
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate as a function of the step."""
+
+    kind: ScheduleKind = MISSING
+    warmup_steps: int = 50
+    min_lr_ratio: float = 0.1  # of the peak, at the last step
+    decay_fraction: float = 0.2  # wsd: share of the steps that decay
+
+
+@dataclass
+class EngineConfig:
+    """How the step is executed."""
+
+    name: str = "single"
+    device: DeviceKind = DeviceKind.auto
+    precision: Precision = Precision.auto
+    compile: bool = False  # torch.compile (needs a C++ compiler on the CPU)
+
+
+@dataclass
+class LoggingConfig:
+    """What is shown and recorded, and how often."""
+
+    progress: ProgressMode = ProgressMode.auto
+    progress_interval_steps: int = 10  # plain lines only; the bar moves every step
+    ssm_health_interval_steps: int = 20  # 0: never
+    wandb: WandbMode = WandbMode.auto
+    wandb_project: str = "mamba-train"
+    wandb_name: str | None = None  # null: the name of the run folder
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    resume: bool = True
+    interval_steps: int = 100
+    keep_last: int = 2
+    permanent_interval_steps: int | None = None  # these are never deleted
+    keep_best: bool = True  # the best by validation loss, besides the last ones
+    reserve_gib: float = 1.0  # disk space a save must leave free
+
+
+@dataclass
+class TrainingConfig:
+    """Length and batch of the run."""
+
+    total_steps: int = 500
+    global_batch_size: int = 8  # sequences per optimiser step, over all ranks
+    micro_batch_size: int = 8  # sequences per forward pass on one rank
+    validation_interval_steps: int = 100
+    validation_sequences: int = 128  # how many are read at each validation
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    seed: int = 0
+    run_dir: str = MISSING
+
+
+def register_schema() -> None:
+    """Put the schema into Hydra's ConfigStore, where `conf/config.yaml` refers to it."""
+    ConfigStore.instance().store(name="schema", node=Config)

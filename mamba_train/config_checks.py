@@ -1,0 +1,111 @@
+"""Checks of a composed config that types cannot express; all run before torch is imported."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mamba_train.config import Config, DataSource
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError for the first value that cannot work, naming its key and what is accepted."""
+    for key, value, problem in _problems(config):
+        raise ValueError(f"{key}={value}: {problem}")
+
+
+Problem = tuple[str, object, str]
+
+
+def _problems(config: Config) -> Iterable[Problem]:
+    yield from _ranges(config)
+    yield from _model(config)
+    yield from _data(config)
+    yield from _training(config)
+    if not 0 <= config.seed < 2**63:
+        yield "seed", config.seed, "expected 0 to 2^63 - 1"
+
+
+def _ranges(config: Config) -> Iterable[Problem]:
+    """Plain intervals, one line each."""
+    positive = (
+        "model.n_layer model.d_model model.d_state model.d_conv model.expand model.pad_vocab_size_multiple "
+        "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "
+        "data.sequence_length optim.lr optim.eps optim.max_grad_norm "
+        "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last "
+        "training.total_steps training.global_batch_size training.micro_batch_size "
+        "training.validation_interval_steps training.validation_sequences"
+    )
+    for key in positive.split():
+        value = _get(config, key)
+        if not value > 0:
+            yield key, value, "expected more than 0"
+    not_negative = (
+        "optim.weight_decay schedule.warmup_steps logging.ssm_health_interval_steps checkpoint.reserve_gib"
+    )
+    for key in not_negative.split():
+        value = _get(config, key)
+        if value < 0:
+            yield key, value, "expected 0 or more"
+    for key in ("optim.beta1", "optim.beta2"):
+        value = _get(config, key)
+        if not 0 <= value < 1:
+            yield key, value, "expected at least 0 and less than 1"
+    for key in ("schedule.min_lr_ratio", "schedule.decay_fraction"):
+        value = _get(config, key)
+        if not 0 <= value <= 1:
+            yield key, value, "expected 0 to 1"
+    for key in ("model.dt_rank", "model.vocab_size", "checkpoint.permanent_interval_steps"):
+        value = _get(config, key)
+        if value is not None and value <= 0:
+            yield key, value, "expected null or more than 0"
+
+
+def _model(config: Config) -> Iterable[Problem]:
+    model = config.model
+    if model.dt_min >= model.dt_max:
+        yield "model.dt_min", model.dt_min, f"expected less than model.dt_max ({model.dt_max})"
+    if model.dt_init_floor > model.dt_min:
+        yield "model.dt_init_floor", model.dt_init_floor, f"expected at most model.dt_min ({model.dt_min})"
+
+
+def _data(config: Config) -> Iterable[Problem]:
+    data = config.data
+    if data.source is DataSource.local:
+        if not data.path:
+            yield "data.path", data.path, "expected a folder or file with .txt, .jsonl or .jsonl.zst text"
+        elif not Path(data.path).exists():
+            yield "data.path", data.path, "there is no such file or folder"
+    elif data.path:
+        yield "data.path", data.path, f"data.source={data.source} reads no path; use data=local"
+    if not 0 < data.validation_fraction < 1:
+        yield "data.validation_fraction", data.validation_fraction, "expected more than 0 and less than 1"
+    # 256 bytes and the end of document are always in a byte-level vocabulary.
+    if data.tokenizer is None and not 257 <= data.vocab_size <= 2**31 - 1:
+        yield "data.vocab_size", data.vocab_size, "expected at least 257 (256 bytes and the end of document)"
+    if data.tokenizer is not None and not Path(data.tokenizer).is_file():
+        yield "data.tokenizer", data.tokenizer, "there is no such file; expected a tokenizer.json"
+
+
+def _training(config: Config) -> Iterable[Problem]:
+    training, schedule = config.training, config.schedule
+    if training.global_batch_size % training.micro_batch_size:
+        yield (
+            "training.global_batch_size",
+            training.global_batch_size,
+            f"expected a multiple of training.micro_batch_size ({training.micro_batch_size})",
+        )
+    if schedule.warmup_steps > training.total_steps:
+        yield (
+            "schedule.warmup_steps",
+            schedule.warmup_steps,
+            f"expected at most training.total_steps ({training.total_steps})",
+        )
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        yield "run_dir", config.run_dir, "expected a folder, this is a file"
+
+
+def _get(config: Config, key: str) -> float:
+    node: object = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node  # type: ignore[return-value]

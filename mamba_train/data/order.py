@@ -1,0 +1,58 @@
+"""The order of samples: a pseudo-random permutation that is computed, not stored.
+
+Sample p of the endless stream lies in epoch p // n; inside an epoch the windows are permuted by a
+Feistel network with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+Any position is found in constant time and memory, so a resume, another number of ranks or another
+number of workers needs one integer and no index file.
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+ORDER_VERSION = "permuted-windows-1"  # change it when this file gives another order
+ROUNDS = 8
+
+
+def epoch_key(seed: int, epoch: int) -> bytes:
+    """The key of an epoch's permutation."""
+    return hashlib.blake2b(f"{ORDER_VERSION}/{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest()
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64-bit numbers (the finaliser of splitmix64; overflow wraps on purpose)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _feistel(values: NDArray[np.uint64], half_bits: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Permute numbers below 2^(2 * half_bits)."""
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = values >> shift, values & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (_mix(right + round_key) & mask)
+    return (left << shift) | right
+
+
+def permute(index: NDArray[np.int64], n: int, key: bytes) -> NDArray[np.int64]:
+    """The places that a permutation of range(n) gives to `index`.
+
+    index: int64, any shape, each in [0, n); returns the same shape. n: 1 to 2^62. key: from
+    `epoch_key`. Raises ValueError outside these ranges.
+    """
+    if not 1 <= n <= 1 << 62:
+        raise ValueError(f"n={n}: expected 1 to 2^62")
+    index = np.asarray(index, dtype=np.int64)
+    if index.size and (index.min() < 0 or index.max() >= n):
+        raise ValueError(f"index outside [0, {n})")
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    round_keys = np.frombuffer(key, dtype="<u8").astype(np.uint64)
+    values = _feistel(index.astype(np.uint64).ravel(), half_bits, round_keys)
+    # The network permutes up to 4n numbers; walking on from those that fell outside permutes range(n).
+    outside = np.flatnonzero(values >= n)
+    while outside.size:
+        values[outside] = _feistel(values[outside], half_bits, round_keys)
+        outside = outside[values[outside] >= n]
+    return values.astype(np.int64).reshape(index.shape)

@@ -1,0 +1,106 @@
+"""A Mamba language model: embedding, blocks, norm, and the loss over a padded vocabulary."""
+
+import dataclasses
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.linear_cross_entropy import linear_cross_entropy
+from mamba_train.config import ModelConfig
+from mamba_train.model.block import Block, RMSNorm
+from mamba_train.model.selective_ssm import SSMState
+
+
+def resolve_model_config(config: ModelConfig, tokenizer_vocab_size: int) -> ModelConfig:
+    """Fill in what a model config leaves to the tokenizer or to a rule.
+
+    Raises ValueError when model.vocab_size is smaller than the tokenizer's vocabulary.
+    """
+    vocab_size = config.vocab_size or tokenizer_vocab_size
+    if vocab_size < tokenizer_vocab_size:
+        raise ValueError(
+            f"model.vocab_size={vocab_size}: the tokenizer has {tokenizer_vocab_size} tokens; "
+            "use null or at least that many"
+        )
+    dt_rank = config.dt_rank or math.ceil(config.d_model / 16)
+    return dataclasses.replace(config, vocab_size=vocab_size, dt_rank=dt_rank)
+
+
+def padded_vocab_size(config: ModelConfig) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple that matrix products like."""
+    assert config.vocab_size is not None, "resolve the model config first"
+    multiple = config.pad_vocab_size_multiple
+    return math.ceil(config.vocab_size / multiple) * multiple
+
+
+class MambaLM(nn.Module):
+    """Embedding, N × (add, norm, mixer), norm, and a head that is tied to the embedding by default.
+
+    The residual stream is fp32 whatever the compute dtype. All parameters are created empty; fill
+    them with `initialise_` or from a checkpoint.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        rows = padded_vocab_size(config)
+        self.embedding = nn.Embedding(rows, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:
+        """The summed loss, or the logits when there are no targets.
+
+        tokens, targets: (batch, length) int64; seq_idx: (batch, length) int32, the document of each
+        position, or None to let the state run on.
+        Returns a scalar in fp32 (nats, summed over the targets), or (batch, length, padded vocab).
+        """
+        hidden, residual = self.embedding(tokens), None
+        for layer in self.blocks():
+            hidden, residual = layer(hidden, residual, seq_idx)
+        hidden, _ = self.norm(hidden, residual)
+        if targets is None:
+            return F.linear(hidden, self._head_weight())
+        return linear_cross_entropy(hidden, self._head_weight(), targets)
+
+    def prefill(self, tokens: Tensor, state: list[SSMState]) -> tuple[Tensor, list[SSMState]]:
+        """Read a prompt (batch, length) from `state`; return the last logits (batch, vocab) and the new state."""
+        hidden = self.embedding(tokens)
+        residual: Tensor | None = None
+        new_state = []
+        for layer, layer_state in zip(self.blocks(), state, strict=True):
+            hidden, residual, layer_state = layer.prefill(hidden, residual, layer_state)
+            new_state.append(layer_state)
+        assert residual is not None, "a model has at least one layer"
+        hidden, _ = self.norm(hidden[:, -1], residual[:, -1])
+        return F.linear(hidden, self._head_weight()), new_state
+
+    def step(self, token: Tensor, state: list[SSMState]) -> tuple[Tensor, list[SSMState]]:
+        """One recurrent step: token (batch,), returning logits (batch, vocab) and the new state."""
+        hidden, residual = self.embedding(token), None
+        new_state = []
+        for layer, layer_state in zip(self.blocks(), state, strict=True):
+            hidden, residual, layer_state = layer.step(hidden, residual, layer_state)
+            new_state.append(layer_state)
+        hidden, _ = self.norm(hidden, residual)
+        return F.linear(hidden, self._head_weight()), new_state
+
+    def initial_state(self, batch_size: int, dtype: torch.dtype = torch.float32) -> list[SSMState]:
+        """The state before the first token, one per layer; `dtype` is that of the activations."""
+        return [block.mixer.ssm.initial_state(batch_size, dtype) for block in self.blocks()]
+
+    def blocks(self) -> list[Block]:
+        """The layers, from the first to the last."""
+        return cast(list[Block], list(self.layers))
+
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight

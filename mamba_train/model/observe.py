@@ -1,0 +1,58 @@
+"""See what the selective scan really receives.
+
+A TorchDispatchMode stands below autograd, autocast and every wrapper of an engine, so the tensors it
+records are the ones the operator computes with, not the ones that are stored somewhere. The audit
+of the SSM parameters and the SSM health metrics both read them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SCAN_OPERATOR = "mamba_train::selective_scan"
+
+ScanArguments = dict[str, Any]
+"""The arguments of one call by their name in the operator's schema, defaults filled in."""
+
+
+@contextmanager
+def observe_scans() -> Iterator[list[ScanArguments]]:
+    """Record the arguments of each call of the selective scan made inside the `with` block, in order.
+
+    Yields the list that fills while the block runs: one entry per layer and forward pass. The
+    tensors are the operator's own, detached and without copies, so drop the list before the next
+    step: it keeps the activations alive.
+    """
+    calls: list[ScanArguments] = []
+    with _ScanRecorder(calls):
+        yield calls
+
+
+class _ScanRecorder(TorchDispatchMode):
+    def __init__(self, calls: list[ScanArguments]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and func._schema.name == SCAN_OPERATOR:
+            self._calls.append(_arguments_by_name(func, args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _arguments_by_name(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScanArguments:
+    named: ScanArguments = {}
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+        # Same memory, but a record must not keep the autograd graph of the step alive.
+        named[argument.name] = value.detach() if isinstance(value, torch.Tensor) else value
+    return named

@@ -1,0 +1,106 @@
+"""The sensitive middle of a Mamba-1 mixer: everything between `in_proj` and `out_proj`.
+
+It is one module, and it computes with its parameters itself, so that an engine can wrap it as a
+unit with an fp32 policy: the small parameters that the recurrence depends on (`A_log`, `D`,
+`dt_bias`) then reach the scan as they are stored, while the matrices are cast here to the dtype of
+the activations. Moving a parameter out of this module would break that (contract C1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from kernels.selective_scan import selective_scan, selective_scan_step
+from mamba_train.config import ModelConfig
+
+
+@dataclass
+class SSMState:
+    """What a mixer remembers between tokens.
+
+    conv: (batch, d_conv - 1, d_inner), the last inputs of the convolution.
+    scan: (batch, d_inner, d_state), fp32.
+    """
+
+    conv: Tensor
+    scan: Tensor
+
+
+class SelectiveSSM(nn.Module):
+    """Convolution, input-dependent Δ, B, C, and the selective scan (arXiv 2312.00752, algorithm 2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d_inner = config.expand * config.d_model
+        assert config.dt_rank is not None, "resolve the model config first"
+        self.split_sizes = [config.dt_rank, config.d_state, config.d_state]
+        self.conv_weight = nn.Parameter(torch.empty(d_inner, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(d_inner))
+        self.x_proj_weight = nn.Parameter(torch.empty(sum(self.split_sizes), d_inner))
+        self.dt_proj_weight = nn.Parameter(torch.empty(d_inner, config.dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(d_inner, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(d_inner, config.d_state, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(d_inner, dtype=torch.float32))
+
+    def forward(self, x: Tensor, z: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """x, z: (batch, length, d_inner) of one dtype; seq_idx: (batch, length) int32. Returns x's shape and dtype."""
+        # No autocast: it would round what must stay fp32.
+        with torch.autocast(x.device.type, enabled=False):
+            x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", seq_idx=seq_idx)
+            dt, B, C = self._project(x)
+            return selective_scan(x, dt, self._A(), B, C, self.D, z, self.dt_bias, seq_idx=seq_idx)
+
+    def prefill(self, x: Tensor, z: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+        """As forward, from `state`, also returning the state after the last token."""
+        with torch.autocast(x.device.type, enabled=False):
+            x, conv = causal_conv1d(
+                x,
+                self.conv_weight,
+                self.conv_bias,
+                activation="silu",
+                initial_state=state.conv,
+                return_final_state=True,
+            )
+            dt, B, C = self._project(x)
+            y, scan = selective_scan(
+                x,
+                dt,
+                self._A(),
+                B,
+                C,
+                self.D,
+                z,
+                self.dt_bias,
+                initial_state=state.scan,
+                return_final_state=True,
+            )
+        return y, SSMState(conv, scan)
+
+    def step(self, x: Tensor, z: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+        """One token: x, z (batch, d_inner). Equal to forward at that position."""
+        with torch.autocast(x.device.type, enabled=False):
+            x, conv = causal_conv1d_step(state.conv, x, self.conv_weight, self.conv_bias, activation="silu")
+            dt, B, C = self._project(x)
+            y, scan = selective_scan_step(state.scan, x, dt, self._A(), B, C, self.D, z, self.dt_bias)
+        return y, SSMState(conv, scan)
+
+    def initial_state(self, batch_size: int, dtype: torch.dtype) -> SSMState:
+        """The state before the first token: zeros. `dtype` is that of the activations."""
+        d_inner, d_conv = self.conv_weight.shape
+        device = self.A_log.device
+        return SSMState(
+            conv=torch.zeros(batch_size, d_conv - 1, d_inner, dtype=dtype, device=device),
+            scan=torch.zeros(batch_size, *self.A_log.shape, dtype=torch.float32, device=device),
+        )
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Δ before bias and softplus (..., d_inner), B and C (..., d_state); views where possible."""
+        dt, B, C = F.linear(x, self.x_proj_weight.to(x.dtype)).split(self.split_sizes, dim=-1)
+        return F.linear(dt, self.dt_proj_weight.to(x.dtype)), B, C
+
+    def _A(self) -> Tensor:
+        # Not `.float()`: that would hide from the audit that A_log arrived rounded.
+        return -torch.exp(self.A_log)

@@ -1,0 +1,61 @@
+"""Health of the state-space layers: is Δ in its range, is A, and how far back does a layer remember?
+
+A state of a channel decays by exp(Δ A) per token, so it forgets over 1 / (Δ |A|) tokens. Δ here is what
+the scan uses, softplus(dt + dt_bias) (Mamba paper, section 3.2 and algorithm 2). The figures come
+from the arguments that the operator received (`mamba_train.model.observe`), so they describe what was
+computed, under any engine. Quantiles are taken over evenly spaced positions and channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from mamba_train.model.observe import ScanArguments
+
+N_POSITIONS = 16
+N_CHANNELS = 128
+QUANTILES = {"p05": 0.05, "p50": 0.50, "p95": 0.95}
+
+
+@torch.no_grad()
+def ssm_health(calls: Sequence[ScanArguments]) -> dict[str, float]:
+    """Summarise one forward pass, call i being layer i.
+
+    Per layer, under `ssm/layer_II/`: dt_p05, dt_p50, dt_p95 (quantiles of Δ), a_min, a_max (of A, so
+    negative), memory_p05, memory_p50, memory_p95 (quantiles of 1 / (Δ |A|), in tokens). One transfer
+    from the device for all layers together.
+    """
+    if not calls:
+        return {}
+    values = torch.stack([_layer_health(call) for call in calls]).tolist()
+    names = [*(f"dt_{q}" for q in QUANTILES), "a_min", "a_max", *(f"memory_{q}" for q in QUANTILES)]
+    return {
+        f"ssm/layer_{layer:02d}/{name}": value
+        for layer, row in enumerate(values)
+        for name, value in zip(names, row, strict=True)
+    }
+
+
+def _layer_health(call: ScanArguments) -> torch.Tensor:
+    A = call["A"].float()
+    channels = _evenly(A.shape[0], N_CHANNELS, A.device)
+    dt = call["dt"].flatten(0, 1)
+    dt = dt[_evenly(dt.shape[0], N_POSITIONS, dt.device)][:, channels].float()
+    if call["dt_bias"] is not None:
+        dt = dt + call["dt_bias"][channels].float()
+    if call["dt_softplus"]:
+        dt = F.softplus(dt)
+    memory = 1.0 / (dt[..., None] * A[channels].abs())
+    return torch.cat([_quantiles(dt), torch.stack([A.min(), A.max()]), _quantiles(memory)])
+
+
+def _evenly(length: int, count: int, device: torch.device) -> torch.Tensor:
+    """At most `count` indices spread over range(length)."""
+    count = min(length, count)
+    return torch.arange(count, device=device) * length // count
+
+
+def _quantiles(values: torch.Tensor) -> torch.Tensor:
+    levels = torch.tensor(list(QUANTILES.values()), device=values.device, dtype=values.dtype)
+    return torch.quantile(values.flatten(), levels)

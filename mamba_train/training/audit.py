@@ -1,0 +1,171 @@
+"""The audit of the SSM parameter contract: at the start and after every resume, before the first step.
+
+It trusts no declaration. It looks at what is stored, at which optimiser group each parameter is in,
+and at the arguments that the scan operator really receives in a forward pass under this engine;
+on a fresh run also at the initial values themselves.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mamba_train.config import ModelConfig
+from mamba_train.model.contract import Role, rule_for
+from mamba_train.model.observe import ScanArguments
+from mamba_train.parallel.engine import Engine
+
+# A draw from the right distribution fails the test on dt_bias once in ten million runs.
+FALSE_ALARM_PROBABILITY = 1e-7
+
+# The operator argument in which each role of the contract arrives.
+ARGUMENT_OF_ROLE = {Role.a_log: "A", Role.skip: "D", Role.dt_bias: "dt_bias"}
+
+
+class ContractViolation(RuntimeError):
+    """A parameter is not treated as the contract says; the message names it."""
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """What the audit saw of one kind of SSM parameter, over all layers."""
+
+    role: Role
+    n_parameters: int
+    stored: torch.dtype
+    received: torch.dtype
+    weight_decay: float
+
+
+def audit(engine: Engine, model_config: ModelConfig, *, fresh: bool) -> list[AuditRow]:
+    """Check every parameter of the contract; return what was seen, one row per role.
+
+    fresh: the parameters have their initial values, so these are checked too.
+    Raises ContractViolation naming the first offending parameter.
+    """
+    parameters = engine.state().model
+    decay = _check_groups(engine, parameters)
+    _check_stored(parameters)
+    records = engine.observe_forward(torch.zeros(1, 2, dtype=torch.int64))
+    received = _check_received(parameters, records)
+    if fresh:
+        _check_initial_values(parameters, model_config)
+    rows = []
+    for role in ARGUMENT_OF_ROLE:
+        names = [name for name in parameters if rule_for(name).role is role]
+        rows.append(AuditRow(role, len(names), parameters[names[0]].dtype, received[role], decay[names[0]]))
+    return rows
+
+
+def format_audit(rows: list[AuditRow]) -> str:
+    """The table that the log shows."""
+    lines = ["SSM parameter contract   count  stored   in the scan  weight decay"]
+    for row in rows:
+        stored, received = (str(dtype).removeprefix("torch.") for dtype in (row.stored, row.received))
+        lines.append(
+            f"  {row.role:<22} {row.n_parameters:>5}  {stored:<8} {received:<12} {row.weight_decay:g}"
+        )
+    return "\n".join(lines)
+
+
+def _check_groups(engine: Engine, parameters: dict[str, Tensor]) -> dict[str, float]:
+    """Every parameter is optimised once, with the decay that its rule allows; returns that decay."""
+    decay: dict[str, float] = {}
+    for weight_decay, names in engine.parameter_groups():
+        for name in names:
+            if name in decay:
+                raise ContractViolation(f"{name} is in two optimiser groups")
+            if weight_decay and not rule_for(name).weight_decay:
+                raise ContractViolation(f"{name} has weight decay {weight_decay}, the contract says none")
+            decay[name] = weight_decay
+    for name in parameters:
+        if name not in decay:
+            raise ContractViolation(f"{name} is in no optimiser group")
+    return decay
+
+
+def _check_stored(parameters: dict[str, Tensor]) -> None:
+    for name, value in parameters.items():
+        if value.dtype is not torch.float32:
+            raise ContractViolation(f"{name} is stored in {value.dtype}, the contract says torch.float32")
+
+
+def _check_received(parameters: dict[str, Tensor], records: list[ScanArguments]) -> dict[Role, torch.dtype]:
+    """The scan of each layer gets the stored values, in fp32 and unrounded."""
+    names = {role: [n for n in parameters if rule_for(n).role is role] for role in ARGUMENT_OF_ROLE}
+    n_layers = len(names[Role.a_log])
+    if len(records) != n_layers:
+        raise ContractViolation(
+            f"the forward pass made {len(records)} scans, the model has {n_layers} layers"
+        )
+    dtypes: dict[Role, torch.dtype] = {}
+    for role, argument in ARGUMENT_OF_ROLE.items():
+        for name, record in zip(names[role], records, strict=True):
+            seen = record[argument]
+            if seen.dtype is not torch.float32:
+                raise ContractViolation(
+                    f"{name} reaches the scan in {seen.dtype}, the contract says torch.float32"
+                )
+            expected = -torch.exp(parameters[name]) if role is Role.a_log else parameters[name]
+            # exp differs in the last bits between devices; rounding to bf16 is a thousand times more.
+            if not torch.allclose(seen.cpu(), expected, rtol=1e-5, atol=0):
+                raise ContractViolation(f"{name} reaches the scan rounded: not the value that is stored")
+            dtypes[role] = seen.dtype
+    return dtypes
+
+
+def _check_initial_values(parameters: dict[str, Tensor], config: ModelConfig) -> None:
+    dt_biases = []
+    for name, value in parameters.items():
+        role = rule_for(name).role
+        if role is Role.a_log:
+            expected = torch.arange(1, config.d_state + 1, dtype=torch.float32).log().expand_as(value)
+            if not torch.allclose(value, expected, rtol=1e-5, atol=1e-6):
+                raise ContractViolation(f"{name} does not start as log(1..{config.d_state}) in each channel")
+        elif role is Role.skip and not bool((value == 1).all()):
+            raise ContractViolation(f"{name} does not start as 1")
+        elif role is Role.dt_bias:
+            _check_dt_range(name, value, config)
+            dt_biases.append((name, value))
+    _check_dt_distribution(dt_biases, config)
+
+
+def _check_dt_range(name: str, dt_bias: Tensor, config: ModelConfig) -> None:
+    dt = torch.nn.functional.softplus(dt_bias.double())
+    low, high = float(dt.min()), float(dt.max())
+    if low < config.dt_min * 0.999 or high > config.dt_max * 1.001:
+        raise ContractViolation(
+            f"softplus({name}) lies in [{low:.3g}, {high:.3g}], "
+            f"the contract says [dt_min, dt_max] = [{config.dt_min:g}, {config.dt_max:g}]"
+        )
+
+
+def _check_dt_distribution(dt_biases: list[tuple[str, Tensor]], config: ModelConfig) -> None:
+    """Kolmogorov-Smirnov test of log-uniformity, over all layers together so that tiny models suffice.
+
+    When the pool fails, the layer that is farthest from the distribution is named.
+    """
+
+    def distance(values: Tensor) -> float:
+        dt = torch.nn.functional.softplus(values.double()).sort().values
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        expected = ((dt.log() - low) / (high - low)).clamp(0, 1)
+        n = len(dt)
+        above = torch.arange(1, n + 1, dtype=torch.float64) / n - expected
+        below = expected - torch.arange(n, dtype=torch.float64) / n
+        return float(torch.maximum(above, below).max())
+
+    def limit(n: int) -> float:
+        # Massart's form of the Dvoretzky-Kiefer-Wolfowitz inequality.
+        return math.sqrt(math.log(2 / FALSE_ALARM_PROBABILITY) / (2 * n))
+
+    pooled = torch.cat([value.flatten() for _, value in dt_biases])
+    suspects = [(name, value) for name, value in dt_biases if distance(value) > limit(value.numel())]
+    if distance(pooled) > limit(pooled.numel()) or suspects:
+        name, value = max(suspects or dt_biases, key=lambda item: distance(item[1]))
+        raise ContractViolation(
+            f"softplus({name}) is not log-uniform on [{config.dt_min:g}, {config.dt_max:g}]: "
+            f"distance {distance(value):.3f} in the layer, {distance(pooled):.3f} over all layers, "
+            f"at most {limit(pooled.numel()):.3f} expected"
+        )

@@ -1,0 +1,199 @@
+"""Put a run together from its config: data, engine, resume, audit, hooks."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from mamba_train import run_folder
+from mamba_train.checkpoint import resume_policy, rng, storage
+from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
+from mamba_train.config import Config, ModelConfig
+from mamba_train.data.batches import BatchSource, Corpus, validation_batches, validation_bytes_per_token
+from mamba_train.data.prepare import prepare
+from mamba_train.model.language_model import padded_vocab_size, resolve_model_config
+from mamba_train.monitor.flops import FlopsPerToken, mamba1_flops_per_token, peak_flops
+from mamba_train.monitor.progress import Progress
+from mamba_train.parallel.build import build_engine
+from mamba_train.parallel.engine import Engine, EngineState
+from mamba_train.training.audit import audit, format_audit
+from mamba_train.training.hooks.base import Hook
+from mamba_train.training.hooks.checkpointing import CheckpointHook
+from mamba_train.training.hooks.health import HealthHook
+from mamba_train.training.hooks.recording import RecordingHook
+from mamba_train.training.hooks.utilisation import UtilisationHook
+from mamba_train.training.hooks.validation import ValidationHook
+from mamba_train.training.state import TrainState
+from mamba_train.training.trainer import Trainer
+
+CODE_FOLDERS = ("kernels", "mamba_train")
+
+Log = Callable[[str], None]
+
+
+def build_trainer(config: Config) -> Trainer:
+    """Everything up to the first step, the resume included.
+
+    Raises ValueError for a config, a corpus or a checkpoint that the run cannot go on with.
+    """
+    run_dir = Path(config.run_dir)
+    progress = Progress(
+        config.logging.progress, config.training.total_steps, config.logging.progress_interval_steps
+    )
+    log = progress.message
+    if not config.checkpoint.resume:
+        _set_aside(run_dir, log)
+
+    data_folder = prepare(config.data, log)
+    corpus, validation = (Corpus.open(data_folder, split) for split in ("train", "validation"))
+    source = BatchSource(
+        corpus,
+        config.data.sequence_length,
+        config.training.global_batch_size,
+        config.seed,
+        config.data.reset_state_at_documents,
+    )
+    config = dataclasses.replace(config, model=resolve_model_config(config.model, corpus.vocab_size))
+    shown_config = cast(
+        dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    )
+    fingerprints = {
+        "code": _code_fingerprint(),
+        "data": corpus.fingerprint,
+        "config": _hash(json.dumps(shown_config, sort_keys=True).encode()),
+    }
+
+    checkpoint = _find_checkpoint(run_dir, shown_config, fingerprints, log)
+    engine = build_engine(config.engine)
+    engine.prepare(config.model, config.optim, config.seed)
+    state = TrainState()
+    if checkpoint is not None:
+        state = _resume(checkpoint, engine, source, log)
+    _describe(config, engine, corpus, log)
+    log(format_audit(audit(engine, config.model, fresh=checkpoint is None)))
+    if state.step >= config.training.total_steps:
+        log(
+            f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on"
+        )
+    _write_run_files(run_dir, config, data_folder, engine)
+    hooks = _hooks(config, engine, validation, progress, shown_config, fingerprints, log)
+    return Trainer(config, engine, source, state, hooks, corpus.bytes_per_token)
+
+
+def _set_aside(run_dir: Path, log: Log) -> None:
+    """checkpoint.resume=false starts over without destroying anything."""
+    if not run_dir.exists():
+        return
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+        number += 1
+    run_dir.rename(aside)
+    log(f"checkpoint.resume=false: the earlier run was moved to {aside}")
+
+
+def _find_checkpoint(
+    run_dir: Path, shown_config: dict[str, Any], fingerprints: dict[str, str], log: Log
+) -> storage.Checkpoint | None:
+    """The newest complete checkpoint, if the table of what may change lets this config use it."""
+    path = storage.newest_complete(checkpoints_dir(run_dir), log)
+    if path is None:
+        if step_folders(checkpoints_dir(run_dir)):
+            # Starting at step 0 as if nothing had been there would hide the loss.
+            raise ValueError(
+                f"run_dir={run_dir}: none of its checkpoints is complete; "
+                "restore one, or start over with checkpoint.resume=false (moves the run aside)"
+            )
+        return None
+    checkpoint = storage.load(path)
+    resume_policy.apply(resume_policy.compare(checkpoint.config, shown_config), log)
+    if checkpoint.fingerprints.get("code") != fingerprints["code"]:
+        log("the code has changed since the checkpoint: the steps may differ in the last bits")
+    return checkpoint
+
+
+def _resume(checkpoint: storage.Checkpoint, engine: Engine, source: BatchSource, log: Log) -> TrainState:
+    state = TrainState.from_json(checkpoint.state["train"])
+    source.check_state(checkpoint.state["data"])
+    resume_policy.check_shapes(checkpoint.model, engine.parameter_shapes())
+    engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer))
+    for name in rng.restore(checkpoint.rng):
+        log(f"the random state {name} of the checkpoint has no generator here and was left out")
+    log(f"resuming after step {state.step} ({state.tokens:,} tokens)")
+    return state
+
+
+def _describe(config: Config, engine: Engine, corpus: Corpus, log: Log) -> None:
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    log(
+        f"{config.model.name}: {_n_parameters(engine):,} parameters on {engine.device}; "
+        f"{corpus.n_tokens:,} training tokens, {tokens:,} per step"
+    )
+
+
+def _write_run_files(run_dir: Path, config: Config, data_folder: Path, engine: Engine) -> None:
+    """What the commands that read a run folder need besides checkpoints and metrics."""
+    if engine.rank != 0:
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.structured(config), run_dir / run_folder.CONFIG)
+    run_folder.write_summary(run_dir, n_parameters=_n_parameters(engine), data_folder=data_folder)
+
+
+def _n_parameters(engine: Engine) -> int:
+    return sum(math.prod(shape) for shape in engine.parameter_shapes().values())
+
+
+def _hooks(
+    config: Config,
+    engine: Engine,
+    validation: Corpus,
+    progress: Progress,
+    shown_config: dict[str, Any],
+    fingerprints: dict[str, str],
+    log: Log,
+) -> list[Hook]:
+    """In the order in which they run: those that measure, then the record, then the checkpoint."""
+    training, run_dir = config.training, Path(config.run_dir)
+    length, n_sequences = config.data.sequence_length, training.validation_sequences
+    batches = validation_batches(
+        validation, length, training.micro_batch_size, n_sequences, config.data.reset_state_at_documents
+    )
+    bytes_per_token = validation_bytes_per_token(validation, length, n_sequences)
+    return [
+        HealthHook(config.logging.ssm_health_interval_steps),
+        ValidationHook(list(batches), training.validation_interval_steps, bytes_per_token),
+        UtilisationHook(_flops(config.model), peak_flops(engine.device, engine.compute_dtype)),
+        RecordingHook(run_dir, progress, config.logging, shown_config, log),
+        CheckpointHook(checkpoints_dir(run_dir), config.checkpoint, shown_config, fingerprints, log),
+    ]
+
+
+def _flops(model: ModelConfig) -> FlopsPerToken:
+    assert model.dt_rank is not None
+    return mamba1_flops_per_token(
+        n_layer=model.n_layer,
+        d_model=model.d_model,
+        d_inner=model.expand * model.d_model,
+        d_state=model.d_state,
+        d_conv=model.d_conv,
+        dt_rank=model.dt_rank,
+        vocab_rows=padded_vocab_size(model),
+    )
+
+
+def _code_fingerprint() -> str:
+    """Hash of the sources that decide what a step computes."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in CODE_FOLDERS for path in (root / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,31 @@
+"""The places at which something besides the step itself may happen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mamba_train.training.trainer import Trainer
+
+# One flat record per step; see docs/configuration.md for the keys.
+Metrics = dict[str, float | int | bool | None]
+
+
+class Hook:
+    """One concern beside the training step; every method is optional.
+
+    Hooks run in the order in which the trainer lists them. A hook may add keys to the step's
+    metrics for the hooks behind it.
+    """
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of this process, after a resume has been loaded."""
+
+    def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
+        """After each global step, skipped ones included."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step of a run that reached its end."""
+
+    def close(self, failed: bool) -> None:
+        """Always called last, also when another hook or the step raised."""

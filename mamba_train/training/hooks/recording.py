@@ -1,0 +1,61 @@
+"""Metrics to the eye, to metrics.jsonl and to wandb."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mamba_train.config import LoggingConfig
+from mamba_train.monitor.jsonl import JsonlSink
+from mamba_train.monitor.progress import Progress
+from mamba_train.monitor.wandb_sink import WandbSink
+from mamba_train.training.hooks.base import Hook, Metrics
+from mamba_train.training.trainer import Trainer
+
+
+class RecordingHook(Hook):
+    """Shows and records each step's metrics; stands behind the hooks that add to them.
+
+    At the start it cuts from metrics.jsonl what lies after the step that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        progress: Progress,
+        logging: LoggingConfig,
+        shown_config: Mapping[str, Any],
+        log: Callable[[str], None],
+    ) -> None:
+        self._run_dir = run_dir
+        self._progress = progress
+        self._logging = logging
+        self._shown_config = shown_config
+        self._log = log
+        self._wandb: WandbSink | None = None
+        self._jsonl: JsonlSink | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.engine.rank == 0:
+            self._jsonl = JsonlSink(self._run_dir, self._log)
+            cut = self._jsonl.cut_at(trainer.state.step)
+            if cut is not None:
+                self._log(f"metrics after step {trainer.state.step} were moved to {cut}")
+            self._wandb = WandbSink(
+                self._run_dir, self._logging, self._shown_config, trainer.state.wandb_run_id, self._log
+            )
+            trainer.state.wandb_run_id = self._wandb.run_id
+        self._progress.__enter__()
+
+    def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
+        if self._jsonl is not None:
+            self._jsonl.log(metrics)
+        if self._wandb is not None:
+            self._wandb.log(metrics)
+        self._progress.update(metrics)
+
+    def close(self, failed: bool) -> None:
+        self._progress.__exit__(None, None, None)
+        if self._wandb is not None:
+            self._wandb.finish(int(failed))
+        if self._jsonl is not None:
+            self._jsonl.close()

@@ -1,0 +1,26 @@
+"""What a run knows about itself besides its weights; all of it goes into the checkpoint."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Counters of the run. `step` is the number of finished global steps, skipped ones included."""
+
+    step: int = 0
+    tokens: int = 0  # trained on so far, those of skipped steps included
+    samples: int = 0  # position in the data order
+    skipped_steps: list[int] = field(default_factory=list)  # the ledger: steps that made no update
+    best_validation_loss: float | None = None
+    best_validation_step: int | None = None
+    wandb_run_id: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainState":
+        """The inverse of `to_json`; raises TypeError for an unknown or missing field."""
+        return cls(**values)

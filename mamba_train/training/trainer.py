@@ -1,0 +1,126 @@
+"""The training loop: typed state, one step function, hooks for everything else.
+
+Which tokens are in a step is a function of the data order and the position; what the devices do
+with them is the engine's matter. The loop connects the two and counts.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mamba_train.config import Config
+from mamba_train.data.batches import Batch, BatchSource
+from mamba_train.monitor.throughput import Throughput
+from mamba_train.parallel.engine import Engine
+from mamba_train.training.hooks.base import Hook, Metrics
+from mamba_train.training.schedule import learning_rate
+from mamba_train.training.state import TrainState
+
+LN_2 = math.log(2)
+
+
+def summed_loss(engine: Engine, batch: Batch) -> Tensor:
+    """The loss of a batch in nats, summed over its targets: a scalar in fp32 on the engine's device."""
+    batch = batch.to(engine.device)
+    seq_idx = None if batch.seq_idx is None else batch.seq_idx[:, :-1]
+    with engine.compute():
+        return engine.model(batch.inputs, batch.targets, seq_idx)
+
+
+class Trainer:
+    """Drives `engine` over `source` from `state` to `config.training.total_steps`.
+
+    bytes_per_token: of the training text, to express losses in bits per byte.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        source: BatchSource,
+        state: TrainState,
+        hooks: Sequence[Hook],
+        bytes_per_token: float,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.source = source
+        self.state = state
+        self.hooks = hooks
+        self._bytes_per_token = bytes_per_token
+        self.throughput = Throughput(config.training.total_steps)
+        self.last_batch: Batch | None = None
+
+    def run(self) -> None:
+        """Train to the last step. On an error the hooks are closed and the error goes on."""
+        failed = True
+        try:
+            for hook in self.hooks:
+                hook.on_start(self)
+            while not self.finished:
+                metrics = self._step()
+                for hook in self.hooks:
+                    hook.on_step(self, metrics)
+            for hook in self.hooks:
+                hook.on_end(self)
+            failed = False
+        finally:
+            for hook in self.hooks:
+                hook.close(failed)
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.config.training.total_steps
+
+    def _step(self) -> Metrics:
+        """One global step: all micro-batches of this rank, then the update."""
+        self.throughput.start()
+        batches = self._micro_batches()
+        n_targets = self.engine.sum_over_ranks(
+            torch.tensor(sum(batch.targets.numel() for batch in batches), device=self.engine.device)
+        )
+        loss = torch.zeros((), device=self.engine.device)
+        for batch in batches:
+            # Divided by the count of all ranks: the mean over the global batch, however it is split.
+            micro_loss = summed_loss(self.engine, batch) / n_targets
+            self.engine.backward(micro_loss)
+            loss += micro_loss.detach()
+
+        state, training = self.state, self.config.training
+        lr = learning_rate(state.step + 1, self.config.optim.lr, self.config.schedule, training.total_steps)
+        result = self.engine.step(lr)
+        # Read after the update has been queued: on a GPU this waits for it, so the step's time is whole.
+        mean_loss = self.engine.sum_over_ranks(loss).item()
+        state.step += 1
+        state.samples += training.global_batch_size
+        state.tokens += int(n_targets)
+        if result.skipped:
+            state.skipped_steps.append(state.step)
+        self.last_batch = batches[0]
+        timing = self.throughput.step(state.step, int(n_targets))
+        return {
+            "step": state.step,
+            "tokens": state.tokens,
+            "samples": state.samples,
+            "loss": mean_loss,
+            "bits_per_byte": mean_loss / LN_2 / self._bytes_per_token,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "skipped": result.skipped,
+            "step_seconds": timing.step_seconds,
+            "tokens_per_second": timing.tokens_per_second,
+            "eta_seconds": timing.eta_seconds,
+        }
+
+    def _micro_batches(self) -> list[Batch]:
+        """This rank's rows of the next global batch, in micro-batches."""
+        training = self.config.training
+        rows_per_rank = training.global_batch_size // self.engine.world_size
+        first = self.engine.rank * rows_per_rank
+        starts = range(first, first + rows_per_rank, training.micro_batch_size)
+        return [
+            self.source.batch(self.state.samples, range(start, start + training.micro_batch_size))
+            for start in starts
+        ]

@@ -1,0 +1,62 @@
+"""`mamba-train report` on the command line."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mamba_train.commands import report
+
+METRICS = '{"step":1,"loss":8.0,"validation/loss":7.0,"validation/bits_per_byte":3.5}\n'
+
+
+def call(*arguments: str) -> None:
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    report.run(parser.parse_args(arguments))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(METRICS)
+    (folder / "baseline.json").write_text('{"bigram": {"bits_per_byte": 4.25, "nats_per_token": 8.5}}')
+    return folder
+
+
+def test_prints_both_bits_per_byte_and_where_the_files_are(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "folder"
+    call(str(run_dir), "--output", str(output))
+    printed = capsys.readouterr().out
+    assert "validation 3.500 bits per byte (best 3.500 at step 1), bigram model 4.250" in printed
+    for name in ("report.html", "report.png"):
+        assert str(output / name) in printed
+        assert (output / name).stat().st_size > 1000
+    assert not (run_dir / "report.html").exists()
+
+
+def test_user_mistakes_are_value_errors(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no run at .*nowhere; expected the folder of a run"):
+        call(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"has no metrics\.jsonl"):
+        call(str(run_dir), str(tmp_path))
+    with pytest.raises(ValueError, match=r"--output .* is a file"):
+        call(str(run_dir), "--output", str(run_dir / "metrics.jsonl"))
+
+
+def test_reporting_does_not_import_torch_or_wandb(run_dir: Path) -> None:
+    code = """
+import argparse, sys
+from mamba_train.commands import report
+parser = argparse.ArgumentParser()
+report.add_arguments(parser)
+assert "matplotlib" not in sys.modules
+report.run(parser.parse_args([sys.argv[1]]))
+assert not {"torch", "wandb", "matplotlib.pyplot"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True, capture_output=True, text=True)

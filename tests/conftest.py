@@ -1,0 +1,33 @@
+"""Settings that every test shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Tracking of test runs concerns nobody; the tests of the sink itself set their own mode.
+os.environ["WANDB_MODE"] = "disabled"
+# Under pytest-xdist each process gets one core: more threads would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small real texts."""
+    from tests.helpers import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")

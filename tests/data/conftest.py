@@ -1,0 +1,94 @@
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mamba_train.config import DataConfig, DataSource
+from mamba_train.data.corpus import Corpus
+from mamba_train.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from mamba_train.data.shards import ShardWriter
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORDS = [
+    "state", "space", "model", "scan", "selective", "convolution", "gate", "token", "loss", "gradient",
+    "naïve", "日本語", "🐍", "return", "self", "def", "for", "in", "range", "x", "=", "(", ")", ":", "\n    ", "\n",
+]  # fmt: skip
+
+
+@pytest.fixture
+def materials() -> Path:
+    folder = Path(os.environ.get("MAMBA_TRAIN_MATERIALS", REPOSITORY.parent / "shared" / "materials"))
+    if not folder.is_dir():
+        pytest.skip("the materials folder is not here (MAMBA_TRAIN_MATERIALS)")
+    return folder
+
+
+def make_texts(n: int, seed: int = 0, words: int = 60) -> list[str]:
+    """Distinct texts of real-looking words, some of them not ASCII."""
+    generator = random.Random(seed)
+    return [f"document {i}: " + " ".join(generator.choices(WORDS, k=generator.randint(1, 2 * words))) for i in range(n)]
+
+
+@pytest.fixture
+def jsonl_folder(tmp_path: Path) -> Path:
+    """Two files of 300 documents in all."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    texts = make_texts(300)
+    for name, part in (("a.jsonl", texts[:100]), ("b.jsonl", texts[100:])):
+        lines = [json.dumps({"text": text}) for text in part]
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def local_config(tmp_path: Path) -> Callable[..., DataConfig]:
+    """A config that reads a path with a small vocabulary."""
+
+    def make(path: Path | str | None, **changes: Any) -> DataConfig:
+        settings: dict[str, Any] = {
+            "name": "local",
+            "source": DataSource.local,
+            "path": None if path is None else str(path),
+            "vocab_size": 400,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        return DataConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
+    """A corpus of given shards, each a list of documents (ids without their end-of-document token 0)."""
+
+    def make(shards: list[list[list[int]]], vocab_size: int = 60_000) -> Corpus:
+        folder = tmp_path / f"corpus-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        entries = []
+        for number, documents in enumerate(shards):
+            with ShardWriter(folder / f"train-{number:05d}", np.dtype(np.uint16), 0) as writer:
+                for document in documents:
+                    writer.add(np.array(document, dtype=np.int64), 3 * len(document))
+                entries.append(writer.close())
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            source={},
+            settings={},
+            split_rule="",
+            dropped={},
+            tokenizer_sha256="0" * 64,
+            eos_id=0,
+            vocab_size=vocab_size,
+            shards={"train": entries, "validation": []},
+            versions={},
+        )
+        (folder / MANIFEST_NAME).write_text(manifest.to_json())
+        return Corpus.open(folder, "train")
+
+    return make

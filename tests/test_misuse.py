@@ -1,0 +1,131 @@
+"""Mistakes of a user: one clear line, exit code 2, no traceback, nothing lost."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import REPOSITORY, environment, metrics, train
+
+
+def check(result: subprocess.CompletedProcess[str], *expected: str) -> None:
+    """Exit code 2 and, as the last thing said, one line with all of `expected`."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for text in expected:
+        assert text in lines[0]
+
+
+def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "train.py"), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["model.d_modl=3"], ["model.d_modl", "did you mean model.d_model?"]),
+        (["lr=3"], ["lr:", "did you mean optim.lr?"]),
+        (["+model.width=3"], ["model.width: there is no such key"]),
+        (["modell=mamba_tiny"], ["modell", "did you mean model?"]),
+        (["model=mamba_tinny"], ["model=mamba_tinny", "did you mean mamba_tiny?", "mamba_130m"]),
+        (["experiment=smke"], ["experiment=smke", "did you mean smoke?"]),
+        (["model.d_model=wide"], ["model.d_model=wide", "a whole number"]),
+        (["optim.lr=fast"], ["optim.lr=fast", "a number"]),
+        (["engine.compile=maybe"], ["engine.compile=maybe", "true or false"]),
+        (["logging.wandb=onlin"], ["logging.wandb=onlin", "offline", "did you mean online?"]),
+        (["model.d_model=null"], ["model.d_model=null", "a value is needed"]),
+        (["model.d_model"], ["cannot read the command line", "KEY=VALUE"]),
+        (["training.global_batch_size=7"], ["training.global_batch_size=7", "training.micro_batch_size (8)"]),
+        (["schedule.warmup_steps=900"], ["schedule.warmup_steps=900", "training.total_steps"]),
+        (["model.dt_min=0.5"], ["model.dt_min=0.5", "model.dt_max (0.1)"]),
+        (["training.total_steps=0"], ["training.total_steps=0", "more than 0"]),
+        (["data=local"], ["data.path"]),
+        (["data=local", "data.path=/no/such/folder"], ["data.path=/no/such/folder", "no such file or folder"]),
+        (["data.tokenizer=/no/such.json"], ["data.tokenizer=/no/such.json", "no such file"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_wrong_command_line(arguments: list[str], expected: list[str]) -> None:
+    start = time.monotonic()
+    check(command_line(*arguments), *expected)
+    # Not a speed test: importing torch would take longer than the whole of this on any machine.
+    assert time.monotonic() - start < 30
+
+
+def test_help_and_cfg() -> None:
+    shown = command_line("--help")
+    assert shown.returncode == 0
+    for group in ("model", "data", "optim", "schedule", "engine", "logging", "checkpoint", "experiment"):
+        assert f"\n  {group} " in shown.stdout
+    composed = command_line("model=mamba_130m", "--cfg", "job")
+    assert composed.returncode == 0
+    assert "d_model: 768" in composed.stdout
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    check(train(tmp_path / "run", tmp_path / "empty"), "data.path", "empty")
+
+
+def test_invalid_json_names_file_and_line(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(10)]
+    lines[6] = '{"text": "half a docu'
+    (folder / "part.jsonl").write_text("\n".join(lines))
+    check(train(tmp_path / "run", folder), "part.jsonl:7")
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path, corpus: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(run_dir, corpus, "training.total_steps=5").returncode == 0
+    before = (run_dir / "metrics.jsonl").read_text()
+    check(train(run_dir, corpus, "training.total_steps=10", "model.d_model=48"), "model.d_model", "run_dir")
+    assert (run_dir / "metrics.jsonl").read_text() == before
+    # The table lets total_steps change: the refused start has broken nothing.
+    assert train(run_dir, corpus, "training.total_steps=10").returncode == 0
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 11))
+
+
+def test_resume_false_starts_over_and_keeps_the_earlier_run(tmp_path: Path, corpus: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(run_dir, corpus, "training.total_steps=5").returncode == 0
+    again = train(run_dir, corpus, "training.total_steps=5", "model.d_model=48", "checkpoint.resume=false")
+    assert again.returncode == 0, again.stderr
+    assert len(metrics(run_dir)) == len(metrics(tmp_path / "run.old-1")) == 5
+
+
+def test_no_space_for_checkpoints_does_not_stop_the_training(tmp_path: Path, corpus: Path) -> None:
+    run_dir = tmp_path / "run"
+    result = train(run_dir, corpus, "training.total_steps=12", "checkpoint.reserve_gib=1e9")
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 13))
+    assert "step 5 was not saved, training goes on" in result.stdout
+    assert "step 10 was not saved, training goes on" in result.stdout
+    # The weights of the end could not be kept: that must not look like success.
+    assert result.returncode == 1
+    assert "checkpoint.reserve_gib" in result.stderr
+    assert not list((run_dir / "checkpoints").glob("step_*"))
+
+
+def test_a_truncated_checkpoint_falls_back_loudly(tmp_path: Path, corpus: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(run_dir, corpus, "training.total_steps=10").returncode == 0
+    [weights] = (run_dir / "checkpoints" / "step_00000010" / "model").iterdir()
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = train(run_dir, corpus, "training.total_steps=15")
+    assert result.returncode == 0, result.stderr
+    assert "step_00000010 is damaged" in result.stdout
+    assert "step_00000005 is used instead" in result.stdout
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 16))

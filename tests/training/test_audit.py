@@ -1,0 +1,138 @@
+"""The audit must stop a run, naming the parameter, whenever the contract is broken on purpose."""
+
+import pytest
+import torch
+from torch import nn
+
+from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
+from mamba_train.model import language_model
+from mamba_train.model.selective_ssm import SelectiveSSM
+from mamba_train.parallel.single import SingleDeviceEngine
+from mamba_train.training.audit import ContractViolation, audit, format_audit
+
+MODEL = language_model.resolve_model_config(
+    ModelConfig(name="test", n_layer=2, d_model=32, d_state=4), tokenizer_vocab_size=31
+)
+
+
+def make_engine(precision: Precision = Precision.fp32, seed: int = 0) -> SingleDeviceEngine:
+    engine = SingleDeviceEngine(EngineConfig(device=DeviceKind.cpu, precision=precision))
+    engine.prepare(MODEL, OptimConfig(lr=1e-3), seed=seed)
+    return engine
+
+
+def ssm(engine: SingleDeviceEngine, layer: int = 1) -> SelectiveSSM:
+    return engine.model.layers[layer].mixer.ssm
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_fresh_model_passes(precision: Precision, seed: int) -> None:
+    rows = audit(make_engine(precision, seed), MODEL, fresh=True)
+    assert [str(row.role) for row in rows] == ["A_log", "D", "dt_bias"]
+    assert all(row.received is torch.float32 and row.weight_decay == 0 for row in rows)
+    assert "A_log" in format_audit(rows)
+
+
+def test_a_trained_model_passes_when_it_is_not_fresh() -> None:
+    engine = make_engine()
+    with torch.no_grad():
+        ssm(engine).dt_bias += 1
+        ssm(engine).A_log += 0.3
+        ssm(engine).D -= 0.2
+    audit(engine, MODEL, fresh=False)
+    with pytest.raises(ContractViolation):
+        audit(engine, MODEL, fresh=True)
+
+
+@pytest.mark.parametrize("name", ["A_log", "D", "dt_bias"])
+def test_a_stored_cast_is_caught(name: str) -> None:
+    engine = make_engine()
+    parameter = getattr(ssm(engine), name)
+    parameter.data = parameter.data.bfloat16()
+    with pytest.raises(ContractViolation, match=rf"layers\.1\.mixer\.ssm\.{name} is stored in torch\.bfloat16"):
+        audit(engine, MODEL, fresh=True)
+
+
+@pytest.mark.parametrize("upcast_again", [False, True])
+@pytest.mark.parametrize("name", ["A_log", "D", "dt_bias"])
+def test_a_cast_on_the_way_to_the_scan_is_caught(name: str, upcast_again: bool) -> None:
+    """As a mixed-precision wrapper does it: fp32 is stored, the forward pass gets a rounded copy."""
+    engine = make_engine()
+    module = ssm(engine)
+    stored = getattr(module, name)
+
+    def swap(value: object) -> None:
+        del module._parameters[name]
+        module._parameters[name] = value
+
+    def rounded_forward(*args, **kwargs):
+        value = stored.detach().bfloat16()
+        swap(nn.Parameter(value.float() if upcast_again else value, requires_grad=False))
+        try:
+            return SelectiveSSM.forward(module, *args, **kwargs)
+        finally:
+            swap(stored)
+
+    if name != "A_log":  # log(1) and D=1 survive bf16; other values do not
+        with torch.no_grad():
+            stored += 0.001234
+    module.forward = rounded_forward
+    with pytest.raises(ContractViolation, match=rf"layers\.1\.mixer\.ssm\.{name} reaches the scan"):
+        audit(engine, MODEL, fresh=False)
+
+
+def test_weight_decay_on_an_ssm_parameter_is_caught() -> None:
+    engine = make_engine()
+    decayed, undecayed = engine._optimizer.param_groups
+    index = next(i for i, p in enumerate(undecayed["params"]) if p is ssm(engine, 0).A_log)
+    decayed["params"].append(undecayed["params"].pop(index))
+    with pytest.raises(ContractViolation, match=r"layers\.0\.mixer\.ssm\.A_log has weight decay"):
+        audit(engine, MODEL, fresh=True)
+
+
+def test_a_parameter_in_no_group_or_two_is_caught() -> None:
+    engine = make_engine()
+    lost = engine._optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(ContractViolation, match="in no optimiser group"):
+        audit(engine, MODEL, fresh=True)
+    engine._optimizer.param_groups[0]["params"] += [lost, lost]
+    with pytest.raises(ContractViolation, match="in two optimiser groups"):
+        audit(engine, MODEL, fresh=True)
+
+
+def inverse_softplus(dt: torch.Tensor) -> torch.Tensor:
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+@pytest.mark.parametrize(
+    "dt",
+    [
+        torch.full((64,), 0.01),
+        torch.linspace(0.001, 0.1, 64),
+        torch.ones(64) * 0.6931472,  # what a zero Δ bias gives
+        torch.logspace(-2, -1, 64),
+    ],
+    ids=["constant", "uniform", "zero", "half of the range"],
+)
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+def test_a_wrong_dt_bias_is_caught(dt: torch.Tensor, layers: list[int]) -> None:
+    engine = make_engine()
+    with torch.no_grad():
+        for layer in layers:
+            ssm(engine, layer).dt_bias.copy_(inverse_softplus(dt))
+    with pytest.raises(ContractViolation, match=rf"layers\.[{layers[0]}{layers[-1]}]\.mixer\.ssm\.dt_bias"):
+        audit(engine, MODEL, fresh=True)
+
+
+def test_a_wrong_a_log_or_d_is_caught() -> None:
+    engine = make_engine()
+    with torch.no_grad():
+        ssm(engine).A_log[3, 2] += 0.01
+    with pytest.raises(ContractViolation, match=r"layers\.1\.mixer\.ssm\.A_log does not start"):
+        audit(engine, MODEL, fresh=True)
+    engine = make_engine()
+    with torch.no_grad():
+        ssm(engine).D[5] = 0
+    with pytest.raises(ContractViolation, match=r"layers\.1\.mixer\.ssm\.D does not start"):
+        audit(engine, MODEL, fresh=True)
