@@ -1,5 +1,7 @@
 """Train a Mamba language model: `python train.py [GROUP=OPTION ...] [KEY=VALUE ...]`, see `--help`."""
 
+import sys
+
 from mamba_train import composition
 from mamba_train.config import Config
 
@@ -7,10 +9,16 @@ from mamba_train.config import Config
 def run(config: Config) -> None:
     """Build the trainer and run it; torch is imported only here, after the config has been checked."""
     with composition.user_errors_exit():
+        from mamba_train.checkpoint import NotEnoughDiskSpace
         from mamba_train.training.build import build_trainer
 
         trainer = build_trainer(config)
-    trainer.run()
+    try:
+        trainer.run()
+    except NotEnoughDiskSpace as error:
+        composition.exit_with_error(error, code=1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the newest checkpoint")
 
 
 if __name__ == "__main__":

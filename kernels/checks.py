@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import torch
 
 
-def check_tensor(
-    function: str, name: str, value: torch.Tensor, expected: Sequence[tuple[str, int | None]]
-) -> None:
+def check_tensor(function: str, name: str, value: torch.Tensor, expected: Sequence[tuple[str, int | None]]) -> None:
     """Raise ValueError unless `value` has the expected axes.
 
     `expected` names each axis and gives its size; None accepts any size.
@@ -23,9 +21,7 @@ def check_tensor(
 def check_length(function: str, name: str, value: torch.Tensor, axis: int = 1) -> None:
     """Raise ValueError when the time axis of `value` is empty."""
     if value.shape[axis] < 1:
-        raise ValueError(
-            f"{function}: {name} has shape {tuple(value.shape)}, expected a length of at least 1"
-        )
+        raise ValueError(f"{function}: {name} has shape {tuple(value.shape)}, expected a length of at least 1")
 
 
 def check_floating(function: str, **tensors: torch.Tensor | None) -> None:

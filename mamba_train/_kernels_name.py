@@ -29,7 +29,8 @@ def claim() -> None:
     ours = importlib.util.spec_from_file_location(
         "kernels", OUR_KERNELS / "__init__.py", submodule_search_locations=[str(OUR_KERNELS)]
     )
-    assert ours is not None and ours.loader is not None
+    assert ours is not None
+    assert ours.loader is not None
     module = importlib.util.module_from_spec(ours)
     sys.modules["kernels"] = module
     try:

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -66,7 +67,7 @@ def main(run: Callable[[Config], None]) -> None:
     try:
         composed_main()
     except (HydraException, OmegaConfBaseException) as error:
-        exit_with_user_error(ValueError(explain(error)))
+        exit_with_error(ValueError(explain(error)))
 
 
 class user_errors_exit:
@@ -77,16 +78,16 @@ class user_errors_exit:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (ValueError, FileNotFoundError)):
-            exit_with_user_error(error)
+            exit_with_error(error)
 
 
-def exit_with_user_error(error: BaseException) -> None:
-    """Print the error as one line and exit with code 2; MAMBA_TRAIN_TRACEBACK=1 shows where it arose."""
+def exit_with_error(error: BaseException, code: int = EXIT_USER_ERROR) -> NoReturn:
+    """Print the error as one line and exit; MAMBA_TRAIN_TRACEBACK=1 shows where it arose."""
     if os.environ.get("MAMBA_TRAIN_TRACEBACK"):
         traceback.print_exception(error)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    # A plain exit would let the exception print itself as the context of SystemExit.
-    raise SystemExit(EXIT_USER_ERROR) from None
+    # Without `from None` the exception would print itself as the context of SystemExit.
+    raise SystemExit(code) from None
 
 
 def explain(error: Exception) -> str:
@@ -109,14 +110,14 @@ def explain(error: Exception) -> str:
         return f"{_full_key(text)}={match.group(1)}: expected {_type_name(match.group(2))}"
     if match := re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\]", text):
         choices = match.group(2).split(", ")
-        return f"{_full_key(text)}={match.group(1)}: expected one of {_list(choices)}{_nearest(match.group(1), choices)}"
+        return (
+            f"{_full_key(text)}={match.group(1)}: expected one of {_list(choices)}{_nearest(match.group(1), choices)}"
+        )
     if match := re.search(r"Value '(.*?)' is not a valid bool", text):
         return f"{_full_key(text)}={match.group(1)}: expected true or false"
     if match := re.search(r"field '([\w.]+)' is not Optional", text):
         return f"{_full_key(text)}=null: a value is needed here"
-    if match := re.search(
-        r"(?:Error parsing override|mismatched input|no viable alternative|extraneous input)", text
-    ):
+    if match := re.search(r"(?:Error parsing override|mismatched input|no viable alternative|extraneous input)", text):
         return f"cannot read the command line: {text.splitlines()[0]}; expected KEY=VALUE or GROUP=OPTION"
     return " ".join(text.split())
 

@@ -159,11 +159,11 @@ class CheckpointConfig:
 class TrainingConfig:
     """Length and batch of the run."""
 
-    total_steps: int = 500
+    total_steps: int = 800
     global_batch_size: int = 8  # sequences per optimiser step, over all ranks
     micro_batch_size: int = 8  # sequences per forward pass on one rank
     validation_interval_steps: int = 100
-    validation_sequences: int = 128  # how many are read at each validation
+    validation_sequences: int = 256  # how many are read at each validation
 
 
 @dataclass

@@ -38,9 +38,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
         value = _get(config, key)
         if not value > 0:
             yield key, value, "expected more than 0"
-    not_negative = (
-        "optim.weight_decay schedule.warmup_steps logging.ssm_health_interval_steps checkpoint.reserve_gib"
-    )
+    not_negative = "optim.weight_decay schedule.warmup_steps logging.ssm_health_interval_steps checkpoint.reserve_gib"
     for key in not_negative.split():
         value = _get(config, key)
         if value < 0:

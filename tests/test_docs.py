@@ -33,4 +33,3 @@ def test_every_direct_dependency_has_its_line(repository: Path) -> None:
     assert not missing
     pinned = (repository / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
     assert [name for name in names if f"\n{name}==" not in pinned] == []
-

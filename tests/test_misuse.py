@@ -1,6 +1,7 @@
 """Mistakes of a user: one clear line, exit code 2, no traceback, nothing lost."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import REPOSITORY, environment, metrics, train
+from tests.helpers import REPOSITORY, environment, metrics, train, train_command
 
 
 def check(result: subprocess.CompletedProcess[str], *expected: str) -> None:
@@ -115,8 +116,39 @@ def test_no_space_for_checkpoints_does_not_stop_the_training(tmp_path: Path, cor
     assert "step 10 was not saved, training goes on" in result.stdout
     # The weights of the end could not be kept: that must not look like success.
     assert result.returncode == 1
+    assert result.stderr.startswith("error: no space for a checkpoint")
     assert "checkpoint.reserve_gib" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
     assert not list((run_dir / "checkpoints").glob("step_*"))
+
+
+def test_all_checkpoints_damaged_is_not_a_fresh_start(tmp_path: Path, corpus: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(run_dir, corpus, "training.total_steps=5").returncode == 0
+    (run_dir / "checkpoints" / "step_00000005" / "state.json").write_text("{}")
+    result = train(run_dir, corpus, "training.total_steps=10")
+    check(result, "none of its checkpoints is complete", "checkpoint.resume=false")
+    assert "state.json" in result.stdout
+    assert len(metrics(run_dir)) == 5
+
+
+def test_ctrl_c_is_no_traceback(tmp_path: Path, corpus: Path) -> None:
+    process = subprocess.Popen(
+        train_command(tmp_path / "run", corpus, "training.total_steps=5000"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    path = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "the same command goes on" in stderr
+    assert "Traceback" not in stderr
 
 
 def test_a_truncated_checkpoint_falls_back_loudly(tmp_path: Path, corpus: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,28 @@ __all__ = ["causal_conv1d", "causal_conv1d_step"]
 Activation = Literal["silu"] | None
 
 
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -54,12 +76,10 @@ def causal_conv1d(
     if initial_state is not None:
         expected = [("batch", batch), ("width-1", weight.shape[1] - 1), ("channel", channels)]
         check_tensor(name, "initial_state", initial_state, expected)
-    floating = dict(x=x, weight=weight, bias=bias, initial_state=initial_state)
+    floating = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
     check_floating(name, **floating)
     check_same_device(name, "x", **floating, seq_idx=seq_idx)
-    y, final_state = torch.ops.mamba_train.causal_conv1d(
-        x, weight, bias, activation == "silu", seq_idx, initial_state
-    )
+    y, final_state = torch.ops.mamba_train.causal_conv1d(x, weight, bias, activation == "silu", seq_idx, initial_state)
     return (y, final_state) if return_final_state else y
 
 
@@ -90,9 +110,7 @@ def causal_conv1d_step(
     return y.to(x.dtype), window[:, 1:].to(state.dtype)
 
 
-def _check_filter(
-    name: str, weight: Tensor, bias: Tensor | None, activation: str | None, channels: int
-) -> None:
+def _check_filter(name: str, weight: Tensor, bias: Tensor | None, activation: str | None, channels: int) -> None:
     check_tensor(name, "weight", weight, [("channel", channels), ("width", None)])
     if weight.shape[1] < 1:
         raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}, expected a width of at least 1")

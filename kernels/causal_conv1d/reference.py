@@ -36,7 +36,7 @@ def causal_conv1d_op(
 
 
 @causal_conv1d_op.register_fake
-def _(x, weight, bias, silu, seq_idx, initial_state):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, silu, seq_idx, initial_state):
     return x.new_empty(x.shape), x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
 
 
@@ -70,12 +70,14 @@ def causal_conv1d_backward_op(
         if bias is not None:
             bias_grad = grad.sum(dim=(0, 1)).to(bias.dtype)
         taps = weight.to(dtype).t().contiguous()
+        products, ones = torch.empty_like(grad), grad.new_ones((1, grad.shape[0] * length))
         for lag in range(width):
             if hidden is not None:
                 _clear_rows_(grad, hidden[lag])
             window = slice(width - 1 - lag, width - 1 - lag + length)
             padded_grad[:, window].addcmul_(grad, taps[width - 1 - lag])
-            weight_grad[:, width - 1 - lag] = (grad * padded[:, window]).sum(dim=(0, 1))
+            torch.mul(grad, padded[:, window], out=products)
+            weight_grad[:, width - 1 - lag] = torch.mm(ones, products.view(-1, x.shape[2]))[0]
     return (
         padded_grad[:, width - 1 :].to(x.dtype, memory_format=torch.contiguous_format, copy=True),
         weight_grad.to(weight.dtype),
@@ -85,20 +87,20 @@ def causal_conv1d_backward_op(
 
 
 @causal_conv1d_backward_op.register_fake
-def _(y_grad, final_state_grad, x, weight, bias, silu, seq_idx, initial_state):  # type: ignore[no-untyped-def]
+def _(y_grad, final_state_grad, x, weight, bias, silu, seq_idx, initial_state):
     bias_grad = x.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
     state_grad = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias_grad, state_grad
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, silu, seq_idx, initial_state = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, seq_idx, initial_state)
     ctx.silu = silu
 
 
-def _backward(ctx, y_grad, final_state_grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, y_grad, final_state_grad):
     x, weight, bias, seq_idx, initial_state = ctx.saved_tensors
     x_grad, weight_grad, bias_grad, state_grad = torch.ops.mamba_train.causal_conv1d_backward(
         y_grad, final_state_grad, x, weight, bias, ctx.silu, seq_idx, initial_state

@@ -44,9 +44,7 @@ def linear_cross_entropy(
                 "linear_cross_entropy: reduction='none' is for evaluation and has no gradient; "
                 "use reduction='sum', or call it under torch.no_grad()"
             )
-        losses = torch.ops.mamba_train.token_cross_entropy(
-            rows, weight, targets.reshape(-1), ignore_index, chunk
-        )
+        losses = torch.ops.mamba_train.token_cross_entropy(rows, weight, targets.reshape(-1), ignore_index, chunk)
         return losses.reshape(targets.shape)
     loss, _, _ = torch.ops.mamba_train.linear_cross_entropy(
         rows, weight, targets.reshape(-1), ignore_index, chunk, needs_gradient(hidden), needs_gradient(weight)

@@ -50,7 +50,7 @@ def linear_cross_entropy_op(
 
 
 @linear_cross_entropy_op.register_fake
-def _(hidden, weight, targets, ignore_index, chunk_size, hidden_needs_grad, weight_needs_grad):  # type: ignore[no-untyped-def]
+def _(hidden, weight, targets, ignore_index, chunk_size, hidden_needs_grad, weight_needs_grad):
     return (
         hidden.new_empty((), dtype=compute_dtype(hidden)),
         torch.empty_like(hidden if hidden_needs_grad else hidden[:0]),
@@ -73,13 +73,11 @@ def token_cross_entropy_op(
 
 
 @token_cross_entropy_op.register_fake
-def _(hidden, weight, targets, ignore_index, chunk_size):  # type: ignore[no-untyped-def]
+def _(hidden, weight, targets, ignore_index, chunk_size):
     return hidden.new_empty(targets.shape, dtype=compute_dtype(hidden))
 
 
-def _losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probabilities (tokens, vocabulary), losses and which tokens count, of one chunk."""
     logits = (hidden @ weight.t()).to(compute_dtype(hidden))
     logits -= logits.logsumexp(dim=1, keepdim=True)
@@ -100,13 +98,13 @@ def _check_targets(targets: Tensor, ignore_index: int, vocabulary: int) -> None:
         )
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     *_, ctx.hidden_needs_grad, ctx.weight_needs_grad = inputs
     _, hidden_grad, weight_grad = output
     ctx.save_for_backward(hidden_grad, weight_grad)
 
 
-def _backward(ctx, loss_grad, _hidden_grad_grad, _weight_grad_grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, loss_grad, _hidden_grad_grad, _weight_grad_grad):
     hidden_grad, weight_grad = ctx.saved_tensors
     return (
         (hidden_grad * loss_grad).to(hidden_grad.dtype) if ctx.hidden_needs_grad else None,

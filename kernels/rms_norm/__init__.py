@@ -21,9 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     return torch.ops.mamba_train.rms_norm(x, weight, eps)[0]
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual), x + residual): the add and the norm that open a block.
 
     Shapes: x, residual (..., channel); weight (channel). The sum is fp32 (fp64 when x is fp64), whatever the dtype
@@ -37,13 +35,9 @@ def add_rms_norm(
 
 def _check(name: str, x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
     if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(
-            f"{name}: x has shape {tuple(x.shape)}, expected (..., channel) with at least one channel"
-        )
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (..., channel) with at least one channel")
     check_tensor(name, "weight", weight, [("channel", x.shape[-1])])
     if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"{name}: residual has shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name}: residual has shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}")
     check_floating(name, x=x, residual=residual, weight=weight)
     check_same_device(name, "x", x=x, residual=residual, weight=weight)

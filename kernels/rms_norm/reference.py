@@ -16,14 +16,12 @@ def rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @rms_norm_op.register_fake
-def _(x, weight, eps):  # type: ignore[no-untyped-def]
+def _(x, weight, eps):
     return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x))
 
 
 @torch.library.custom_op("mamba_train::add_rms_norm", mutates_args=())
-def add_rms_norm_op(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm_op(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the sum x + residual, and 1 / rms, (..., 1)."""
     dtype = compute_dtype(x)
     if residual is None:
@@ -35,7 +33,7 @@ def add_rms_norm_op(
 
 
 @add_rms_norm_op.register_fake
-def _(x, residual, weight, eps):  # type: ignore[no-untyped-def]
+def _(x, residual, weight, eps):
     dtype = compute_dtype(x)
     return (
         x.new_empty(x.shape),
@@ -64,7 +62,7 @@ def rms_norm_backward_op(
 
 
 @rms_norm_backward_op.register_fake
-def _(y_grad, through, x, inverse_rms, weight):  # type: ignore[no-untyped-def]
+def _(y_grad, through, x, inverse_rms, weight):
     return x.new_empty(x.shape, dtype=inverse_rms.dtype), weight.new_empty(weight.shape)
 
 
@@ -73,12 +71,12 @@ def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x * inverse_rms).mul_(weight.to(x.dtype)), inverse_rms
 
 
-def _setup_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_norm(ctx, inputs, output) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
 
 
-def _norm_backward(ctx, y_grad, _inverse_rms_grad):  # type: ignore[no-untyped-def]
+def _norm_backward(ctx, y_grad, _inverse_rms_grad):
     x, weight, inverse_rms = ctx.saved_tensors
     x_grad, weight_grad = torch.ops.mamba_train.rms_norm_backward(y_grad, None, x, inverse_rms, weight)
     return x_grad.to(x.dtype), weight_grad, None
@@ -87,7 +85,7 @@ def _norm_backward(ctx, y_grad, _inverse_rms_grad):  # type: ignore[no-untyped-d
 rms_norm_op.register_autograd(_norm_backward, setup_context=_setup_norm)
 
 
-def _setup_add_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_add_norm(ctx, inputs, output) -> None:
     x, residual, weight, _ = inputs
     _, total, inverse_rms = output
     ctx.save_for_backward(total, weight, inverse_rms)
@@ -95,11 +93,9 @@ def _setup_add_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _add_norm_backward(ctx, y_grad, total_grad, _inverse_rms_grad):  # type: ignore[no-untyped-def]
+def _add_norm_backward(ctx, y_grad, total_grad, _inverse_rms_grad):
     total, weight, inverse_rms = ctx.saved_tensors
-    total_grad, weight_grad = torch.ops.mamba_train.rms_norm_backward(
-        y_grad, total_grad, total, inverse_rms, weight
-    )
+    total_grad, weight_grad = torch.ops.mamba_train.rms_norm_backward(y_grad, total_grad, total, inverse_rms, weight)
     residual_grad = None if ctx.residual_dtype is None else total_grad.to(ctx.residual_dtype)
     return total_grad.to(ctx.x_dtype), residual_grad, weight_grad, None
 

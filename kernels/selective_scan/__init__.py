@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,38 @@ from kernels.selective_scan.step import selective_scan_step
 __all__ = ["selective_scan", "selective_scan_step"]
 
 
+@overload
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = True,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = True,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -100,6 +134,7 @@ def _check(
     if initial_state is not None:
         expected = [("batch", batch), ("channel", channels), ("state", states)]
         check_tensor(name, "initial_state", initial_state, expected)
-    floating = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+    floating = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    floating["initial_state"] = initial_state
     check_floating(name, **floating)
     check_same_device(name, "x", **floating, seq_idx=seq_idx)

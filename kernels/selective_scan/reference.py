@@ -62,7 +62,7 @@ def selective_scan_op(
 
 
 @selective_scan_op.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward):  # type: ignore[no-untyped-def]
+def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward):
     dtype = compute_dtype(x)
     final_state = x.new_empty((x.shape[0], x.shape[2], A.shape[1]), dtype=dtype)
     starts = x.new_empty(_starts_shape(_plan(x, A), A) if for_backward else (0,), dtype=dtype)
@@ -89,14 +89,13 @@ def selective_scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; empty for an absent argument."""
     dtype = compute_dtype(x)
-    nothing = x.new_empty((0,))
     chunks, groups, rows = starts.shape[:3]
     plan = Plan(x.shape[0], x.shape[1], groups * rows // x.shape[0], chunks, groups)
     scan = _Scan(plan, x, dt, A, B, dt_bias, dt_softplus, seq_idx)
 
     y_grad = torch.zeros_like(x) if y_grad is None else y_grad
     y_grad_split = plan.split(y_grad, dtype)
-    z_grad = nothing
+    z_grad = x.new_empty((0,))
     if z is not None:
         z_split = plan.split(z, dtype)
         gate = torch.sigmoid(z_split)
@@ -109,7 +108,7 @@ def selective_scan_backward_op(
 
     delta_grad.addcmul_(driven_grad, scan.x)
     x_grad = driven_grad.mul_(scan.delta)
-    D_grad = nothing
+    D_grad = x.new_empty((0,))
     if D is not None:
         x_grad.addcmul_(y_grad_split, D.to(dtype))
         D_grad = (y_grad_split * scan.x).sum(dim=(0, 1, 2, 3)).to(D.dtype)
@@ -117,7 +116,7 @@ def selective_scan_backward_op(
         # softplus'(r) = sigmoid(r) = 1 - exp(-softplus(r)): no need to keep r.
         delta_grad.mul_(torch.expm1(-scan.delta).neg_())
     dt_grad = plan.join(delta_grad, dtype)
-    dt_bias_grad = nothing if dt_bias is None else dt_grad.sum(dim=(0, 1)).to(dt_bias.dtype)
+    dt_bias_grad = x.new_empty((0,)) if dt_bias is None else dt_grad.sum(dim=(0, 1)).to(dt_bias.dtype)
     return (
         plan.join(x_grad, x.dtype),
         dt_grad.to(dt.dtype),
@@ -132,7 +131,7 @@ def selective_scan_backward_op(
 
 
 @selective_scan_backward_op.register_fake
-def _(y_grad, final_state_grad, x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, starts, ungated):  # type: ignore[no-untyped-def]
+def _(y_grad, final_state_grad, x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, starts, ungated):
     def like(t: Tensor | None) -> Tensor:
         return x.new_empty((0,)) if t is None else t.new_empty(t.shape)
 
@@ -140,7 +139,7 @@ def _(y_grad, final_state_grad, x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_
     return like(x), like(dt), like(A), like(B), like(C), like(D), like(z), like(dt_bias), initial_state
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, _ = inputs
     _, _, starts, ungated = output
     ctx.set_materialize_grads(False)
@@ -149,7 +148,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.initial_state_dtype = None if initial_state is None else initial_state.dtype
 
 
-def _backward(ctx, y_grad, final_state_grad, _starts_grad, _ungated_grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, y_grad, final_state_grad, _starts_grad, _ungated_grad):
     x, dt, A, B, C, D, z, dt_bias, seq_idx, starts, ungated = ctx.saved_tensors
     *grads, initial_state_grad = torch.ops.mamba_train.selective_scan_backward(
         y_grad, final_state_grad, x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, seq_idx, starts, ungated
@@ -195,7 +194,7 @@ class _Scan:
         self.states = x.new_empty(shape, dtype=dtype)
 
     def run_chunk(self, chunk: int, start: Tensor | None) -> Tensor:
-        """Run the recurrence from `start` (groups, rows, state, channel), None for 0; return the states after each step."""
+        """Run the recurrence from `start` (groups, rows, state, channel), None for 0; return the state of each step."""
         self.fill_decay(chunk)
         torch.mul(self.driven[chunk].unsqueeze(3), self.B[chunk].unsqueeze(4), out=self.states)
         if start is not None:
@@ -268,7 +267,7 @@ def _scan_backward(
 
 
 def _run_adjoint(scan: _Scan, adjoint: Tensor, C: Tensor, y_grad: Tensor, carry: Tensor) -> None:
-    """Fill `adjoint` with the gradients of the states; `carry`, that of the state at the end, becomes that at the start."""
+    """Fill `adjoint` with the gradients of the states; `carry` goes in as that of the end and out as of the start."""
     torch.mul(C.unsqueeze(4), y_grad.unsqueeze(3), out=adjoint)
     adjoint[:, -1] += carry
     adjoints, decay = adjoint.unbind(1), scan.decay.unbind(1)
@@ -277,9 +276,7 @@ def _run_adjoint(scan: _Scan, adjoint: Tensor, C: Tensor, y_grad: Tensor, carry:
     torch.mul(decay[0], adjoints[0], out=carry)
 
 
-def _block_ends(
-    scan: _Scan, C: Tensor, y_grad: Tensor, adjoint: Tensor, final_state_grad: Tensor | None
-) -> Tensor:
+def _block_ends(scan: _Scan, C: Tensor, y_grad: Tensor, adjoint: Tensor, final_state_grad: Tensor | None) -> Tensor:
     """The gradient of the state after each block, (groups, rows, state, channel)."""
     plan = scan.plan
     ends = scan.x.new_zeros((plan.batch, plan.blocks, *scan.A.shape))

@@ -70,6 +70,6 @@ def _check(
             check_tensor(name, label, vector, [("channel", channels)])
     if z is not None:
         check_tensor(name, "z", z, [("batch", batch), ("channel", channels)])
-    floating = dict(x=x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    floating = {"x": x, "state": state, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     check_floating(name, **floating)
     check_same_device(name, "x", **floating)

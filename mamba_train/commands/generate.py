@@ -21,13 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the prompt and its continuation to stdout as it grows; raises ValueError for bad arguments."""
+    _check(args)
     import torch
 
     from mamba_train.inference.generate import generate
     from mamba_train.inference.load import load_model, load_run_tokenizer
 
     tokenizer = load_run_tokenizer(args.run_dir)
-    model, step = load_model(args.run_dir, torch.device(args.device), lambda line: print(line, file=sys.stderr))
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device}: expected cpu, cuda or cuda:N") from error
+    model, step = load_model(args.run_dir, device, lambda line: print(line, file=sys.stderr))
     prompt = [tokenizer.eos_id, *tokenizer.encode(args.prompt).tolist()]
     print(f"sample after step {step}:", file=sys.stderr)
     tokens = prompt[1:]
@@ -52,3 +57,12 @@ def run(args: argparse.Namespace) -> None:
     print(text[len(shown) :])
     if args.save:
         (args.run_dir / SAMPLE).write_text(text + "\n", encoding="utf-8")
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
+    if args.temperature < 0:
+        raise ValueError(f"--temperature {args.temperature}: expected 0 or more")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p}: expected more than 0 and at most 1")

@@ -73,9 +73,7 @@ class BigramModel:
         return total / (len(tokens) - 1)
 
 
-def bigram_score(
-    train_tokens: IntArray, windows: IntArray, vocab_size: int, bytes_per_token: float
-) -> BigramScore:
+def bigram_score(train_tokens: IntArray, windows: IntArray, vocab_size: int, bytes_per_token: float) -> BigramScore:
     """Train a bigram model and score it on validation windows.
 
     windows: (rows, length + 1); all tokens of a row but the first are targets. bytes_per_token: of these

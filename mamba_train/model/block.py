@@ -54,22 +54,16 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mamba1Mixer(config)
 
-    def forward(
-        self, hidden: Tensor, residual: Tensor | None, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, residual: Tensor | None, seq_idx: Tensor | None = None) -> tuple[Tensor, Tensor]:
         hidden, residual = self.norm(hidden, residual)
         return self.mixer(hidden, seq_idx), residual
 
-    def prefill(
-        self, hidden: Tensor, residual: Tensor | None, state: SSMState
-    ) -> tuple[Tensor, Tensor, SSMState]:
+    def prefill(self, hidden: Tensor, residual: Tensor | None, state: SSMState) -> tuple[Tensor, Tensor, SSMState]:
         hidden, residual = self.norm(hidden, residual)
         hidden, state = self.mixer.prefill(hidden, state)
         return hidden, residual, state
 
-    def step(
-        self, hidden: Tensor, residual: Tensor | None, state: SSMState
-    ) -> tuple[Tensor, Tensor, SSMState]:
+    def step(self, hidden: Tensor, residual: Tensor | None, state: SSMState) -> tuple[Tensor, Tensor, SSMState]:
         hidden, residual = self.norm(hidden, residual)
         hidden, state = self.mixer.step(hidden, state)
         return hidden, residual, state

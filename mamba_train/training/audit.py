@@ -63,9 +63,7 @@ def format_audit(rows: list[AuditRow]) -> str:
     lines = ["SSM parameter contract   count  stored   in the scan  weight decay"]
     for row in rows:
         stored, received = (str(dtype).removeprefix("torch.") for dtype in (row.stored, row.received))
-        lines.append(
-            f"  {row.role:<22} {row.n_parameters:>5}  {stored:<8} {received:<12} {row.weight_decay:g}"
-        )
+        lines.append(f"  {row.role:<22} {row.n_parameters:>5}  {stored:<8} {received:<12} {row.weight_decay:g}")
     return "\n".join(lines)
 
 
@@ -96,17 +94,13 @@ def _check_received(parameters: dict[str, Tensor], records: list[ScanArguments])
     names = {role: [n for n in parameters if rule_for(n).role is role] for role in ARGUMENT_OF_ROLE}
     n_layers = len(names[Role.a_log])
     if len(records) != n_layers:
-        raise ContractViolation(
-            f"the forward pass made {len(records)} scans, the model has {n_layers} layers"
-        )
+        raise ContractViolation(f"the forward pass made {len(records)} scans, the model has {n_layers} layers")
     dtypes: dict[Role, torch.dtype] = {}
     for role, argument in ARGUMENT_OF_ROLE.items():
         for name, record in zip(names[role], records, strict=True):
             seen = record[argument]
             if seen.dtype is not torch.float32:
-                raise ContractViolation(
-                    f"{name} reaches the scan in {seen.dtype}, the contract says torch.float32"
-                )
+                raise ContractViolation(f"{name} reaches the scan in {seen.dtype}, the contract says torch.float32")
             expected = -torch.exp(parameters[name]) if role is Role.a_log else parameters[name]
             # exp differs in the last bits between devices; rounding to bf16 is a thousand times more.
             if not torch.allclose(seen.cpu(), expected, rtol=1e-5, atol=0):

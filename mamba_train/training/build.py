@@ -42,9 +42,7 @@ def build_trainer(config: Config) -> Trainer:
     Raises ValueError for a config, a corpus or a checkpoint that the run cannot go on with.
     """
     run_dir = Path(config.run_dir)
-    progress = Progress(
-        config.logging.progress, config.training.total_steps, config.logging.progress_interval_steps
-    )
+    progress = Progress(config.logging.progress, config.training.total_steps, config.logging.progress_interval_steps)
     log = progress.message
     if not config.checkpoint.resume:
         _set_aside(run_dir, log)
@@ -59,9 +57,7 @@ def build_trainer(config: Config) -> Trainer:
         config.data.reset_state_at_documents,
     )
     config = dataclasses.replace(config, model=resolve_model_config(config.model, corpus.vocab_size))
-    shown_config = cast(
-        dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    )
+    shown_config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
     fingerprints = {
         "code": _code_fingerprint(),
         "data": corpus.fingerprint,
@@ -77,9 +73,7 @@ def build_trainer(config: Config) -> Trainer:
     _describe(config, engine, corpus, log)
     log(format_audit(audit(engine, config.model, fresh=checkpoint is None)))
     if state.step >= config.training.total_steps:
-        log(
-            f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on"
-        )
+        log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     _write_run_files(run_dir, config, data_folder, engine)
     hooks = _hooks(config, engine, validation, progress, shown_config, fingerprints, log)
     return Trainer(config, engine, source, state, hooks, corpus.bytes_per_token)

@@ -121,6 +121,5 @@ class Trainer:
         first = self.engine.rank * rows_per_rank
         starts = range(first, first + rows_per_rank, training.micro_batch_size)
         return [
-            self.source.batch(self.state.samples, range(start, start + training.micro_batch_size))
-            for start in starts
+            self.source.batch(self.state.samples, range(start, start + training.micro_batch_size)) for start in starts
         ]

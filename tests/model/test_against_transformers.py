@@ -42,7 +42,10 @@ def theirs(model: MambaLM, config: ModelConfig):
         )
     ).eval()
     ours = model.state_dict()
-    named = {"backbone.embeddings.weight": ours.pop("embedding.weight"), "backbone.norm_f.weight": ours.pop("norm.weight")}
+    named = {
+        "backbone.embeddings.weight": ours.pop("embedding.weight"),
+        "backbone.norm_f.weight": ours.pop("norm.weight"),
+    }
     named["lm_head.weight"] = ours.pop("lm_head.weight", named["backbone.embeddings.weight"])
     for layer in range(config.n_layer):
         named[f"backbone.layers.{layer}.norm.weight"] = ours.pop(f"layers.{layer}.norm.weight")

@@ -92,6 +92,4 @@ def test_bf16_autocast_keeps_the_ssm_parameters_and_the_residual_in_fp32(perturb
 def test_torch_compile_breaks_no_graph(perturbed_model: MambaLM) -> None:
     tokens = random_tokens(2, 20)
     compiled = torch.compile(perturbed_model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        compiled(tokens[:, :-1], tokens[:, 1:]), perturbed_model(tokens[:, :-1], tokens[:, 1:])
-    )
+    torch.testing.assert_close(compiled(tokens[:, :-1], tokens[:, 1:]), perturbed_model(tokens[:, :-1], tokens[:, 1:]))

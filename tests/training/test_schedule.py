@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def test_stays_between_zero_and_the_peak_and_falls_after_warmup(
     assert all(0 <= rate <= 3.0 + 1e-9 for rate in rates)
     warm, rest = rates[: schedule.warmup_steps], rates[schedule.warmup_steps :]
     assert warm == sorted(warm)
-    assert all(a >= b - 1e-9 for a, b in zip(rest, rest[1:], strict=False))
+    assert all(a >= b - 1e-9 for a, b in itertools.pairwise(rest))
 
 
 def test_warmup_is_linear_and_reaches_the_peak() -> None:

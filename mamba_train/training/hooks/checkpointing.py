@@ -48,9 +48,7 @@ class CheckpointHook(Hook):
         try:
             self._save(trainer)
         except NotEnoughDiskSpace as error:
-            self._log(
-                f"warning: {error}; the checkpoint of step {state.step} was not saved, training goes on"
-            )
+            self._log(f"warning: {error}; the checkpoint of step {state.step} was not saved, training goes on")
 
     def on_end(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.state.step:
