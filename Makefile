@@ -16,7 +16,7 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 train: $(STAMP)
 	$(BIN)/python train.py run_dir=$(RUN) $(ARGS)
-	$(BIN)/mamba-train generate $(RUN) --prompt "def " --save
+	$(BIN)/mamba-train generate $(RUN) --prompt "def " --temperature 0.6 --save
 	$(BIN)/mamba-train report $(RUN)
 
 test: $(STAMP)

@@ -120,7 +120,7 @@ def selective_scan_backward_op(
     return (
         plan.join(x_grad, x.dtype),
         dt_grad.to(dt.dtype),
-        A_grad.t().to(A.dtype, memory_format=torch.contiguous_format),
+        A_grad.t().to(A.dtype, memory_format=torch.contiguous_format, copy=True),
         plan.join(B_grad, B.dtype),
         plan.join(C_grad, C.dtype),
         D_grad,

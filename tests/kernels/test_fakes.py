@@ -1,0 +1,61 @@
+"""What the fake implementations promise to the compiler: shape, stride and dtype of every output."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from kernels import causal_conv1d, linear_cross_entropy, rms_norm, selective_scan  # noqa: F401  registers the operators
+
+OPS = torch.ops.mamba_train
+
+
+def strided(*shape: int) -> torch.Tensor:
+    """A random tensor whose rows lie twice as far apart as they need to, as a slice of a projection."""
+    return torch.randn(*shape[:-1], 2 * shape[-1])[..., : shape[-1]]
+
+
+def scan_inputs(gate: bool = True) -> tuple[Any, ...]:
+    x, dt, z = strided(2, 9, 6), strided(2, 9, 6), strided(2, 9, 6) if gate else None
+    A = -torch.rand(6, 4)
+    seq_idx = torch.tensor([[0] * 4 + [1] * 5, [0] * 9], dtype=torch.int32)
+    return x, dt, A, strided(2, 9, 4), strided(2, 9, 4), torch.randn(6), z, torch.randn(6), True, seq_idx, None
+
+
+def scan_backward_inputs(gate: bool = True) -> tuple[Any, ...]:
+    inputs = scan_inputs(gate)
+    _, final_state, starts, ungated = OPS.selective_scan(*inputs, True)
+    return (strided(2, 9, 6), torch.randn_like(final_state), *inputs[:-1], starts, ungated)
+
+
+CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
+    "scan": (OPS.selective_scan, lambda: (*scan_inputs(), True)),
+    "scan without gradient": (OPS.selective_scan, lambda: (*scan_inputs(gate=False), False)),
+    "scan backward": (OPS.selective_scan_backward, scan_backward_inputs),
+    "scan backward without gate": (OPS.selective_scan_backward, lambda: scan_backward_inputs(gate=False)),
+    "conv": (OPS.causal_conv1d, lambda: (strided(2, 9, 6), torch.randn(6, 4), torch.randn(6), True, None, None)),
+    "norm": (OPS.rms_norm, lambda: (strided(2, 9, 6), torch.randn(6), 1e-5)),
+    "add norm": (OPS.add_rms_norm, lambda: (strided(2, 9, 6), strided(2, 9, 6), torch.randn(6), 1e-5)),
+    "first add norm": (OPS.add_rms_norm, lambda: (strided(2, 9, 6), None, torch.randn(6), 1e-5)),
+    "loss": (
+        OPS.linear_cross_entropy,
+        lambda: (torch.randn(9, 6), torch.randn(11, 6), torch.arange(9), -100, 4, True, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_outputs_are_what_the_fake_says(name: str) -> None:
+    op, make_inputs = CASES[name]
+    inputs = make_inputs()
+    real = op(*inputs)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in inputs))
+    for number, (a, b) in enumerate(zip(real, fake, strict=True)):
+        assert a.dtype == b.dtype, number
+        assert a.shape == b.shape, number
+        if a.numel():
+            assert a.stride() == b.stride(), number
