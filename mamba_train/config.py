@@ -62,21 +62,47 @@ class ProgressMode(StrEnum):
     silent = "silent"
 
 
+class MixerKind(StrEnum):
+    """What mixes along the length in a layer."""
+
+    mamba1 = "mamba1"
+    mamba2 = "mamba2"
+    attention = "attention"
+
+
 @dataclass
 class ModelConfig:
-    """A Mamba-1 language model."""
+    """A language model of Mamba-1, Mamba-2 or attention layers, or of a pattern of them."""
 
     name: str = MISSING
     n_layer: int = MISSING
     d_model: int = MISSING
+    mixer: MixerKind = MixerKind.mamba1  # of every layer that attention_layers does not name
+    attention_layers: list[int] = field(default_factory=list)  # counted from 0
+    d_intermediate: int = 0  # width of the gated MLP after each mixer; 0: none
+    # Mamba-1 and Mamba-2
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2  # d_inner = expand * d_model
-    dt_rank: int | None = None  # null: ceil(d_model / 16)
     dt_min: float = 0.001
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
+    # Mamba-1
+    dt_rank: int | None = None  # null: ceil(d_model / 16)
     dt_scale: float = 1.0
+    # Mamba-2
+    head_dim: int = 64  # d_inner / head_dim heads
+    n_groups: int = 1  # heads of one group share B and C
+    chunk_size: int = 256  # how SSD cuts the sequence; changes the speed, not the result
+    A_init_min: float = 1.0
+    A_init_max: float = 16.0
+    # attention
+    attention_heads: int | None = None
+    attention_kv_heads: int | None = None  # null: attention_heads
+    attention_head_dim: int | None = None  # null: d_model / attention_heads
+    attention_d_conv: int = 0  # width of a causal convolution over queries, keys and values; 0: none
+    rotary_dim: int | None = None  # leading dimensions of a head that rotate; null: all, 0: none
+    # embedding, norms, head
     vocab_size: int | None = None  # null: what the tokenizer has
     pad_vocab_size_multiple: int = 8
     tie_embeddings: bool = True
@@ -180,6 +206,12 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seed: int = 0
     run_dir: str = MISSING
+
+
+def layer_mixers(model: ModelConfig) -> list[MixerKind]:
+    """The mixer of each layer, from the first to the last."""
+    attention = set(model.attention_layers)
+    return [MixerKind.attention if layer in attention else model.mixer for layer in range(model.n_layer)]
 
 
 def register_schema() -> None:

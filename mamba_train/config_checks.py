@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from mamba_train.config import Config, DataSource
+from mamba_train.config import Config, DataSource, MixerKind, ModelConfig, layer_mixers
 
 
 def check_config(config: Config) -> None:
@@ -29,6 +29,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
     positive = (
         "model.n_layer model.d_model model.d_state model.d_conv model.expand model.pad_vocab_size_multiple "
         "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "
+        "model.head_dim model.n_groups model.chunk_size model.A_init_min model.A_init_max "
         "data.sequence_length optim.lr optim.eps optim.max_grad_norm "
         "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last "
         "training.total_steps training.global_batch_size training.micro_batch_size "
@@ -38,7 +39,10 @@ def _ranges(config: Config) -> Iterable[Problem]:
         value = _get(config, key)
         if not value > 0:
             yield key, value, "expected more than 0"
-    not_negative = "optim.weight_decay schedule.warmup_steps logging.ssm_health_interval_steps checkpoint.reserve_gib"
+    not_negative = (
+        "model.d_intermediate model.attention_d_conv "
+        "optim.weight_decay schedule.warmup_steps logging.ssm_health_interval_steps checkpoint.reserve_gib"
+    )
     for key in not_negative.split():
         value = _get(config, key)
         if value < 0:
@@ -51,7 +55,11 @@ def _ranges(config: Config) -> Iterable[Problem]:
         value = _get(config, key)
         if not 0 <= value <= 1:
             yield key, value, "expected 0 to 1"
-    for key in ("model.dt_rank", "model.vocab_size", "checkpoint.permanent_interval_steps"):
+    optional = (
+        "model.dt_rank model.vocab_size model.attention_heads model.attention_kv_heads model.attention_head_dim "
+        "checkpoint.permanent_interval_steps"
+    )
+    for key in optional.split():
         value = _get(config, key)
         if value is not None and value <= 0:
             yield key, value, "expected null or more than 0"
@@ -63,6 +71,51 @@ def _model(config: Config) -> Iterable[Problem]:
         yield "model.dt_min", model.dt_min, f"expected less than model.dt_max ({model.dt_max})"
     if model.dt_init_floor > model.dt_min:
         yield "model.dt_init_floor", model.dt_init_floor, f"expected at most model.dt_min ({model.dt_min})"
+    if model.A_init_min > model.A_init_max:
+        yield "model.A_init_min", model.A_init_min, f"expected at most model.A_init_max ({model.A_init_max})"
+    for layer in model.attention_layers:
+        if not 0 <= layer < model.n_layer:
+            last = model.n_layer - 1
+            yield (
+                "model.attention_layers",
+                model.attention_layers,
+                f"expected layers from 0 to {last} (model.n_layer - 1)",
+            )
+    if len(set(model.attention_layers)) < len(model.attention_layers):
+        yield "model.attention_layers", model.attention_layers, "expected each layer once"
+    mixers = layer_mixers(model)
+    if MixerKind.mamba2 in mixers:
+        yield from _mamba2(model)
+    if MixerKind.attention in mixers:
+        yield from _attention(model)
+
+
+def _mamba2(model: ModelConfig) -> Iterable[Problem]:
+    d_inner = model.expand * model.d_model
+    if d_inner % model.head_dim:
+        product = f"model.expand * model.d_model ({model.expand} * {model.d_model} = {d_inner})"
+        yield "model.head_dim", model.head_dim, f"expected a divisor of {product}"
+    elif (d_inner // model.head_dim) % model.n_groups:
+        heads = f"the number of heads (expand * d_model / head_dim = {d_inner // model.head_dim})"
+        yield "model.n_groups", model.n_groups, f"expected a divisor of {heads}"
+
+
+def _attention(model: ModelConfig) -> Iterable[Problem]:
+    heads = model.attention_heads
+    if heads is None:
+        yield "model.attention_heads", heads, "the model has attention layers; give their number of heads"
+        return
+    if model.attention_kv_heads is not None and heads % model.attention_kv_heads:
+        problem = f"expected a divisor of model.attention_heads ({heads})"
+        yield "model.attention_kv_heads", model.attention_kv_heads, problem
+    if model.attention_head_dim is None and model.d_model % heads:
+        problem = f"expected a divisor of model.d_model ({model.d_model}), or give model.attention_head_dim"
+        yield "model.attention_heads", heads, problem
+    head_dim = model.attention_head_dim or model.d_model // heads
+    rotary_dim = head_dim if model.rotary_dim is None else model.rotary_dim
+    if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
+        problem = f"expected an even number up to the head's dimension ({head_dim}), or 0 for no rotation"
+        yield "model.rotary_dim", model.rotary_dim, problem
 
 
 def _data(config: Config) -> Iterable[Problem]:
