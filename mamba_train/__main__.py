@@ -7,6 +7,7 @@ from mamba_train.composition import user_errors_exit
 
 # Each is a module of mamba_train.commands with `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = {
+    "convert": "weights to and from the layouts of transformers and state-spaces",
     "generate": "write text with a trained model",
     "report": "draw the curves of one or several runs",
 }

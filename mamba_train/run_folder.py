@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "config.yaml"  # the composed config
+TOKENIZER = "tokenizer.json"  # a copy of the one the data was made with
 SUMMARY = "summary.json"  # what the commands need to know: see `write_summary`
 BASELINE = "baseline.json"  # the bigram model on the same tokens
 SAMPLE = "sample.txt"  # text that the model wrote

@@ -8,11 +8,11 @@ from omegaconf import OmegaConf
 
 from mamba_train.checkpoint.layout import checkpoints_dir
 from mamba_train.checkpoint.storage import load_model_only, newest_complete
-from mamba_train.config import Config, ModelConfig
+from mamba_train.config import ModelConfig
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
 from mamba_train.model.language_model import MambaLM
-from mamba_train.run_folder import read_summary
+from mamba_train.run_folder import TOKENIZER, read_summary
 
 
 def load_model(run_dir: Path, device: torch.device, log: Callable[[str], None]) -> tuple[MambaLM, int]:
@@ -24,18 +24,21 @@ def load_model(run_dir: Path, device: torch.device, log: Callable[[str], None]) 
     if path is None:
         raise ValueError(f"{run_dir}: no complete checkpoint here; expected the folder of a run (run_dir)")
     tensors, values = load_model_only(path, device)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    assert isinstance(config, Config)
-    model = _model_from(config.model, tensors)
+    # Only the model's part: imported weights have no other.
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values["model"]))
+    assert isinstance(config, ModelConfig)
+    model = _model_from(config, tensors)
     return model, int(path.name.split("_")[1])
 
 
 def load_run_tokenizer(run_dir: Path) -> TextTokenizer:
-    """The tokenizer that the run was trained with; raises ValueError when its data folder is gone."""
-    path = Path(read_summary(run_dir)["data_folder"]) / TOKENIZER_NAME
-    if not path.is_file():
-        raise ValueError(f"{path}: the tokenizer of run {run_dir} is not there any more; run train.py again")
-    return load_tokenizer(str(path))
+    """The tokenizer that the run was trained with; raises ValueError when the run folder has none."""
+    data_folder = read_summary(run_dir)["data_folder"]
+    # Runs made before the tokenizer was copied into them have it with their data only.
+    for path in (run_dir / TOKENIZER, Path(data_folder) / TOKENIZER_NAME):
+        if path.is_file():
+            return load_tokenizer(str(path))
+    raise ValueError(f"{run_dir / TOKENIZER}: the run has no tokenizer; put its tokenizer.json there")
 
 
 def _model_from(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> MambaLM:

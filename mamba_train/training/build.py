@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from mamba_train.checkpoint import resume_policy, rng, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
 from mamba_train.config import Config, ModelConfig
 from mamba_train.data.batches import BatchSource, Corpus, validation_batches, validation_bytes_per_token
+from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.prepare import prepare
 from mamba_train.model.language_model import padded_vocab_size, resolve_model_config
 from mamba_train.monitor.flops import FlopsPerToken, mamba1_flops_per_token, peak_flops
@@ -135,6 +137,8 @@ def _write_run_files(run_dir: Path, config: Config, data_folder: Path, engine: E
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.structured(config), run_dir / run_folder.CONFIG)
+    # With it the run can be moved, sampled and exported without its data.
+    shutil.copyfile(data_folder / TOKENIZER_NAME, run_dir / run_folder.TOKENIZER)
     run_folder.write_summary(run_dir, n_parameters=_n_parameters(engine), data_folder=data_folder)
 
 

@@ -1,0 +1,65 @@
+"""A folder of our weights that others can load."""
+
+import json
+from pathlib import Path
+
+from mamba_train.checkpoint.tensors import total_bytes
+from mamba_train.convert import files
+from mamba_train.convert.card import model_card
+from mamba_train.convert.model_configs import to_config_json
+from mamba_train.convert.names import Layout, n_parameters, to_layout
+from mamba_train.convert.source import Log, load_pretrained
+from mamba_train.convert.verify import logits_of, verify_export
+from mamba_train.data.tokenizer import TextTokenizer
+
+CARD = "README.md"
+
+
+def export(source: str | Path, target: Path, layout: Layout, log: Log, tokenizer: Path | None = None) -> None:
+    """Write the weights of `source` to the new folder `target`, and load them back before it gets its name.
+
+    tokenizer: a tokenizer.json to send along instead of the run's own.
+    Raises ValueError when `target` exists, when the layout has no place for the model, or when what was loaded back
+    does not compute the same; then nothing is left at `target`.
+    """
+    pretrained = load_pretrained(source, log)
+    serialised = pretrained.tokenizer if tokenizer is None else read_tokenizer(tokenizer)
+    eos_id = None if serialised is None else TextTokenizer(serialised, "the tokenizer").eos_id
+    config_json = to_config_json(pretrained.config, layout, eos_id)
+    with files.new_folder(target, int(1.02 * total_bytes(pretrained.tensors)) + 2**20) as folder:
+        weights = to_layout(pretrained.tensors, pretrained.config, layout)
+        if layout is Layout.transformers:
+            files.write_safetensors(folder / files.SAFETENSORS, weights)
+        else:
+            files.write_bin(folder / files.BIN, weights)
+        files.write_json(folder / files.CONFIG_JSON, config_json)
+        if serialised is None:
+            log("no tokenizer goes along: the run's is not there any more; --tokenizer FILE gives one")
+        else:
+            _write_tokenizer(folder, serialised, layout)
+        expected = logits_of(pretrained.config, pretrained.tensors)
+        checked = verify_export(folder, layout, pretrained.config, pretrained.tensors, expected)
+        size = n_parameters(pretrained.config)
+        card = model_card(pretrained.config, layout, size, pretrained.run_config, pretrained.step, checked)
+        (folder / CARD).write_text(card, encoding="utf-8")
+    log(f"{target}: {pretrained.config.name}, {size:,} parameters, layout {layout}; {checked}")
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """The contents of a tokenizer.json of the user's; raises ValueError when it is not one."""
+    if not path.is_file():
+        raise ValueError(f"--tokenizer {path}: there is no such file; expected a tokenizer.json")
+    serialised = path.read_bytes()
+    TextTokenizer(serialised, f"--tokenizer {path}")
+    return serialised
+
+
+def _write_tokenizer(folder: Path, serialised: bytes, layout: Layout) -> None:
+    (folder / files.TOKENIZER).write_bytes(serialised)
+    if layout is Layout.transformers:
+        tokenizer = TextTokenizer(serialised, "the tokenizer")
+        eos = next(
+            token["content"] for token in json.loads(serialised)["added_tokens"] if token["id"] == tokenizer.eos_id
+        )
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), eos)
+        files.write_json(folder / files.TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", **names})
