@@ -205,6 +205,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seed: int = 0
+    # Weights to begin with: a run, a checkpoint, published weights, a name on the Hub; null: drawn ones.
+    init_from: str | None = None
     run_dir: str = MISSING
 
 

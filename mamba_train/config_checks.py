@@ -1,5 +1,6 @@
 """Checks of a composed config that types cannot express; all run before torch is imported."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def _problems(config: Config) -> Iterable[Problem]:
     yield from _training(config)
     if not 0 <= config.seed < 2**63:
         yield "seed", config.seed, "expected 0 to 2^63 - 1"
+    yield from _init_from(config.init_from)
 
 
 def _ranges(config: Config) -> Iterable[Problem]:
@@ -116,6 +118,13 @@ def _attention(model: ModelConfig) -> Iterable[Problem]:
     if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
         problem = f"expected an even number up to the head's dimension ({head_dim}), or 0 for no rotation"
         yield "model.rotary_dim", model.rotary_dim, problem
+
+
+def _init_from(source: str | None) -> Iterable[Problem]:
+    if source is None or re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # may be a name on the Hub: looked up later
+        return
+    if not Path(source).expanduser().is_dir():
+        yield "init_from", source, "there is no such folder; expected a run, a checkpoint, weights, or OWNER/NAME"
 
 
 def _data(config: Config) -> Iterable[Problem]:

@@ -30,6 +30,7 @@ from mamba_train.training.hooks.health import HealthHook
 from mamba_train.training.hooks.recording import RecordingHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
 from mamba_train.training.hooks.validation import ValidationHook
+from mamba_train.training.initial_weights import load_initial_weights
 from mamba_train.training.state import TrainState
 from mamba_train.training.trainer import Trainer
 
@@ -72,8 +73,10 @@ def build_trainer(config: Config) -> Trainer:
     state = TrainState()
     if checkpoint is not None:
         state = _resume(checkpoint, engine, source, log)
+    elif config.init_from is not None:
+        load_initial_weights(config.init_from, engine, config.model, data_folder, log)
     _describe(config, engine, corpus, log)
-    log(format_audit(audit(engine, config.model, fresh=checkpoint is None)))
+    log(format_audit(audit(engine, config.model, fresh=checkpoint is None and config.init_from is None)))
     if state.step >= config.training.total_steps:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     _write_run_files(run_dir, config, data_folder, engine)
@@ -106,6 +109,11 @@ def _find_checkpoint(
             )
         return None
     checkpoint = storage.load(path)
+    if "imported_from" in checkpoint.state:
+        raise ValueError(
+            f"run_dir={run_dir}: it holds imported weights, which no run has trained so far; "
+            f"begin a run with them by init_from={run_dir} and another run_dir"
+        )
     resume_policy.apply(resume_policy.compare(checkpoint.config, shown_config), log)
     if checkpoint.fingerprints.get("code") != fingerprints["code"]:
         log("the code has changed since the checkpoint: the steps may differ in the last bits")

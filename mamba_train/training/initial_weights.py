@@ -1,0 +1,78 @@
+"""`init_from`: begin with weights that exist instead of drawn ones (annealing, fine-tuning, continued pretraining).
+
+Only the weights are taken. Optimiser, schedule, data position and random states begin anew, as in any fresh run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from mamba_train.config import ModelConfig
+from mamba_train.convert.names import check_shapes
+from mamba_train.convert.source import Pretrained, load_pretrained
+from mamba_train.data.manifest import TOKENIZER_NAME
+from mamba_train.model.language_model import resolve_model_config
+from mamba_train.parallel.engine import Engine, EngineState
+
+# Decide how weights are drawn, how fast they are computed with, or what shapes say better; not what is computed.
+_NOT_ARCHITECTURE = {
+    "name",
+    "dt_min",
+    "dt_max",
+    "dt_init_floor",
+    "dt_scale",
+    "A_init_min",
+    "A_init_max",
+    "chunk_size",
+    "vocab_size",
+    "pad_vocab_size_multiple",
+}
+
+
+def load_initial_weights(
+    source: str, engine: Engine, config: ModelConfig, data_folder: Path, log: Callable[[str], None]
+) -> None:
+    """Put the weights of `source` into the engine's model, which `config` (resolved) describes.
+
+    Raises ValueError, one line, when they are of another architecture, another shape or another tokenizer.
+    """
+    pretrained = load_pretrained(source, log)
+    _check_architecture(pretrained, config, source)
+    shapes = {name: tuple(tensor.shape) for name, tensor in pretrained.tensors.items()}
+    remedy = "; set model.* (and data.tokenizer, for the vocabulary) to what the weights have"
+    check_shapes(shapes, engine.parameter_shapes(), f"init_from={source}", remedy)
+    _check_tokenizer(pretrained, data_folder / TOKENIZER_NAME, source, log)
+    engine.load_state(EngineState(pretrained.tensors, {}))
+    step = "" if pretrained.step is None else f", after step {pretrained.step} of its run"
+    log(f"the initial weights are those of {source}{step}; optimiser and schedule begin anew")
+
+
+def _check_architecture(pretrained: Pretrained, config: ModelConfig, source: str) -> None:
+    assert pretrained.config.vocab_size is not None
+    theirs = resolve_model_config(pretrained.config, pretrained.config.vocab_size)
+    keys = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _NOT_ARCHITECTURE]
+    other = [key for key in keys if getattr(theirs, key) != getattr(config, key)]
+    if other:
+        first = other[0]
+        raise ValueError(
+            f"init_from={source}: the weights are of another model: model.{first} is {getattr(theirs, first)} there "
+            f"and {getattr(config, first)} here ({len(other)} of {len(keys)} keys differ: {', '.join(other)})"
+        )
+
+
+def _check_tokenizer(pretrained: Pretrained, path: Path, source: str, log: Callable[[str], None]) -> None:
+    """The same id must mean the same token, or the embedding would be one of other words."""
+    if pretrained.tokenizer is None:
+        log(f"warning: {source} has no tokenizer; the data must be tokenised with the one it was trained with")
+        return
+    theirs = Tokenizer.from_buffer(pretrained.tokenizer).get_vocab(with_added_tokens=True)
+    ours = Tokenizer.from_buffer(path.read_bytes()).get_vocab(with_added_tokens=True)
+    names = {number: token for token, number in theirs.items()}
+    other = [token for token, number in ours.items() if names.get(number, token) != token]
+    if other:
+        raise ValueError(
+            f"init_from={source}: the weights were trained with another tokenizer ({len(other):,} of {len(ours):,} "
+            "tokens have other ids here); set data.tokenizer to the tokenizer.json of the weights"
+        )
