@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, alone and fused with the residual add."""
+"""Root-mean-square normalisation: alone, fused with the residual add, and gated over groups of channels."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_floating, check_same_device, check_tensor
-from kernels.rms_norm import reference  # noqa: F401  registers torch.ops.mamba_train.rms_norm, add_rms_norm
+from kernels.rms_norm import gated, reference  # noqa: F401  registers torch.ops.mamba_train.*rms_norm
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "gated_rms_norm", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -31,6 +31,34 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float 
     _check("add_rms_norm", x, residual, weight)
     y, total, _ = torch.ops.mamba_train.add_rms_norm(x, residual, weight, eps)
     return y, total
+
+
+def gated_rms_norm(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+) -> Tensor:
+    """Return rms_norm(x · silu(z)) · weight, or rms_norm(x) · weight · silu(z) with `norm_before_gate=True`.
+
+    The mean square is taken over each `group_size` consecutive channels (None: over all of them).
+    Shapes: x, z (..., channel); weight (channel). Arithmetic is fp32, or fp64 when x is fp64; the result has the
+    dtype of x. Raises ValueError naming the argument that does not fit. Source: arXiv 2405.21060, section 7.
+    """
+    name = "gated_rms_norm"
+    _check(name, x, None, weight)
+    if z.shape != x.shape:
+        raise ValueError(f"{name}: z has shape {tuple(z.shape)}, expected that of x, {tuple(x.shape)}")
+    check_floating(name, z=z)
+    check_same_device(name, "x", x=x, z=z)
+    channels = x.shape[-1]
+    group_size = channels if group_size is None else group_size
+    if group_size < 1 or channels % group_size:
+        raise ValueError(f"{name}: group_size is {group_size}, expected a divisor of the {channels} channels of x")
+    return torch.ops.mamba_train.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)[0]
 
 
 def _check(name: str, x: Tensor, residual: Tensor | None, weight: Tensor) -> None:

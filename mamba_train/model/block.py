@@ -1,11 +1,12 @@
-"""A Mamba block: add, norm, mixer."""
+"""A layer: add, norm, mixer, and in some models add, norm, MLP."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kernels.rms_norm import add_rms_norm
-from mamba_train.config import ModelConfig
-from mamba_train.model.selective_ssm import SelectiveSSM, SSMState
+from mamba_train.config import MixerKind, ModelConfig
+from mamba_train.model.mixers import MIXERS, LayerState, Mixer
 
 
 class RMSNorm(nn.Module):
@@ -21,49 +22,49 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, eps=self.eps)
 
 
-class Mamba1Mixer(nn.Module):
-    """Mixes along the length: in_proj to (x, z), the selective SSM, out_proj."""
+class GatedMLP(nn.Module):
+    """out_proj(value · silu(gate)), one projection for both (arXiv 2002.05202, SwiGLU)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        d_inner = config.expand * config.d_model
-        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
-        self.ssm = SelectiveSSM(config)
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+        self.in_proj = nn.Linear(config.d_model, 2 * config.d_intermediate, bias=False)
+        self.out_proj = nn.Linear(config.d_intermediate, config.d_model, bias=False)
 
-    def forward(self, hidden: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        return self.out_proj(self.ssm(x, z, seq_idx))
-
-    def prefill(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        y, state = self.ssm.prefill(x, z, state)
-        return self.out_proj(y), state
-
-    def step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        y, state = self.ssm.step(x, z, state)
-        return self.out_proj(y), state
+    def forward(self, hidden: Tensor) -> Tensor:
+        value, gate = self.in_proj(hidden).chunk(2, dim=-1)
+        return self.out_proj(value * F.silu(gate))
 
 
 class Block(nn.Module):
-    """One layer. `hidden` is the output of the layer before, `residual` the fp32 sum of those before it."""
+    """One layer. `hidden` is the output of the part before, `residual` the fp32 sum of those before it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    mixer: Mixer
+
+    def __init__(self, config: ModelConfig, mixer: MixerKind) -> None:
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = Mamba1Mixer(config)
+        self.mixer = MIXERS[mixer](config)
+        if config.d_intermediate:
+            self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+            self.mlp = GatedMLP(config)
+        self.has_mlp = config.d_intermediate > 0
 
     def forward(self, hidden: Tensor, residual: Tensor | None, seq_idx: Tensor | None = None) -> tuple[Tensor, Tensor]:
         hidden, residual = self.norm(hidden, residual)
-        return self.mixer(hidden, seq_idx), residual
+        return self._mlp(self.mixer(hidden, seq_idx), residual)
 
-    def prefill(self, hidden: Tensor, residual: Tensor | None, state: SSMState) -> tuple[Tensor, Tensor, SSMState]:
+    def prefill(self, hidden: Tensor, residual: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor, LayerState]:
         hidden, residual = self.norm(hidden, residual)
         hidden, state = self.mixer.prefill(hidden, state)
-        return hidden, residual, state
+        return *self._mlp(hidden, residual), state
 
-    def step(self, hidden: Tensor, residual: Tensor | None, state: SSMState) -> tuple[Tensor, Tensor, SSMState]:
+    def step(self, hidden: Tensor, residual: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor, LayerState]:
         hidden, residual = self.norm(hidden, residual)
         hidden, state = self.mixer.step(hidden, state)
-        return hidden, residual, state
+        return *self._mlp(hidden, residual), state
+
+    def _mlp(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.has_mlp:
+            return hidden, residual
+        hidden, residual = self.mlp_norm(hidden, residual)
+        return self.mlp(hidden), residual

@@ -47,13 +47,14 @@ RULES: tuple[ParameterRule, ...] = (
     ParameterRule("*norm.weight", Role.norm, weight_decay=False),
     ParameterRule("*.in_proj.weight", Role.linear, weight_decay=True),
     ParameterRule("*.out_proj.weight", Role.residual_out, weight_decay=True),
-    ParameterRule("*.ssm.conv_weight", Role.conv_weight, weight_decay=True),
-    ParameterRule("*.ssm.conv_bias", Role.conv_bias, weight_decay=False),
+    ParameterRule("*.mixer.*conv_weight", Role.conv_weight, weight_decay=True),
+    ParameterRule("*.mixer.*conv_bias", Role.conv_bias, weight_decay=False),
     ParameterRule("*.ssm.x_proj_weight", Role.linear, weight_decay=True),
     ParameterRule("*.ssm.dt_proj_weight", Role.dt_projection, weight_decay=True),
     ParameterRule("*.ssm.dt_bias", Role.dt_bias, weight_decay=False, fp32_forward=True),
     ParameterRule("*.ssm.A_log", Role.a_log, weight_decay=False, fp32_forward=True),
     ParameterRule("*.ssm.D", Role.skip, weight_decay=False, fp32_forward=True),
+    ParameterRule("*.ssm.norm_weight", Role.norm, weight_decay=False),
 )
 
 

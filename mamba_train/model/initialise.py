@@ -4,9 +4,10 @@ Each parameter has a generator of its own on the CPU, seeded by a hash of (seed,
 whole and in fp32 before it goes to its device. So any engine on any number of ranks starts from the
 same bits, and adding a layer does not change the draws of the others.
 
-The distributions are those of the Mamba reference implementation (arXiv 2312.00752, section 3.6 and
-its public code): Δ bias by the inverse softplus of a log-uniform step size, A = -(1..N) per channel,
-D = 1, and output projections scaled by 1/sqrt(number of layers).
+The distributions are those of the Mamba reference implementation (arXiv 2312.00752, section 3.6,
+arXiv 2405.21060, and their public code): Δ bias by the inverse softplus of a log-uniform step size;
+A = -(1..N) in each channel of Mamba-1, -A uniform in each head of Mamba-2; D = 1; output projections
+scaled by 1/sqrt(number of residual branches), of which a layer with an MLP has two.
 """
 
 import hashlib
@@ -34,11 +35,14 @@ def draw(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor
     if role is Role.norm or role is Role.skip:
         return torch.ones(shape)
     if role is Role.a_log:
+        if len(shape) == 1:  # Mamba-2: one A for each head
+            A = torch.empty(shape).uniform_(config.A_init_min, config.A_init_max, generator=generator)
+            return A.log()
         states = torch.arange(1, shape[-1] + 1, dtype=torch.float32)
         return states.log().expand(shape).clone()
     if role is Role.dt_bias:
         return _draw_dt_bias(shape, config, generator)
-    bound = _uniform_bound(role, shape, config)
+    bound = _uniform_bound(name, role, shape, config)
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
@@ -57,15 +61,17 @@ def initialise_(model: nn.Module, config: ModelConfig, seed: int) -> None:
         parameter.copy_(draw(name, parameter.shape, config, seed))
 
 
-def _uniform_bound(role: Role, shape: torch.Size, config: ModelConfig) -> float:
+def _uniform_bound(name: str, role: Role, shape: torch.Size, config: ModelConfig) -> float:
     """Half-width of the symmetric uniform distribution of a matrix or of the convolution."""
     if role in (Role.conv_weight, Role.conv_bias):
-        return 1 / math.sqrt(config.d_conv)  # each channel sees d_conv inputs
+        # Each channel sees as many inputs as the filter is wide.
+        return 1 / math.sqrt(config.d_conv if ".ssm." in name else config.attention_d_conv)
     bound = 1 / math.sqrt(shape[-1])
     if role is Role.dt_projection:
         return bound * config.dt_scale  # keeps the variance of Δ independent of dt_rank
     if role is Role.residual_out:
-        return bound / math.sqrt(config.n_layer)  # one residual branch per layer
+        branches = config.n_layer * (2 if config.d_intermediate else 1)
+        return bound / math.sqrt(branches)
     return bound
 
 

@@ -1,4 +1,4 @@
-"""A Mamba language model: embedding, blocks, norm, and the loss over a padded vocabulary."""
+"""A language model: embedding, layers, norm, and the loss over a padded vocabulary."""
 
 import dataclasses
 import math
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.linear_cross_entropy import linear_cross_entropy
-from mamba_train.config import ModelConfig
+from mamba_train.config import ModelConfig, layer_mixers
 from mamba_train.model.block import Block, RMSNorm
-from mamba_train.model.selective_ssm import SSMState
+from mamba_train.model.mixers import LayerState
 
 
 def resolve_model_config(config: ModelConfig, tokenizer_vocab_size: int) -> ModelConfig:
@@ -25,8 +25,15 @@ def resolve_model_config(config: ModelConfig, tokenizer_vocab_size: int) -> Mode
             f"model.vocab_size={vocab_size}: the tokenizer has {tokenizer_vocab_size} tokens; "
             "use null or at least that many"
         )
-    dt_rank = config.dt_rank or math.ceil(config.d_model / 16)
-    return dataclasses.replace(config, vocab_size=vocab_size, dt_rank=dt_rank)
+    resolved = dataclasses.replace(
+        config, vocab_size=vocab_size, dt_rank=config.dt_rank or math.ceil(config.d_model / 16)
+    )
+    if config.attention_heads is not None:
+        resolved.attention_kv_heads = config.attention_kv_heads or config.attention_heads
+        resolved.attention_head_dim = config.attention_head_dim or config.d_model // config.attention_heads
+        if config.rotary_dim is None:
+            resolved.rotary_dim = resolved.attention_head_dim
+    return resolved
 
 
 def padded_vocab_size(config: ModelConfig) -> int:
@@ -37,7 +44,7 @@ def padded_vocab_size(config: ModelConfig) -> int:
 
 
 class MambaLM(nn.Module):
-    """Embedding, N × (add, norm, mixer), norm, and a head that is tied to the embedding by default.
+    """Embedding, N × (add, norm, mixer [, add, norm, MLP]), norm, and a head that is tied to the embedding by default.
 
     The residual stream is fp32 whatever the compute dtype. All parameters are created empty; fill
     them with `initialise_` or from a checkpoint.
@@ -48,7 +55,7 @@ class MambaLM(nn.Module):
         self.config = config
         rows = padded_vocab_size(config)
         self.embedding = nn.Embedding(rows, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, mixer) for mixer in layer_mixers(config))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
 
@@ -61,7 +68,7 @@ class MambaLM(nn.Module):
         """The summed loss, or the logits when there are no targets.
 
         tokens, targets: (batch, length) int64; seq_idx: (batch, length) int32, the document of each
-        position, or None to let the state run on.
+        position, or None to let each position see all before it.
         Returns a scalar in fp32 (nats, summed over the targets), or (batch, length, padded vocab).
         """
         hidden, residual = self.embedding(tokens), None
@@ -72,7 +79,7 @@ class MambaLM(nn.Module):
             return F.linear(hidden, self._head_weight())
         return linear_cross_entropy(hidden, self._head_weight(), targets)
 
-    def prefill(self, tokens: Tensor, state: list[SSMState]) -> tuple[Tensor, list[SSMState]]:
+    def prefill(self, tokens: Tensor, state: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
         """Read a prompt (batch, length) from `state`; return the last logits (batch, vocab) and the new state."""
         hidden = self.embedding(tokens)
         residual: Tensor | None = None
@@ -84,7 +91,7 @@ class MambaLM(nn.Module):
         hidden, _ = self.norm(hidden[:, -1], residual[:, -1])
         return F.linear(hidden, self._head_weight()), new_state
 
-    def step(self, token: Tensor, state: list[SSMState]) -> tuple[Tensor, list[SSMState]]:
+    def step(self, token: Tensor, state: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
         """One recurrent step: token (batch,), returning logits (batch, vocab) and the new state."""
         hidden, residual = self.embedding(token), None
         new_state = []
@@ -94,9 +101,9 @@ class MambaLM(nn.Module):
         hidden, _ = self.norm(hidden, residual)
         return F.linear(hidden, self._head_weight()), new_state
 
-    def initial_state(self, batch_size: int, dtype: torch.dtype = torch.float32) -> list[SSMState]:
+    def initial_state(self, batch_size: int, dtype: torch.dtype = torch.float32) -> list[LayerState]:
         """The state before the first token, one per layer; `dtype` is that of the activations."""
-        return [block.mixer.ssm.initial_state(batch_size, dtype) for block in self.blocks()]
+        return [block.mixer.initial_state(batch_size, dtype) for block in self.blocks()]
 
     def blocks(self) -> list[Block]:
         """The layers, from the first to the last."""

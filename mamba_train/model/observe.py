@@ -1,4 +1,4 @@
-"""See what the selective scan really receives.
+"""See what the scan of each layer really receives: the selective scan of Mamba-1, SSD of Mamba-2.
 
 A TorchDispatchMode stands below autograd, autocast and every wrapper of an engine, so the tensors it
 records are the ones the operator computes with, not the ones that are stored somewhere. The audit
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SCAN_OPERATOR = "mamba_train::selective_scan"
+SCAN_OPERATORS = ("mamba_train::selective_scan", "mamba_train::ssd")
 
 ScanArguments = dict[str, Any]
 """The arguments of one call by their name in the operator's schema, defaults filled in."""
@@ -20,9 +20,9 @@ ScanArguments = dict[str, Any]
 
 @contextmanager
 def observe_scans() -> Iterator[list[ScanArguments]]:
-    """Record the arguments of each call of the selective scan made inside the `with` block, in order.
+    """Record the arguments of each call of a scan made inside the `with` block, in order.
 
-    Yields the list that fills while the block runs: one entry per layer and forward pass. The
+    Yields the list that fills while the block runs: one entry per Mamba layer and forward pass. The
     tensors are the operator's own, detached and without copies, so drop the list before the next
     step: it keeps the activations alive.
     """
@@ -44,7 +44,7 @@ class _ScanRecorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, torch._ops.OpOverload) and func._schema.name == SCAN_OPERATOR:
+        if isinstance(func, torch._ops.OpOverload) and func._schema.name in SCAN_OPERATORS:
             self._calls.append(_arguments_by_name(func, args, kwargs))
         return func(*args, **kwargs)
 

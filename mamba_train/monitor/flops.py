@@ -1,13 +1,26 @@
-"""FLOPs of a Mamba-1 language model and the peak they are compared with.
+"""FLOPs of a language model by mixer, and the peak they are compared with.
 
 A multiply-add counts as 2. Forward FLOPs per token and layer, with d = d_model, e = d_inner,
-n = d_state, w = d_conv, r = dt_rank:
+n = d_state, w = width of the convolution:
 
+Mamba-1, with r = dt_rank:
     in_proj   2 d 2e          conv   2 w e          x_proj   2 e (r + 2n)
     dt_proj   2 r e           scan   7 e n          out_proj 2 e d
 
-and 2 d V once for the head over V vocabulary rows. The scan's 7 per (token, channel, state) are one
-exp and six fp32 operations: dt*A, (dt*x)*B, the multiply-adds of a*h + b and of y + C*h. Norms, gates,
+Mamba-2, with h heads, g groups, and q the average number of positions in the chunk of a token:
+    in_proj   2 d (2e + 2gn + h)     conv   2 w (e + 2gn)     out_proj 2 e d
+    ssd       2 q (gn + e) + 4 e n
+
+Attention, with h heads and k heads of keys and values of dimension p, over length l:
+    in_proj   2 d (h + 2k) p         conv   2 w (h + 2k) p    out_proj 2 h p d
+    attention 4 l h p
+
+MLP, with m = d_intermediate: 6 d m. And 2 d V once for the head over V vocabulary rows.
+
+The scan's 7 per (token, channel, state) are one exp and six fp32 operations: dt*A, (dt*x)*B, the
+multiply-adds of a*h + b and of y + C*h. SSD's four matrix products in a chunk are C Bᵀ, its product
+with x, C with the state before the chunk, and x Bᵀ into the state after it. The triangles of SSD and
+of attention are counted as whole squares, as is usual (arXiv 2204.02311, appendix B). Norms, gates,
 activations and the embedding's look-up are left out: their cost is bytes, not FLOPs. The backward
 pass costs twice the forward. Recomputation of activations is not counted, so the ratio is MFU, not
 HFU.
@@ -17,6 +30,9 @@ import time
 from dataclasses import astuple, dataclass
 
 import torch
+
+from mamba_train.config import MixerKind, ModelConfig, layer_mixers
+from mamba_train.model.language_model import padded_vocab_size
 
 SCAN_FLOPS_PER_STATE = 7
 MEASURE_SECONDS = 0.15
@@ -55,21 +71,27 @@ _DATASHEET_TFLOPS: dict[str, tuple[float | None, float | None, float]] = {
 class FlopsPerToken:
     """Forward FLOPs per token of each component, summed over the layers."""
 
-    in_proj: int
-    conv: int
-    x_proj: int
-    dt_proj: int
-    scan: int
-    out_proj: int
-    head: int
+    in_proj: int = 0
+    conv: int = 0
+    x_proj: int = 0
+    dt_proj: int = 0
+    scan: int = 0
+    ssd: float = 0
+    attention: int = 0
+    out_proj: int = 0
+    mlp: int = 0
+    head: int = 0
+
+    def __add__(self, other: "FlopsPerToken") -> "FlopsPerToken":
+        return FlopsPerToken(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
-    def forward(self) -> int:
+    def forward(self) -> float:
         """FLOPs per token of one forward pass."""
         return sum(astuple(self))
 
     @property
-    def training(self) -> int:
+    def training(self) -> float:
         """FLOPs per token of one forward and backward pass."""
         return 3 * self.forward
 
@@ -82,21 +104,61 @@ class PeakFlops:
     source: str
 
 
-def mamba1_flops_per_token(
-    *, n_layer: int, d_model: int, d_inner: int, d_state: int, d_conv: int, dt_rank: int, vocab_rows: int
-) -> FlopsPerToken:
-    """Count the FLOPs of a Mamba-1 language model; the formulas are at the top of this module.
+def flops_per_token(model: ModelConfig, sequence_length: int) -> FlopsPerToken:
+    """Count the FLOPs of a model; the formulas are at the top of this module.
 
-    vocab_rows: rows of the output matrix that are multiplied, padding included.
+    model: resolved (`resolve_model_config`). sequence_length: tokens the model sees at once, which decides
+    the cost of attention and of SSD's last chunk.
     """
+    total = FlopsPerToken(head=2 * model.d_model * padded_vocab_size(model))
+    for mixer in layer_mixers(model):
+        if mixer is MixerKind.attention:
+            total += _attention(model, sequence_length)
+        elif mixer is MixerKind.mamba2:
+            total += _mamba2(model, sequence_length)
+        else:
+            total += _mamba1(model)
+        total += FlopsPerToken(mlp=6 * model.d_model * model.d_intermediate)
+    return total
+
+
+def _mamba1(model: ModelConfig) -> FlopsPerToken:
+    d, e, n = model.d_model, model.expand * model.d_model, model.d_state
+    assert model.dt_rank is not None, "resolve the model config first"
     return FlopsPerToken(
-        in_proj=n_layer * 2 * d_model * 2 * d_inner,
-        conv=n_layer * 2 * d_conv * d_inner,
-        x_proj=n_layer * 2 * d_inner * (dt_rank + 2 * d_state),
-        dt_proj=n_layer * 2 * dt_rank * d_inner,
-        scan=n_layer * SCAN_FLOPS_PER_STATE * d_inner * d_state,
-        out_proj=n_layer * 2 * d_inner * d_model,
-        head=2 * d_model * vocab_rows,
+        in_proj=2 * d * 2 * e,
+        conv=2 * model.d_conv * e,
+        x_proj=2 * e * (model.dt_rank + 2 * n),
+        dt_proj=2 * model.dt_rank * e,
+        scan=SCAN_FLOPS_PER_STATE * e * n,
+        out_proj=2 * e * d,
+    )
+
+
+def _mamba2(model: ModelConfig, length: int) -> FlopsPerToken:
+    d, e, n = model.d_model, model.expand * model.d_model, model.d_state
+    heads, BC = e // model.head_dim, model.n_groups * n
+    whole_chunks, rest = divmod(length, model.chunk_size)
+    chunk = (whole_chunks * model.chunk_size**2 + rest**2) / length
+    return FlopsPerToken(
+        in_proj=2 * d * (2 * e + 2 * BC + heads),
+        conv=2 * model.d_conv * (e + 2 * BC),
+        ssd=2 * chunk * (BC + e) + 4 * e * n,
+        out_proj=2 * e * d,
+    )
+
+
+def _attention(model: ModelConfig, length: int) -> FlopsPerToken:
+    heads, kv_heads, head_dim = model.attention_heads, model.attention_kv_heads, model.attention_head_dim
+    assert heads is not None, "config_checks asks for it"
+    assert kv_heads is not None, "resolve the model config first"
+    assert head_dim is not None, "resolve the model config first"
+    channels = (heads + 2 * kv_heads) * head_dim
+    return FlopsPerToken(
+        in_proj=2 * model.d_model * channels,
+        conv=2 * model.attention_d_conv * channels,
+        attention=4 * length * heads * head_dim,
+        out_proj=2 * heads * head_dim * model.d_model,
     )
 
 

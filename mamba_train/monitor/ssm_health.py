@@ -1,9 +1,10 @@
 """Health of the state-space layers: is Δ in its range, is A, and how far back does a layer remember?
 
-A state of a channel decays by exp(Δ A) per token, so it forgets over 1 / (Δ |A|) tokens. Δ here is what
-the scan uses, softplus(dt + dt_bias) (Mamba paper, section 3.2 and algorithm 2). The figures come
-from the arguments that the operator received (`mamba_train.model.observe`), so they describe what was
-computed, under any engine. Quantiles are taken over evenly spaced positions and channels.
+A state of a channel (in Mamba-2: of a head) decays by exp(Δ A) per token, so it forgets over 1 / (Δ |A|)
+tokens. Δ here is what the scan uses, softplus(dt + dt_bias) (Mamba paper, section 3.2 and algorithm 2).
+The figures come from the arguments that the operator received (`mamba_train.model.observe`), so they
+describe what was computed, under any engine. Quantiles are taken over evenly spaced positions and
+channels.
 """
 
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ QUANTILES = {"p05": 0.05, "p50": 0.50, "p95": 0.95}
 
 
 @torch.no_grad()
-def ssm_health(calls: Sequence[ScanArguments]) -> dict[str, float]:
-    """Summarise one forward pass, call i being layer i.
+def ssm_health(calls: Sequence[ScanArguments], layers: Sequence[int] | None = None) -> dict[str, float]:
+    """Summarise one forward pass, call i being of layer layers[i] (None: layer i, there being no others).
 
     Per layer, under `ssm/layer_II/`: dt_p05, dt_p50, dt_p95 (quantiles of Δ), a_min, a_max (of A, so
     negative), memory_p05, memory_p50, memory_p95 (quantiles of 1 / (Δ |A|), in tokens). One transfer
@@ -30,15 +31,17 @@ def ssm_health(calls: Sequence[ScanArguments]) -> dict[str, float]:
         return {}
     values = torch.stack([_layer_health(call) for call in calls]).tolist()
     names = [*(f"dt_{q}" for q in QUANTILES), "a_min", "a_max", *(f"memory_{q}" for q in QUANTILES)]
+    layers = range(len(calls)) if layers is None else layers
     return {
         f"ssm/layer_{layer:02d}/{name}": value
-        for layer, row in enumerate(values)
+        for layer, row in zip(layers, values, strict=True)
         for name, value in zip(names, row, strict=True)
     }
 
 
 def _layer_health(call: ScanArguments) -> torch.Tensor:
     A = call["A"].float()
+    A = A if A.dim() == 2 else A.unsqueeze(1)  # Mamba-2 has one A for all states of a head
     channels = _evenly(A.shape[0], N_CHANNELS, A.device)
     dt = call["dt"].flatten(0, 1)
     dt = dt[_evenly(dt.shape[0], N_POSITIONS, dt.device)][:, channels].float()

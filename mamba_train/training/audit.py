@@ -39,7 +39,7 @@ class AuditRow:
 
 
 def audit(engine: Engine, model_config: ModelConfig, *, fresh: bool) -> list[AuditRow]:
-    """Check every parameter of the contract; return what was seen, one row per role.
+    """Check every parameter of the contract; return what was seen, one row per role that the model has.
 
     fresh: the parameters have their initial values, so these are checked too.
     Raises ContractViolation naming the first offending parameter.
@@ -52,7 +52,7 @@ def audit(engine: Engine, model_config: ModelConfig, *, fresh: bool) -> list[Aud
     if fresh:
         _check_initial_values(parameters, model_config)
     rows = []
-    for role in ARGUMENT_OF_ROLE:
+    for role in received:
         names = [name for name in parameters if rule_for(name).role is role]
         rows.append(AuditRow(role, len(names), parameters[names[0]].dtype, received[role], decay[names[0]]))
     return rows
@@ -60,6 +60,8 @@ def audit(engine: Engine, model_config: ModelConfig, *, fresh: bool) -> list[Aud
 
 def format_audit(rows: list[AuditRow]) -> str:
     """The table that the log shows."""
+    if not rows:
+        return "SSM parameter contract: the model has no SSM parameters"
     lines = ["SSM parameter contract   count  stored   in the scan  weight decay"]
     for row in rows:
         stored, received = (str(dtype).removeprefix("torch.") for dtype in (row.stored, row.received))
@@ -94,7 +96,7 @@ def _check_received(parameters: dict[str, Tensor], records: list[ScanArguments])
     names = {role: [n for n in parameters if rule_for(n).role is role] for role in ARGUMENT_OF_ROLE}
     n_layers = len(names[Role.a_log])
     if len(records) != n_layers:
-        raise ContractViolation(f"the forward pass made {len(records)} scans, the model has {n_layers} layers")
+        raise ContractViolation(f"the forward pass made {len(records)} scans, the model has {n_layers} SSM layers")
     dtypes: dict[Role, torch.dtype] = {}
     for role, argument in ARGUMENT_OF_ROLE.items():
         for name, record in zip(names[role], records, strict=True):
@@ -110,42 +112,48 @@ def _check_received(parameters: dict[str, Tensor], records: list[ScanArguments])
 
 
 def _check_initial_values(parameters: dict[str, Tensor], config: ModelConfig) -> None:
-    dt_biases = []
+    dt_biases, decays = [], []
     for name, value in parameters.items():
         role = rule_for(name).role
-        if role is Role.a_log:
+        if role is Role.a_log and value.dim() == 1:  # Mamba-2
+            decays.append((name, value.double().exp()))
+        elif role is Role.a_log:
             expected = torch.arange(1, config.d_state + 1, dtype=torch.float32).log().expand_as(value)
             if not torch.allclose(value, expected, rtol=1e-5, atol=1e-6):
                 raise ContractViolation(f"{name} does not start as log(1..{config.d_state}) in each channel")
         elif role is Role.skip and not bool((value == 1).all()):
             raise ContractViolation(f"{name} does not start as 1")
         elif role is Role.dt_bias:
-            _check_dt_range(name, value, config)
-            dt_biases.append((name, value))
-    _check_dt_distribution(dt_biases, config)
+            dt_biases.append((f"softplus({name})", torch.nn.functional.softplus(value.double())))
+    _check_range(dt_biases, "[dt_min, dt_max]", config.dt_min, config.dt_max)
+    logs = [(name, value.log()) for name, value in dt_biases]
+    _check_distribution(logs, "log-uniform", math.log(config.dt_min), math.log(config.dt_max))
+    _check_range(
+        [(f"exp({n})", v) for n, v in decays], "[A_init_min, A_init_max]", config.A_init_min, config.A_init_max
+    )
+    _check_distribution([(f"exp({n})", v) for n, v in decays], "uniform", config.A_init_min, config.A_init_max)
 
 
-def _check_dt_range(name: str, dt_bias: Tensor, config: ModelConfig) -> None:
-    dt = torch.nn.functional.softplus(dt_bias.double())
-    low, high = float(dt.min()), float(dt.max())
-    if low < config.dt_min * 0.999 or high > config.dt_max * 1.001:
-        raise ContractViolation(
-            f"softplus({name}) lies in [{low:.3g}, {high:.3g}], "
-            f"the contract says [dt_min, dt_max] = [{config.dt_min:g}, {config.dt_max:g}]"
-        )
+def _check_range(named: list[tuple[str, Tensor]], keys: str, low: float, high: float) -> None:
+    for name, values in named:
+        least, most = float(values.min()), float(values.max())
+        if least < low * 0.999 or most > high * 1.001:
+            raise ContractViolation(
+                f"{name} lies in [{least:.3g}, {most:.3g}], the contract says {keys} = [{low:g}, {high:g}]"
+            )
 
 
-def _check_dt_distribution(dt_biases: list[tuple[str, Tensor]], config: ModelConfig) -> None:
-    """Kolmogorov-Smirnov test of log-uniformity, over all layers together so that tiny models suffice.
+def _check_distribution(named: list[tuple[str, Tensor]], kind: str, low: float, high: float) -> None:
+    """Kolmogorov-Smirnov test of uniformity on [low, high], over all layers together so that tiny models suffice.
 
     When the pool fails, the layer that is farthest from the distribution is named.
     """
+    if not named or low == high:
+        return
 
     def distance(values: Tensor) -> float:
-        dt = torch.nn.functional.softplus(values.double()).sort().values
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        expected = ((dt.log() - low) / (high - low)).clamp(0, 1)
-        n = len(dt)
+        expected = ((values.flatten().sort().values - low) / (high - low)).clamp(0, 1)
+        n = len(expected)
         above = torch.arange(1, n + 1, dtype=torch.float64) / n - expected
         below = expected - torch.arange(n, dtype=torch.float64) / n
         return float(torch.maximum(above, below).max())
@@ -154,12 +162,13 @@ def _check_dt_distribution(dt_biases: list[tuple[str, Tensor]], config: ModelCon
         # Massart's form of the Dvoretzky-Kiefer-Wolfowitz inequality.
         return math.sqrt(math.log(2 / FALSE_ALARM_PROBABILITY) / (2 * n))
 
-    pooled = torch.cat([value.flatten() for _, value in dt_biases])
-    suspects = [(name, value) for name, value in dt_biases if distance(value) > limit(value.numel())]
+    pooled = torch.cat([value.flatten() for _, value in named])
+    suspects = [(name, value) for name, value in named if distance(value) > limit(value.numel())]
     if distance(pooled) > limit(pooled.numel()) or suspects:
-        name, value = max(suspects or dt_biases, key=lambda item: distance(item[1]))
+        name, value = max(suspects or named, key=lambda item: distance(item[1]))
+        unit = math.exp if kind == "log-uniform" else float
         raise ContractViolation(
-            f"softplus({name}) is not log-uniform on [{config.dt_min:g}, {config.dt_max:g}]: "
+            f"{name} is not {kind} on [{unit(low):g}, {unit(high):g}]: "
             f"distance {distance(value):.3f} in the layer, {distance(pooled):.3f} over all layers, "
             f"at most {limit(pooled.numel()):.3f} expected"
         )

@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 from mamba_train import run_folder
 from mamba_train.checkpoint import resume_policy, rng, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
-from mamba_train.config import Config, ModelConfig
+from mamba_train.config import Config
 from mamba_train.data.batches import BatchSource, Corpus, validation_batches, validation_bytes_per_token
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.prepare import prepare
-from mamba_train.model.language_model import padded_vocab_size, resolve_model_config
-from mamba_train.monitor.flops import FlopsPerToken, mamba1_flops_per_token, peak_flops
+from mamba_train.model.language_model import resolve_model_config
+from mamba_train.monitor.flops import flops_per_token, peak_flops
 from mamba_train.monitor.progress import Progress
 from mamba_train.parallel.build import build_engine
 from mamba_train.parallel.engine import Engine, EngineState
@@ -171,25 +171,12 @@ def _hooks(
     )
     bytes_per_token = validation_bytes_per_token(validation, length, n_sequences)
     return [
-        HealthHook(config.logging.ssm_health_interval_steps),
+        HealthHook(config.model, config.logging.ssm_health_interval_steps),
         ValidationHook(list(batches), training.validation_interval_steps, bytes_per_token),
-        UtilisationHook(_flops(config.model), peak_flops(engine.device, engine.compute_dtype)),
+        UtilisationHook(flops_per_token(config.model, length), peak_flops(engine.device, engine.compute_dtype)),
         RecordingHook(run_dir, progress, config.logging, shown_config, log),
         CheckpointHook(checkpoints_dir(run_dir), config.checkpoint, shown_config, fingerprints, log),
     ]
-
-
-def _flops(model: ModelConfig) -> FlopsPerToken:
-    assert model.dt_rank is not None
-    return mamba1_flops_per_token(
-        n_layer=model.n_layer,
-        d_model=model.d_model,
-        d_inner=model.expand * model.d_model,
-        d_state=model.d_state,
-        d_conv=model.d_conv,
-        dt_rank=model.dt_rank,
-        vocab_rows=padded_vocab_size(model),
-    )
 
 
 def _code_fingerprint() -> str:

@@ -1,5 +1,6 @@
 """SSM health per layer, from a small forward pass every so many steps."""
 
+from mamba_train.config import MixerKind, ModelConfig, layer_mixers
 from mamba_train.monitor.ssm_health import ssm_health
 from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.trainer import Trainer
@@ -12,12 +13,17 @@ class HealthHook(Hook):
     carries no instrumentation.
     """
 
-    def __init__(self, interval_steps: int) -> None:
+    def __init__(self, model: ModelConfig, interval_steps: int) -> None:
+        mixers = layer_mixers(model)
+        self._layers = [layer for layer, mixer in enumerate(mixers) if mixer is not MixerKind.attention]
         self._interval_steps = interval_steps
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         step = trainer.state.step
-        if not self._interval_steps or (step != 1 and step % self._interval_steps and not trainer.finished):
+        if not self._layers or not self._interval_steps:
+            return
+        if step != 1 and step % self._interval_steps and not trainer.finished:
             return
         assert trainer.last_batch is not None
-        metrics.update(ssm_health(trainer.engine.observe_forward(trainer.last_batch.inputs[:1])))
+        calls = trainer.engine.observe_forward(trainer.last_batch.inputs[:1])
+        metrics.update(ssm_health(calls, self._layers))
