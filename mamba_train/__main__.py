@@ -9,6 +9,7 @@ from mamba_train.composition import user_errors_exit
 COMMANDS = {
     "convert": "weights to and from the layouts of transformers and state-spaces",
     "generate": "write text with a trained model",
+    "plan": "say what a run needs: parameters, FLOPs, memory, disk, time",
     "report": "draw the curves of one or several runs",
 }
 

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,9 +24,10 @@ CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 EXIT_USER_ERROR = 2
 
 
-def to_config(composed: DictConfig) -> Config:
+def to_config(composed: DictConfig, may_be_missing: Collection[str] = ()) -> Config:
     """Turn a composition into the typed `Config` and check what types cannot say.
 
+    may_be_missing: keys that may have no value, or name a file that is not there; no value becomes None.
     Raises ValueError with the Hydra key, the value, and what would be accepted.
     """
     known = set(known_keys())
@@ -34,19 +35,29 @@ def to_config(composed: DictConfig) -> Config:
         if key not in known:  # `+key=value` gets past Hydra
             raise ValueError(f"{key}: there is no such key{_nearest(key, known)}; see --help")
     missing = sorted(OmegaConf.missing_keys(composed))
+    for key in may_be_missing:
+        if key in missing:
+            OmegaConf.update(composed, key, None)
+            missing.remove(key)
     if missing:
         raise ValueError(f"{missing[0]} has no value; give one on the command line: {missing[0]}=VALUE")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
-    check_config(config)
+    check_config(config, ignore=may_be_missing)
     return config
 
 
-def compose_config(overrides: Iterable[str] = ()) -> Config:
-    """Compose and check a config without a command line (for tests and other programs)."""
+def compose_config(overrides: Iterable[str] = (), may_be_missing: Collection[str] = ()) -> Config:
+    """Compose and check a config from overrides, as `main` does from a command line.
+
+    Raises ValueError, in one line, for whatever is wrong with them; `may_be_missing` is that of `to_config`.
+    """
     register_schema()
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return to_config(hydra.compose("config", overrides=list(overrides)))
+    try:
+        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return to_config(hydra.compose("config", overrides=list(overrides)), may_be_missing)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
 
 
 def main(run: Callable[[Config], None]) -> None:

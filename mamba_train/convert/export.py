@@ -6,13 +6,17 @@ from pathlib import Path
 from mamba_train.checkpoint.tensors import total_bytes
 from mamba_train.convert import files
 from mamba_train.convert.card import model_card
-from mamba_train.convert.model_configs import to_config_json
+from mamba_train.convert.model_configs import has_grouped_norm, to_config_json
 from mamba_train.convert.names import Layout, n_parameters, to_layout
 from mamba_train.convert.source import Log, load_pretrained
 from mamba_train.convert.verify import logits_of, verify_export
 from mamba_train.data.tokenizer import TextTokenizer
 
 CARD = "README.md"
+GROUPED_NORM = (
+    "some releases of transformers take the gated norm over the full width instead of each group, "
+    "and compute other logits; the installed one is checked now"
+)
 
 
 def export(source: str | Path, target: Path, layout: Layout, log: Log, tokenizer: Path | None = None) -> None:
@@ -26,6 +30,8 @@ def export(source: str | Path, target: Path, layout: Layout, log: Log, tokenizer
     serialised = pretrained.tokenizer if tokenizer is None else read_tokenizer(tokenizer)
     eos_id = None if serialised is None else TextTokenizer(serialised, "the tokenizer").eos_id
     config_json = to_config_json(pretrained.config, layout, eos_id)
+    if layout is Layout.transformers and has_grouped_norm(pretrained.config):
+        log(f"warning: model.n_groups={pretrained.config.n_groups}: {GROUPED_NORM}")
     with files.new_folder(target, int(1.02 * total_bytes(pretrained.tensors)) + 2**20) as folder:
         weights = to_layout(pretrained.tensors, pretrained.config, layout)
         if layout is Layout.transformers:

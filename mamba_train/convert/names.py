@@ -12,7 +12,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from mamba_train.config import ModelConfig
+from mamba_train.config import MixerKind, ModelConfig, layer_mixers
 from mamba_train.model.language_model import MambaLM
 
 
@@ -28,19 +28,41 @@ EMBEDDING = {Layout.transformers: "backbone.embeddings.weight", Layout.state_spa
 
 # Ours -> theirs, the same in both layouts. A convolution's weight has an axis for its single input channel there.
 OUTSIDE_THE_LAYERS = {"norm.weight": "backbone.norm_f.weight", "lm_head.weight": HEAD}
-IN_A_LAYER = {
+IN_EVERY_LAYER = {
     "norm.weight": "norm.weight",
     "mixer.in_proj.weight": "mixer.in_proj.weight",
     "mixer.out_proj.weight": "mixer.out_proj.weight",
+    "mlp_norm.weight": "norm2.weight",
+    "mlp.in_proj.weight": "mlp.fc1.weight",
+    "mlp.out_proj.weight": "mlp.fc2.weight",
+}
+IN_AN_SSM = {
     "mixer.ssm.conv_weight": "mixer.conv1d.weight",
     "mixer.ssm.conv_bias": "mixer.conv1d.bias",
     "mixer.ssm.A_log": "mixer.A_log",
     "mixer.ssm.D": "mixer.D",
 }
-IN_A_MAMBA1_LAYER = IN_A_LAYER | {
-    "mixer.ssm.x_proj_weight": "mixer.x_proj.weight",
-    "mixer.ssm.dt_proj_weight": "mixer.dt_proj.weight",
-    "mixer.ssm.dt_bias": "mixer.dt_proj.bias",
+IN_A_LAYER: dict[MixerKind, dict[str, str]] = {
+    MixerKind.mamba1: {
+        **IN_EVERY_LAYER,
+        **IN_AN_SSM,
+        "mixer.ssm.x_proj_weight": "mixer.x_proj.weight",
+        "mixer.ssm.dt_proj_weight": "mixer.dt_proj.weight",
+        "mixer.ssm.dt_bias": "mixer.dt_proj.bias",
+    },
+    # The rows of in_proj are z, x, B, C, Δ, and the channels of the convolution x, B, C, there as here.
+    MixerKind.mamba2: {
+        **IN_EVERY_LAYER,
+        **IN_AN_SSM,
+        "mixer.ssm.dt_bias": "mixer.dt_bias",
+        "mixer.ssm.norm_weight": "mixer.norm.weight",
+    },
+    # The rows of in_proj are queries, keys, values.
+    MixerKind.attention: {
+        **IN_EVERY_LAYER,
+        "mixer.conv_weight": "mixer.conv1d.weight",
+        "mixer.conv_bias": "mixer.conv1d.bias",
+    },
 }
 WITH_CHANNEL_AXIS = "conv1d.weight"
 
@@ -68,19 +90,20 @@ def counterparts(config: ModelConfig, layout: Layout) -> list[Counterpart]:
     """
     with torch.device("meta"):
         model = MambaLM(config)
+    mixers = layer_mixers(config)
     return [
-        Counterpart(name, tuple(parameter.shape), _their_name(name, layout))
+        Counterpart(name, tuple(parameter.shape), _their_name(name, mixers, layout))
         for name, parameter in model.named_parameters()
     ]
 
 
-def _their_name(name: str, layout: Layout) -> str:
+def _their_name(name: str, mixers: Sequence[MixerKind], layout: Layout) -> str:
     if name == "embedding.weight":
         return EMBEDDING[layout]
     if name in OUTSIDE_THE_LAYERS:
         return OUTSIDE_THE_LAYERS[name]
     _, layer, rest = name.split(".", 2)
-    return f"backbone.layers.{layer}.{IN_A_MAMBA1_LAYER[rest]}"
+    return f"backbone.layers.{layer}.{IN_A_LAYER[mixers[int(layer)]][rest]}"
 
 
 def to_layout(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> dict[str, Tensor]:

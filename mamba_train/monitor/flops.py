@@ -27,7 +27,7 @@ HFU.
 """
 
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import torch
 
@@ -76,7 +76,7 @@ class FlopsPerToken:
     x_proj: int = 0
     dt_proj: int = 0
     scan: int = 0
-    ssd: float = 0
+    ssd: int = 0
     attention: int = 0
     out_proj: int = 0
     mlp: int = 0
@@ -86,12 +86,17 @@ class FlopsPerToken:
         return FlopsPerToken(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
-    def forward(self) -> float:
+    def by_component(self) -> dict[str, int]:
+        """The components by name."""
+        return asdict(self)
+
+    @property
+    def forward(self) -> int:
         """FLOPs per token of one forward pass."""
         return sum(astuple(self))
 
     @property
-    def training(self) -> float:
+    def training(self) -> int:
         """FLOPs per token of one forward and backward pass."""
         return 3 * self.forward
 
@@ -143,7 +148,7 @@ def _mamba2(model: ModelConfig, length: int) -> FlopsPerToken:
     return FlopsPerToken(
         in_proj=2 * d * (2 * e + 2 * BC + heads),
         conv=2 * model.d_conv * (e + 2 * BC),
-        ssd=2 * chunk * (BC + e) + 4 * e * n,
+        ssd=round(2 * chunk * (BC + e)) + 4 * e * n,
         out_proj=2 * e * d,
     )
 
@@ -175,13 +180,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> PeakFlops:
     the threads PyTorch has now.
     """
     if device.type == "cuda":
-        known = _datasheet_peak(torch.cuda.get_device_name(device), dtype)
+        known = datasheet_peak(torch.cuda.get_device_name(device), dtype)
         if known is not None:
             return PeakFlops(known, "datasheet")
     return PeakFlops(_measure_peak(device, dtype), "measured")
 
 
-def _datasheet_peak(device_name: str, dtype: torch.dtype) -> float | None:
+def datasheet_peak(device_name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s of a device by its name (see `peak_flops`), None when it is not in the table."""
+    """The datasheet's FLOP/s of matrix products of `dtype` for a device's name; None: not known."""
     name = device_name.lower()
     if "laptop" in name or "mig " in name:  # a slower chip of the same name, or a slice of the chip
         return None

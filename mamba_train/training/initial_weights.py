@@ -3,31 +3,29 @@
 Only the weights are taken. Optimiser, schedule, data position and random states begin anew, as in any fresh run.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mamba_train.config import ModelConfig
+from mamba_train.config import MixerKind, ModelConfig, layer_mixers
 from mamba_train.convert.names import check_shapes
 from mamba_train.convert.source import Pretrained, load_pretrained
 from mamba_train.data.manifest import TOKENIZER_NAME
-from mamba_train.model.language_model import resolve_model_config
 from mamba_train.parallel.engine import Engine, EngineState
 
-# Decide how weights are drawn, how fast they are computed with, or what shapes say better; not what is computed.
-_NOT_ARCHITECTURE = {
-    "name",
-    "dt_min",
-    "dt_max",
-    "dt_init_floor",
-    "dt_scale",
-    "A_init_min",
-    "A_init_max",
-    "chunk_size",
-    "vocab_size",
-    "pad_vocab_size_multiple",
+# The keys of `model` that decide what is computed; the others decide how weights are drawn or how fast it goes.
+_OF_EVERY_MODEL = ("n_layer", "d_model", "d_intermediate", "tie_embeddings", "norm_eps")
+_OF_A_MIXER = {
+    MixerKind.mamba1: ("d_state", "d_conv", "expand", "dt_rank"),
+    MixerKind.mamba2: ("d_state", "d_conv", "expand", "head_dim", "n_groups"),
+    MixerKind.attention: (
+        "attention_heads",
+        "attention_kv_heads",
+        "attention_head_dim",
+        "attention_d_conv",
+        "rotary_dim",
+    ),
 }
 
 
@@ -50,15 +48,16 @@ def load_initial_weights(
 
 
 def _check_architecture(pretrained: Pretrained, config: ModelConfig, source: str) -> None:
-    assert pretrained.config.vocab_size is not None
-    theirs = resolve_model_config(pretrained.config, pretrained.config.vocab_size)
-    keys = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _NOT_ARCHITECTURE]
-    other = [key for key in keys if getattr(theirs, key) != getattr(config, key)]
+    theirs = pretrained.config
+    keys = [*_OF_EVERY_MODEL, *(key for mixer in sorted(set(layer_mixers(theirs))) for key in _OF_A_MIXER[mixer])]
+    other = [key for key in dict.fromkeys(keys) if getattr(theirs, key) != getattr(config, key)]
+    if not other and layer_mixers(theirs) != layer_mixers(config):
+        other = ["mixer" if theirs.mixer is not config.mixer else "attention_layers"]
     if other:
         first = other[0]
         raise ValueError(
             f"init_from={source}: the weights are of another model: model.{first} is {getattr(theirs, first)} there "
-            f"and {getattr(config, first)} here ({len(other)} of {len(keys)} keys differ: {', '.join(other)})"
+            f"and {getattr(config, first)} here (keys that differ: {', '.join(other)})"
         )
 
 

@@ -1,0 +1,126 @@
+"""`mamba-train plan [OVERRIDE ...]`: what a run needs before it is queued; reads no data and needs no GPU."""
+
+import argparse
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mamba_train.composition import compose_config
+from mamba_train.config import Config
+
+if TYPE_CHECKING:
+    from mamba_train.monitor.plan import Plan
+
+GIB = 2**30
+DEFAULT_DEVICE = "H100"
+DEFAULT_MFU = 0.3
+DEVICE_COUNTS = (1, 8, 64, 256)
+# Not there yet on the machine where a run is planned.
+MAY_BE_MISSING = ("data.path", "data.tokenizer", "init_from")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for train.py: experiment=mamba_130m_pile")
+    parser.add_argument("--gpus", type=int, metavar="N", help="how many devices share the work (default: several)")
+    parser.add_argument("--device", default=DEFAULT_DEVICE, help=f"whose peak counts (default: {DEFAULT_DEVICE})")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="peak of one device, instead of --device")
+    parser.add_argument(
+        "--mfu", type=float, default=DEFAULT_MFU, help=f"share of the peak that is reached (default: {DEFAULT_MFU})"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the plan; raises ValueError, one line, for a wrong config or option."""
+    if args.gpus is not None and args.gpus < 1:
+        raise ValueError(f"--gpus {args.gpus}: expected at least 1")
+    if not 0 < args.mfu <= 1:
+        raise ValueError(f"--mfu {args.mfu}: expected more than 0 and at most 1")
+    if args.peak_tflops is not None and args.peak_tflops <= 0:
+        raise ValueError(f"--peak-tflops {args.peak_tflops}: expected more than 0")
+    config = compose_config(args.overrides, may_be_missing=MAY_BE_MISSING)
+    import torch  # only now: a mistake above is said at once
+
+    from mamba_train.monitor.flops import datasheet_peak
+    from mamba_train.monitor.plan import make_plan
+
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else datasheet_peak(args.device, torch.bfloat16)
+    if peak is None:
+        raise ValueError(f"--device {args.device}: its peak is not known here; give --peak-tflops")
+    device = f"{peak / 1e12:g} TFLOP/s" if args.peak_tflops else f"{args.device} ({peak / 1e12:g} TFLOP/s in bf16)"
+    plan = make_plan(config, _vocab_size(config))
+    for section in (_model(plan), _memory(plan, config), _disk(plan, config), _time(plan, peak, device, args)):
+        print("\n".join(section) + "\n")
+
+
+def _vocab_size(config: Config) -> int:
+    """Of the tokenizer, as far as it can be known before the data is prepared."""
+    if config.data.tokenizer and Path(config.data.tokenizer).is_file():
+        from mamba_train.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(config.data.tokenizer).vocab_size
+    return config.model.vocab_size or config.data.vocab_size
+
+
+def _model(plan: "Plan") -> list[str]:
+    flops = dataclasses.asdict(plan.flops)
+    return [
+        f"{plan.model.name}: {plan.n_parameters:,} parameters",
+        *(_row(name, f"{n:,}", n / plan.n_parameters) for name, n in plan.parameters.items()),
+        "",
+        f"FLOPs per token: {plan.flops.forward:,.0f} forward, {plan.flops.training:,.0f} with the backward pass; forward:",
+        *(_row(name, f"{n:,.0f}", n / plan.flops.forward) for name, n in flops.items() if n),
+    ]
+
+
+def _memory(plan: "Plan", config: Config) -> list[str]:
+    total = sum(plan.memory_bytes.values())
+    batch, length = config.training.micro_batch_size, config.data.sequence_length
+    return [
+        f"memory of one device, engine.name={config.engine.name}, micro-batches of {batch} x {length:,} tokens: "
+        f"{_size(total)}",
+        *(_row(name, _size(size), size / total) for name, size in plan.memory_bytes.items()),
+        f"  activations: {plan.activation_bytes_per_token:,} bytes per token, nothing recomputed",
+    ]
+
+
+def _disk(plan: "Plan", config: Config) -> list[str]:
+    needed = plan.checkpoint_bytes * plan.kept_checkpoints + config.checkpoint.reserve_gib * GIB
+    folder = Path(config.run_dir).absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    verdict = (
+        "enough" if free >= needed else "NOT enough: see checkpoint.keep_last, checkpoint.permanent_interval_steps"
+    )
+    return [
+        f"checkpoints: {_size(plan.checkpoint_bytes)} each, up to {plan.kept_checkpoints} at once "
+        f"(one of them being written), with the reserve {needed / GIB:.1f} GiB",
+        f"  {free / GIB:.1f} GiB free at {folder}: {verdict}",
+    ]
+
+
+def _time(plan: "Plan", peak: float, device: str, args: argparse.Namespace) -> list[str]:
+    hours = plan.device_hours(peak, args.mfu)
+    counts = (args.gpus,) if args.gpus else DEVICE_COUNTS
+    return [
+        f"training: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens are {plan.total_tokens / 1e9:,.3g} "
+        f"billion tokens and {plan.training_flops:.2e} FLOPs",
+        f"  at {args.mfu:.0%} MFU of {device}: {hours:,.0f} GPU-hours"
+        if hours >= 10
+        else f"  at {args.mfu:.0%} MFU of {device}: {hours:.2g} GPU-hours",
+        *(f"  {count:>5} GPU{'s' if count > 1 else ' '} {_duration(hours / count):>14}" for count in counts),
+    ]
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / GIB:,.1f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:,.1f} MiB"
+
+
+def _duration(hours: float) -> str:
+    if hours < 1:
+        return f"{hours * 60:.1f} minutes"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
+
+
+def _row(name: str, figure: str, share: float) -> str:
+    return f"  {name:<40} {figure:>18} {share:>7.1%}"
