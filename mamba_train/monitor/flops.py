@@ -187,7 +187,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> PeakFlops:
 
 
 def datasheet_peak(device_name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a device by its name (see `peak_flops`), None when it is not in the table."""
     """The datasheet's FLOP/s of matrix products of `dtype` for a device's name; None: not known."""
     name = device_name.lower()
     if "laptop" in name or "mig " in name:  # a slower chip of the same name, or a slice of the chip

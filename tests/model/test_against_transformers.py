@@ -1,15 +1,18 @@
 """The judge that nobody here wrote: the logits of `transformers` on the same weights."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from mamba_train.config import ModelConfig
 from mamba_train.model.language_model import MambaLM, padded_vocab_size
+from tests.model.families import perturbed, small_config
 
 transformers = pytest.importorskip("transformers")
 
 # Our name inside a mixer -> theirs, and whether theirs has an extra axis for the single input channel.
-MIXER_NAMES = {
+MAMBA1_NAMES = {
     "in_proj.weight": "in_proj.weight",
     "ssm.conv_weight": "conv1d.weight",
     "ssm.conv_bias": "conv1d.bias",
@@ -22,25 +25,34 @@ MIXER_NAMES = {
 }
 
 
-def theirs(model: MambaLM, config: ModelConfig):
-    """`MambaForCausalLM` of the same sizes with the weights of `model`; every one of them is replaced."""
-    other = transformers.MambaForCausalLM(
-        transformers.MambaConfig(
-            vocab_size=padded_vocab_size(config),
-            hidden_size=config.d_model,
-            state_size=config.d_state,
-            num_hidden_layers=config.n_layer,
-            layer_norm_epsilon=config.norm_eps,
-            expand=config.expand,
-            conv_kernel=config.d_conv,
-            use_bias=False,
-            use_conv_bias=True,
-            hidden_act="silu",
-            residual_in_fp32=True,
-            time_step_rank=config.dt_rank,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    ).eval()
+MAMBA2_NAMES = {
+    "in_proj.weight": "in_proj.weight",
+    "ssm.conv_weight": "conv1d.weight",
+    "ssm.conv_bias": "conv1d.bias",
+    "ssm.dt_bias": "dt_bias",
+    "ssm.A_log": "A_log",
+    "ssm.D": "D",
+    "ssm.norm_weight": "norm.weight",
+    "out_proj.weight": "out_proj.weight",
+}
+
+
+def shared_options(config: ModelConfig) -> dict[str, Any]:
+    """What both of their configs call the same."""
+    return {
+        "vocab_size": padded_vocab_size(config),
+        "hidden_size": config.d_model,
+        "state_size": config.d_state,
+        "num_hidden_layers": config.n_layer,
+        "layer_norm_epsilon": config.norm_eps,
+        "expand": config.expand,
+        "conv_kernel": config.d_conv,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def filled(other, model: MambaLM, config: ModelConfig, names: dict[str, str]):
+    """Their model with the weights of ours; every one of them is replaced."""
     ours = model.state_dict()
     named = {
         "backbone.embeddings.weight": ours.pop("embedding.weight"),
@@ -49,7 +61,7 @@ def theirs(model: MambaLM, config: ModelConfig):
     named["lm_head.weight"] = ours.pop("lm_head.weight", named["backbone.embeddings.weight"])
     for layer in range(config.n_layer):
         named[f"backbone.layers.{layer}.norm.weight"] = ours.pop(f"layers.{layer}.norm.weight")
-        for our_name, their_name in MIXER_NAMES.items():
+        for our_name, their_name in names.items():
             value = ours.pop(f"layers.{layer}.mixer.{our_name}")
             if their_name == "conv1d.weight":
                 value = value.unsqueeze(1)
@@ -58,25 +70,93 @@ def theirs(model: MambaLM, config: ModelConfig):
     missing, unexpected = other.load_state_dict(named, strict=False)
     assert not missing
     assert not unexpected
-    return other
+    return other.eval()
+
+
+def check_logits(model: MambaLM, other) -> None:
+    """Equal to 1e-4 relative to the largest, and no longer so when any weight of ours is changed."""
+    tokens = torch.randint(0, 53, (2, 37), generator=torch.Generator().manual_seed(3))
+    expected = other(tokens).logits
+    actual = model(tokens)
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for name, parameter in model.named_parameters():
+        kept = parameter.clone()
+        parameter += 0.05 * torch.randn_like(parameter)
+        changed = model(tokens)
+        parameter.copy_(kept)
+        assert (changed - expected).abs().max() > 1e-4 * expected.abs().max(), name
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 @torch.no_grad()
-def test_logits_are_those_of_transformers(perturbed_model: MambaLM, config: ModelConfig, tie_embeddings: bool) -> None:
+def test_logits_of_mamba1(perturbed_model: MambaLM, config: ModelConfig, tie_embeddings: bool) -> None:
     if not tie_embeddings:
         config.tie_embeddings = False
         tied, perturbed_model = perturbed_model, MambaLM(config)
         perturbed_model.load_state_dict(tied.state_dict(), strict=False)
         torch.nn.init.normal_(perturbed_model.lm_head.weight)
-    tokens = torch.randint(0, 53, (2, 37), generator=torch.Generator().manual_seed(3))
-    expected = theirs(perturbed_model, config)(tokens).logits
-    actual = perturbed_model(tokens)
-    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
-    # Each weight matters: the comparison is not blind to one of them.
-    for name, parameter in perturbed_model.named_parameters():
-        kept = parameter.clone()
-        parameter += 0.05 * torch.randn_like(parameter)
-        changed = perturbed_model(tokens)
-        parameter.copy_(kept)
-        assert (changed - expected).abs().max() > 1e-4 * expected.abs().max(), name
+    other = transformers.MambaForCausalLM(
+        transformers.MambaConfig(
+            **shared_options(config),
+            time_step_rank=config.dt_rank,
+            use_bias=False,
+            use_conv_bias=True,
+            hidden_act="silu",
+            residual_in_fp32=True,
+        )
+    )
+    check_logits(perturbed_model, filled(other, perturbed_model, config, MAMBA1_NAMES))
+
+
+@pytest.mark.parametrize("n_groups", [1, 4])
+@pytest.mark.parametrize("chunk_size", [8, 64])
+@torch.no_grad()
+def test_logits_of_mamba2(n_groups: int, chunk_size: int) -> None:
+    """With more than one group they agree only where the gated norm is by group, as published."""
+    config = small_config("mamba2", n_groups=n_groups, chunk_size=chunk_size)
+    model = perturbed(config)
+    d_inner = config.expand * config.d_model
+    other = transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            **shared_options(config),
+            num_heads=d_inner // config.head_dim,
+            head_dim=config.head_dim,
+            n_groups=n_groups,
+            chunk_size=chunk_size,
+            use_bias=False,
+            use_conv_bias=True,
+            hidden_act="silu",
+            residual_in_fp32=True,
+            rms_norm=True,
+        )
+    )
+    norm = other.backbone.layers[0].mixer.norm
+    if n_groups > 1 and getattr(norm, "group_size", d_inner) != d_inner // n_groups:
+        pytest.skip("this version of transformers normalises over all groups together")
+    check_logits(model, filled(other, model, config, MAMBA2_NAMES))
+
+
+@torch.no_grad()
+def test_greedy_tokens_are_those_of_transformers_mamba2() -> None:
+    config = small_config("mamba2")
+    model = perturbed(config)
+    other = transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            **shared_options(config),
+            num_heads=8,
+            head_dim=config.head_dim,
+            n_groups=1,
+            chunk_size=16,
+            use_bias=False,
+            use_conv_bias=True,
+        )
+    )
+    filled(other, model, config, MAMBA2_NAMES)
+    for prompt in ([5, 9, 2], [7, 7], [1, 1, 2, 3, 5, 8, 13, 21, 34]):
+        logits, state = model.prefill(torch.tensor([prompt]), model.initial_state(1))
+        tokens = [*prompt, int(logits.argmax())]
+        while len(tokens) < len(prompt) + 200:
+            logits, state = model.step(torch.tensor(tokens[-1:]), state)
+            tokens.append(int(logits.argmax()))
+        picked = other(torch.tensor([tokens])).logits[0].argmax(-1)
+        assert picked[len(prompt) - 1 : -1].tolist() == tokens[len(prompt) :]

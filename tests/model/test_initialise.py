@@ -11,6 +11,7 @@ from mamba_train.config import ModelConfig
 from mamba_train.model.contract import RULES, decay_split, rule_for
 from mamba_train.model.initialise import draw, initialise_
 from mamba_train.model.language_model import MambaLM
+from tests.model.families import FAMILIES, small_config
 
 
 def initial(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -104,15 +105,61 @@ def test_buffers_and_unknown_names_are_refused(config: ModelConfig) -> None:
         rule_for("layers.0.mixer.ssm.mystery")
 
 
-def test_each_parameter_has_one_rule_and_each_rule_a_parameter(config: ModelConfig) -> None:
-    config.tie_embeddings = False
-    names = [name for name, _ in MambaLM(config).named_parameters()]
-    assert {rule_for(name) for name in names} == set(RULES)
-    decayed, undecayed = decay_split(names)
-    assert sorted(decayed + undecayed) == sorted(names)
-    for name in names:
-        one_dimensional_or_ssm = name.endswith(("A_log", "D", "dt_bias", "conv_bias", "norm.weight"))
-        assert (name in undecayed) == one_dimensional_or_ssm
+def test_each_parameter_has_one_rule_and_each_rule_a_parameter() -> None:
+    used = set()
+    for family in FAMILIES:
+        names = [name for name, _ in MambaLM(small_config(family, tie_embeddings=False)).named_parameters()]
+        used |= {rule_for(name) for name in names}
+        decayed, undecayed = decay_split(names)
+        assert sorted(decayed + undecayed) == sorted(names)
+        for name in names:
+            one_dimensional_or_ssm = name.endswith(("A_log", "D", "dt_bias", "conv_bias", "norm.weight", "norm_weight"))
+            assert (name in undecayed) == one_dimensional_or_ssm
+    assert used == set(RULES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_drawn_whole_and_finite(family: str) -> None:
+    config = small_config(family)
+    model = MambaLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, math.nan)
+    initialise_(model, config, seed=0)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_mamba2_draws_a_uniformly_and_the_rest_as_mamba1() -> None:
+    config = small_config("mamba2", d_model=400, A_init_min=2.0, A_init_max=9.0)
+    values = initial(config)
+    ssm = "layers.2.mixer.ssm."
+    A = values[ssm + "A_log"].exp()
+    assert A.shape == (80,)
+    quantiles = torch.quantile(A, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    torch.testing.assert_close(quantiles, torch.linspace(2, 9, 5), rtol=0, atol=1.2)
+    assert A.min() >= 2 * 0.999
+    assert A.max() <= 9 * 1.001
+    dt = torch.nn.functional.softplus(values[ssm + "dt_bias"])
+    assert 0.001 * 0.999 <= dt.min() < 0.003
+    assert 0.03 < dt.max() <= 0.1 * 1.001
+    assert torch.equal(values[ssm + "D"], torch.ones(80))
+    assert torch.equal(values[ssm + "norm_weight"], torch.ones(800))
+    assert values[ssm + "conv_weight"].abs().max().item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_output_projections_shrink_with_the_number_of_residual_branches() -> None:
+    """A layer with an MLP has two, so both projections are scaled by 1/sqrt(2 n_layer)."""
+    for family, branches in {"mamba2": 3, "transformer": 6, "mamba1_mlp": 6}.items():
+        config = small_config(family, d_model=200)
+        for name, value in initial(config).items():
+            if name.endswith("out_proj.weight"):
+                bound = 1 / math.sqrt(value.shape[1]) / math.sqrt(branches)
+                assert value.abs().max().item() == pytest.approx(bound, rel=0.02), (family, name)
+
+
+def test_the_convolution_of_attention_has_its_own_width() -> None:
+    values = initial(small_config("hybrid"))
+    for name in ("conv_weight", "conv_bias"):
+        assert values[f"layers.1.mixer.{name}"].abs().max().item() == pytest.approx(1 / math.sqrt(3), rel=0.05)
 
 
 @settings(max_examples=20, deadline=None)
