@@ -69,7 +69,7 @@ def _model(plan: "Plan") -> list[str]:
         f"{plan.model.name}: {plan.n_parameters:,} parameters",
         *(_row(name, f"{n:,}", n / plan.n_parameters) for name, n in plan.parameters.items()),
         "",
-        f"FLOPs per token: {plan.flops.forward:,.0f} forward, {plan.flops.training:,.0f} with the backward pass; forward:",
+        f"FLOPs per token: {plan.flops.forward:,.0f} forward, {plan.flops.training:,.0f} with the backward; forward:",
         *(_row(name, f"{n:,.0f}", n / plan.flops.forward) for name, n in flops.items() if n),
     ]
 
@@ -105,9 +105,7 @@ def _time(plan: "Plan", peak: float, device: str, args: argparse.Namespace) -> l
     return [
         f"training: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens are {plan.total_tokens / 1e9:,.3g} "
         f"billion tokens and {plan.training_flops:.2e} FLOPs",
-        f"  at {args.mfu:.0%} MFU of {device}: {hours:,.0f} GPU-hours"
-        if hours >= 10
-        else f"  at {args.mfu:.0%} MFU of {device}: {hours:.2g} GPU-hours",
+        f"  at {args.mfu:.0%} MFU of {device}: {hours:{',.0f' if hours >= 10 else '.2g'}} GPU-hours",
         *(f"  {count:>5} GPU{'s' if count > 1 else ' '} {_duration(hours / count):>14}" for count in counts),
     ]
 

@@ -9,7 +9,7 @@ from mamba_train.convert.card import model_card
 from mamba_train.convert.model_configs import has_grouped_norm, to_config_json
 from mamba_train.convert.names import Layout, n_parameters, to_layout
 from mamba_train.convert.source import Log, load_pretrained
-from mamba_train.convert.verify import logits_of, verify_export
+from mamba_train.convert.verify import logits_of, probe, verify_export
 from mamba_train.data.tokenizer import TextTokenizer
 
 CARD = "README.md"
@@ -43,8 +43,9 @@ def export(source: str | Path, target: Path, layout: Layout, log: Log, tokenizer
             log("no tokenizer goes along: the run's is not there any more; --tokenizer FILE gives one")
         else:
             _write_tokenizer(folder, serialised, layout)
-        expected = logits_of(pretrained.config, pretrained.tensors)
-        checked = verify_export(folder, layout, pretrained.config, pretrained.tensors, expected)
+        tokens = probe(pretrained.config)
+        expected = logits_of(pretrained.config, pretrained.tensors, tokens)
+        checked = verify_export(folder, layout, pretrained.tensors, tokens, expected)
         size = n_parameters(pretrained.config)
         card = model_card(pretrained.config, layout, size, pretrained.run_config, pretrained.step, checked)
         (folder / CARD).write_text(card, encoding="utf-8")

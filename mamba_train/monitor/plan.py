@@ -104,14 +104,15 @@ def count_by_component(sizes: dict[str, int]) -> dict[str, int]:
 def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
     """Bytes that the backward pass needs of each token, without recomputation.
 
-    Per layer, with d = d_model, e = d_inner, n = d_state, r = dt_rank, h heads of Mamba-2, g groups, f = d_intermediate,
-    q = width of queries, k = width of keys, and values of `value_bytes`: the residual in fp32 (4 d), the normed input
-    (d), and of the mixer
+    Per layer, with d = d_model, e = d_inner, n = d_state, r = dt_rank, h heads of Mamba-2, g groups,
+    f = d_intermediate, q = width of queries, k = width of keys, and values of `value_bytes`: the residual in fp32
+    (4 d), the normed input (d), and of the mixer
         Mamba-1    6 e + r + 2 n (x, z, the convolution's output, Δ, y before and after the gate)
         Mamba-2    5 e + 4 g n + h (z, x B C before and after the convolution, y before and after the gated norm)
         attention  3 q + 4 k (queries, keys, values; queries and keys rotated; the output)
     besides the fp32 states the scan goes back to, one every 16 tokens (Mamba-1) or chunk_size (Mamba-2). An MLP adds
-    a residual and a norm of its own and 4 f. After the layers: the last residual, the normed hidden state, its gradient.
+    a residual and a norm of its own and 4 f. After the layers: the last residual, the normed hidden state and its
+    gradient.
     """
     d, e, n = model.d_model, model.expand * model.d_model, model.d_state
     assert model.dt_rank is not None
