@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from kernels import causal_conv1d, linear_cross_entropy, rms_norm, selective_scan  # noqa: F401  registers the operators
+from kernels import (  # noqa: F401  registers the operators
+    causal_conv1d,
+    linear_cross_entropy,
+    rms_norm,
+    selective_scan,
+    ssd,
+)
 
 OPS = torch.ops.mamba_train
 
@@ -30,11 +36,38 @@ def scan_backward_inputs(gate: bool = True) -> tuple[Any, ...]:
     return (strided(2, 9, 6), torch.randn_like(final_state), *inputs[:-1], starts, ungated)
 
 
+def ssd_inputs(gate: bool = True) -> tuple[Any, ...]:
+    x, z = strided(2, 9, 4, 3), strided(2, 9, 4, 3) if gate else None
+    dt, A, D, dt_bias = strided(2, 9, 4), -torch.rand(4), torch.randn(4), torch.randn(4)
+    B, C, seq_idx = strided(2, 9, 2, 5), strided(2, 9, 2, 5), torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+    return x, dt, A, B, C, D, z, dt_bias, True, 0.0, 1.0, 4, seq_idx, None
+
+
+def ssd_backward_inputs(gate: bool = True) -> tuple[Any, ...]:
+    inputs = ssd_inputs(gate)
+    _, final_state, starts, ungated = OPS.ssd(*inputs, True)
+    return (strided(2, 9, 4, 3), torch.randn_like(final_state), *inputs[:-1], starts, ungated)
+
+
+def gated_backward_inputs() -> tuple[Any, ...]:
+    x, z, weight = strided(2, 9, 6), strided(2, 9, 6), torch.randn(6)
+    return strided(2, 9, 6), x, z, weight, OPS.gated_rms_norm(x, z, weight, 1e-5, 3, False)[1], False
+
+
 CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "scan": (OPS.selective_scan, lambda: (*scan_inputs(), True)),
     "scan without gradient": (OPS.selective_scan, lambda: (*scan_inputs(gate=False), False)),
     "scan backward": (OPS.selective_scan_backward, scan_backward_inputs),
     "scan backward without gate": (OPS.selective_scan_backward, lambda: scan_backward_inputs(gate=False)),
+    "ssd": (OPS.ssd, lambda: (*ssd_inputs(), True)),
+    "ssd without gradient": (OPS.ssd, lambda: (*ssd_inputs(gate=False), False)),
+    "ssd backward": (OPS.ssd_backward, ssd_backward_inputs),
+    "ssd backward without gate": (OPS.ssd_backward, lambda: ssd_backward_inputs(gate=False)),
+    "gated norm": (
+        OPS.gated_rms_norm,
+        lambda: (strided(2, 9, 6), strided(2, 9, 6), torch.randn(6), 1e-5, 3, False),
+    ),
+    "gated norm backward": (OPS.gated_rms_norm_backward, gated_backward_inputs),
     "conv": (OPS.causal_conv1d, lambda: (strided(2, 9, 6), torch.randn(6, 4), torch.randn(6), True, None, None)),
     "norm": (OPS.rms_norm, lambda: (strided(2, 9, 6), torch.randn(6), 1e-5)),
     "add norm": (OPS.add_rms_norm, lambda: (strided(2, 9, 6), strided(2, 9, 6), torch.randn(6), 1e-5)),

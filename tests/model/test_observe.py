@@ -6,6 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels.selective_scan import selective_scan
+from kernels.ssd import ssd
 from mamba_train.model.observe import _arguments_by_name, observe_scans
 
 
@@ -90,3 +91,16 @@ def test_defaults_that_the_dispatcher_strips_are_filled_in() -> None:
     assert list(named) == ["self", "other", "alpha"]
     assert named["alpha"] == 1
     assert _arguments_by_name(torch.ops.aten.add.Tensor, (a, b), {"alpha": 3})["alpha"] == 3
+
+
+def test_ssd_is_recorded_too_in_the_order_of_the_layers() -> None:
+    first = arguments()
+    x, dt, B = torch.randn(2, 5, 4, 3), torch.randn(2, 5, 4), torch.randn(2, 5, 2, 6)
+    A, D, dt_bias = -torch.rand(4), torch.randn(4), torch.randn(4)
+    with observe_scans() as calls:
+        ssd(x, dt, A.bfloat16(), B, B, D, dt_bias=dt_bias)
+        selective_scan(**first)
+    assert [call["A"].dim() for call in calls] == [1, 2]
+    assert calls[0]["A"].dtype is torch.bfloat16
+    for name, value in {"D": D, "dt_bias": dt_bias, "dt": dt}.items():
+        assert torch.equal(calls[0][name], value)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.selective_scan import selective_scan
+from kernels.ssd import ssd
 from mamba_train.model.observe import observe_scans
 from mamba_train.monitor.ssm_health import ssm_health
 
@@ -84,3 +85,18 @@ def test_sampling_reaches_the_last_positions_and_channels() -> None:
     health = ssm_health(observe(dt, torch.full((1024, 1), -1.0), None, dt_softplus=True))
     assert health["ssm/layer_00/dt_p50"] == pytest.approx(float(np.logaddexp(0, 3.0)))
     assert health["ssm/layer_00/dt_p05"] == pytest.approx(np.log(2))
+
+
+def test_heads_of_mamba2_are_like_channels_with_one_state() -> None:
+    generator = torch.Generator().manual_seed(1)
+    dt, A = torch.randn(1, 12, 5, generator=generator), -torch.rand(5, generator=generator) - 0.1
+    B, dt_bias = torch.ones(1, 12, 1, 3), torch.rand(5, generator=generator)
+    with observe_scans() as calls:
+        ssd(torch.ones(1, 12, 5, 2), dt, A, B, B, dt_bias=dt_bias)
+    assert ssm_health(calls) == pytest.approx(ssm_health(observe(dt, A[:, None], dt_bias)))
+
+
+def test_layers_without_an_ssm_keep_their_numbers() -> None:
+    calls = observe(torch.zeros(1, 3, 4), torch.full((4, 2), -1.0), None) * 2
+    health = ssm_health(calls, layers=[0, 3])
+    assert {key.split("/")[1] for key in health} == {"layer_00", "layer_03"}

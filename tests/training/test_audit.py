@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from mamba_train.composition import compose_config
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
 from mamba_train.model import language_model
 from mamba_train.model.selective_ssm import SelectiveSSM
 from mamba_train.parallel.single import SingleDeviceEngine
 from mamba_train.training.audit import ContractViolation, audit, format_audit
+from tests.model.families import small_config
 
 MODEL = language_model.resolve_model_config(
     ModelConfig(name="test", n_layer=2, d_model=32, d_state=4), tokenizer_vocab_size=31
@@ -19,6 +21,79 @@ def make_engine(precision: Precision = Precision.fp32, seed: int = 0) -> SingleD
     engine = SingleDeviceEngine(EngineConfig(device=DeviceKind.cpu, precision=precision))
     engine.prepare(MODEL, OptimConfig(lr=1e-3), seed=seed)
     return engine
+
+
+def make_model_engine(family: str, precision: Precision = Precision.bf16, **changes: object) -> tuple:
+    """An engine with a model wide enough for its heads to show a distribution."""
+    config = small_config(family, d_model=80, head_dim=4, n_groups=1, **changes)
+    engine = SingleDeviceEngine(EngineConfig(device=DeviceKind.cpu, precision=precision))
+    engine.prepare(config, OptimConfig(lr=1e-3), seed=0)
+    return engine, config
+
+
+@pytest.mark.parametrize("name", ["mamba_tiny", "mamba2_tiny", "hybrid_tiny", "transformerpp_130m"])
+def test_the_models_of_conf_pass(name: str) -> None:
+    model = compose_config([f"model={name}"]).model
+    if name.startswith("transformer"):
+        model.n_layer = 2
+    config = language_model.resolve_model_config(model, tokenizer_vocab_size=300)
+    engine = SingleDeviceEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.bf16))
+    engine.prepare(config, OptimConfig(lr=1e-3), seed=0)
+    rows = audit(engine, config, fresh=True)
+    n_layers = {"hybrid_tiny": 3, "transformerpp_130m": 0}.get(name, 4)
+    assert [row.n_parameters for row in rows] == [n_layers] * (3 if n_layers else 0)
+    assert ("no SSM parameters" in format_audit(rows)) == (n_layers == 0)
+
+
+@pytest.mark.parametrize("name", ["A_log", "D", "dt_bias"])
+def test_a_cast_on_the_way_to_ssd_is_caught_by_the_layers_name(name: str) -> None:
+    """In a hybrid the second scan belongs to the third layer."""
+    engine, config = make_model_engine("hybrid")
+    audit(engine, config, fresh=True)
+    module = ssm(engine, 2)
+    with torch.no_grad():
+        getattr(module, name).mul_(1.001234)
+    stored = getattr(module, name)
+
+    def rounded_forward(*args, **kwargs):
+        del module._parameters[name]
+        module._parameters[name] = nn.Parameter(stored.detach().bfloat16().float(), requires_grad=False)
+        try:
+            return type(module).forward(module, *args, **kwargs)
+        finally:
+            module._parameters[name] = stored
+
+    module.forward = rounded_forward
+    with pytest.raises(ContractViolation, match=rf"layers\.2\.mixer\.ssm\.{name} reaches the scan"):
+        audit(engine, config, fresh=False)
+
+
+@pytest.mark.parametrize(
+    "A",
+    [torch.full((40,), 4.0), torch.arange(1.0, 41.0), torch.logspace(0, 1.204, 40), torch.linspace(1, 8, 40)],
+    ids=["constant", "1 to n", "log-uniform", "half of the range"],
+)
+def test_a_wrong_a_of_mamba2_is_caught(A: torch.Tensor) -> None:
+    """1 to the number of heads is what another implementation starts from."""
+    engine, config = make_model_engine("mamba2")
+    audit(engine, config, fresh=True)
+    with torch.no_grad():
+        for layer in range(3):
+            ssm(engine, layer).A_log.copy_(A.log())
+    with pytest.raises(ContractViolation, match=r"exp\(layers\.\d\.mixer\.ssm\.A_log\)"):
+        audit(engine, config, fresh=True)
+
+
+def test_a_wrong_dt_bias_is_caught_even_in_the_tiny_hybrid() -> None:
+    config = language_model.resolve_model_config(compose_config(["model=hybrid_tiny"]).model, tokenizer_vocab_size=300)
+    engine = SingleDeviceEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.fp32))
+    engine.prepare(config, OptimConfig(lr=1e-3), seed=0)
+    for dt in (torch.full((16,), 0.01), torch.linspace(0.001, 0.1, 16)):
+        with torch.no_grad():
+            for layer in (0, 1, 3):
+                ssm(engine, layer).dt_bias.copy_(inverse_softplus(dt))
+        with pytest.raises(ContractViolation, match="dt_bias"):
+            audit(engine, config, fresh=True)
 
 
 def ssm(engine: SingleDeviceEngine, layer: int = 1) -> SelectiveSSM:

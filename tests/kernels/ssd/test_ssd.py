@@ -219,7 +219,9 @@ def test_a_strong_decay_does_not_blur_the_weak_ones_after_it() -> None:
     actual, expected = run(inputs, 64, dt_softplus=False)[0], ssd_loop(exact, dt_softplus=False)[0]
     later = slice(6, None)
     torch.testing.assert_close(actual[:, later].double(), expected[:, later], rtol=1e-5, atol=0.1)
-    x_grad, expected_grad = (gradients((y[:, later],), i)["x"][:, later] for y, i in ((actual, inputs), (expected, exact)))
+    x_grad, expected_grad = (
+        gradients((y[:, later],), i)["x"][:, later] for y, i in ((actual, inputs), (expected, exact))
+    )
     torch.testing.assert_close(x_grad.double(), expected_grad, rtol=1e-5, atol=1e-7)
 
 
