@@ -132,13 +132,13 @@ class Harmful:
 
 
 def test_a_bin_file_that_would_run_code_is_refused(released: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for write in (
-        lambda path: torch.save({"x": Harmful()}, path),
-        lambda path: path.write_bytes(pickle.dumps({"x": Harmful()})),
-    ):
-        write(released / "pytorch_model.bin")
-        with pytest.raises(ValueError, match=r"pytorch_model.bin: refused, .* would run code .*; ask its author"):
-            load_pretrained(released, silent)
+    path = released / "pytorch_model.bin"
+    torch.save({"x": Harmful()}, path)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: refused, .* could run code \(it calls print\); ask its"):
+        load_pretrained(released, silent)
+    path.write_bytes(pickle.dumps({"x": Harmful()}, protocol=2))
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: refused, .* could run code"):
+        load_pretrained(released, silent)
     assert "this ran" not in capsys.readouterr().out
 
 
@@ -272,16 +272,15 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path: Path, m
     with pytest.raises(ValueError, match=r"GiB needed, .* GiB free"):
         with new_folder(tmp_path / "big", 2**60):
             pass
-    with pytest.raises(KeyboardInterrupt):
-        with new_folder(tmp_path / "new", 1) as folder:
-            (folder / "file").write_text("x")
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "new", 1) as folder:
+        (folder / "file").write_text("x")
+        raise KeyboardInterrupt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there"]
 
 
 def test_a_tokenizer_that_is_none(tmp_path: Path, make_run: MakeRun) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a tokenizer.json"):
+    with pytest.raises(ValueError, match=r"not a tokenizer\.json"):
         export(make_run(MAMBA1), tmp_path / "out", Layout.transformers, silent, tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match="--tokenizer .*: there is no such file"):
+    with pytest.raises(ValueError, match=r"--tokenizer .*: there is no such file"):
         import_run(tmp_path / "run", tmp_path / "out", silent, tmp_path / "other.json")

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from kernels.causal_conv1d import causal_conv1d
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.rms_norm import add_rms_norm
+from kernels.rms_norm import add_rms_norm, gated_rms_norm
 from kernels.selective_scan import selective_scan
+from kernels.ssd import ssd
 from tests.kernels.loops import LENGTHS, gradients, random_documents, scan_inputs
+from tests.kernels.ssd.loops import ssd_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,6 +47,24 @@ def test_selective_scan(length: int, dtype: torch.dtype, tolerance: float) -> No
     device, exact = on_cuda(scan_inputs(2, length, 32, 16, packed=True), dtype)
     actual, expected = (selective_scan(**i, return_final_state=True) for i in (device, exact))
     assert_near(actual, expected, device, exact, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("length", [*LENGTHS, 1000])
+def test_ssd(length: int, dtype: torch.dtype, tolerance: float) -> None:
+    device, exact = on_cuda(ssd_inputs(2, length, 8, 16, 2, 32, packed=True), dtype)
+    actual, expected = (ssd(**i, chunk_size=64, return_final_state=True) for i in (device, exact))
+    assert_near(actual, expected, device, exact, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("before", [False, True])
+def test_gated_rms_norm(before: bool, dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 65, 64), "z": (2, 65, 64), "weight": (64,)}
+    device, exact = on_cuda({n: torch.randn(s, generator=generator) for n, s in shapes.items()}, dtype)
+    actual, expected = (gated_rms_norm(**i, group_size=16, norm_before_gate=before) for i in (device, exact))
+    assert_near((actual,), (expected,), device, exact, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

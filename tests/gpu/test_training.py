@@ -52,3 +52,22 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path, corpus: Path) -> None:
     straight = {point[0]: point[:5] for point in curve(tmp_path / "straight")}
     stopped = {point[0]: point[:5] for point in curve(tmp_path / "stopped")}
     assert straight == stopped
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        ["model=mamba2_tiny", "model.chunk_size=8"],
+        ["model=hybrid_tiny", "model.attention_layers=[0]", "model.d_intermediate=32"],
+    ],
+    ids=["mamba2", "hybrid"],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_other_families_follow_the_cpu(tmp_path: Path, corpus: Path, family: list[str], compiled: bool) -> None:
+    losses = {}
+    for device, options in {"cpu": [], "cuda": [f"engine.compile={str(compiled).lower()}"]}.items():
+        result = train(tmp_path / device, corpus, STEPS, *family, f"engine.device={device}", *options)
+        assert result.returncode == 0, result.stderr
+        losses[device] = [record["loss"] for record in metrics(tmp_path / device)]
+    assert losses["cuda"][-1] < losses["cuda"][0] - 1.0
+    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=5e-2)
