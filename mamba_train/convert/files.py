@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -86,13 +87,14 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         # weights_only: nothing but tensors is built from the pickle inside.
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        called = re.search(r"GLOBAL (\S+) was not", str(error))
+        reason = f"it calls {called.group(1)}" if called else "it is no file of plain tensors"
         raise ValueError(
-            f"{path}: refused, because it holds more than tensors and reading it would run code ({reason}); "
-            "ask its author for safetensors"
+            f"{path}: refused, because reading it could run code ({reason}); ask its author for safetensors"
         ) from None
     except Exception as error:  # torch raises RuntimeError, EOFError and others for damaged files
-        raise ValueError(f"{path}: not a readable file of weights ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a readable file of weights ({reason})") from None
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
         raise ValueError(f"{path}: refused, because it is not a plain dictionary of tensors")
     return values

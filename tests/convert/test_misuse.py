@@ -272,10 +272,15 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path: Path, m
     with pytest.raises(ValueError, match=r"GiB needed, .* GiB free"):
         with new_folder(tmp_path / "big", 2**60):
             pass
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "new", 1) as folder:
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there"]
+
+
+def interrupted(target: Path) -> None:
+    with new_folder(target, 1) as folder:
         (folder / "file").write_text("x")
         raise KeyboardInterrupt
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there"]
 
 
 def test_a_tokenizer_that_is_none(tmp_path: Path, make_run: MakeRun) -> None:
