@@ -67,28 +67,34 @@ def main(run: Callable[[Config], None]) -> None:
     """
     register_schema()
 
+    composed_and_checked = False
+
     @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
     def composed_main(composed: DictConfig) -> None:
         with user_errors_exit():
             config = to_config(composed)
+        nonlocal composed_and_checked
+        composed_and_checked = True
         run(config)
 
     # With this Hydra raises instead of printing its own account of the error.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         composed_main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed_and_checked:  # an error of the training itself deserves its traceback
+            raise
         exit_with_error(ValueError(explain(error)))
 
 
 class user_errors_exit:
-    """Context manager: a ValueError or FileNotFoundError inside becomes one line and exit code 2."""
+    """Context manager: a ValueError or OSError inside becomes one line and exit code 2."""
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ValueError, FileNotFoundError)):
+        if isinstance(error, (ValueError, OSError)):
             exit_with_error(error)
 
 
@@ -128,16 +134,24 @@ def explain(error: Exception) -> str:
         return f"{_full_key(text)}={match.group(1)}: expected true or false"
     if match := re.search(r"field '([\w.]+)' is not Optional", text):
         return f"{_full_key(text)}=null: a value is needed here"
-    if match := re.search(r"(?:Error parsing override|mismatched input|no viable alternative|extraneous input)", text):
-        return f"cannot read the command line: {text.splitlines()[0]}; expected KEY=VALUE or GROUP=OPTION"
+    if re.search("Config group override must be a string", text):
+        return f"{' '.join(text.split())}; the groups {_list(_groups())} are set as GROUP=OPTION"
+    if re.search("parsing override|mismatched input|NoViableAlt|extraneous input|Ambiguous value", text):
+        return (
+            f"cannot read the command line: {text.splitlines()[0]}; expected KEY=VALUE or GROUP=OPTION, and quotes "
+            "around a value with spaces or any of ()[]{}=,: such as \"data.path='my texts (1)'\""
+        )
     return " ".join(text.split())
 
 
 def known_keys() -> list[str]:
     """All dotted keys of the schema and the names of the groups."""
     schema = OmegaConf.to_container(OmegaConf.structured(Config), throw_on_missing=False)
-    groups = [p.name for p in CONF_DIR.iterdir() if p.is_dir()]
-    return sorted(set(_dotted_keys(schema)) | set(groups))
+    return sorted(set(_dotted_keys(schema)) | set(_groups()))
+
+
+def _groups() -> list[str]:
+    return sorted(p.name for p in CONF_DIR.iterdir() if p.is_dir())
 
 
 def _dotted_keys(node: object, prefix: str = "") -> Iterable[str]:

@@ -2,7 +2,7 @@
 
 Hydra composes the YAML files of `conf/` onto these dataclasses, so a misspelt key or a wrong type
 fails while the command line is being read. What a type cannot say (sizes that must divide, files
-that must exist) is checked by `mamba_train.validation`. This module must not import torch: a
+that must exist) is checked by `mamba_train.config_checks`. This module must not import torch: a
 mistake in a config should be reported before the second that importing torch takes.
 """
 
@@ -34,6 +34,12 @@ class DeviceKind(StrEnum):
     auto = "auto"  # a CUDA device if there is one, else the CPU
     cpu = "cpu"
     cuda = "cuda"
+
+
+class EngineKind(StrEnum):
+    """Who executes the step."""
+
+    single = "single"  # one device, one process
 
 
 class Precision(StrEnum):
@@ -151,7 +157,7 @@ class ScheduleConfig:
 class EngineConfig:
     """How the step is executed."""
 
-    name: str = "single"
+    name: EngineKind = EngineKind.single
     device: DeviceKind = DeviceKind.auto
     precision: Precision = Precision.auto
     compile: bool = False  # torch.compile (needs a C++ compiler on the CPU)

@@ -1,7 +1,10 @@
 """Checks of a composed config that types cannot express; all run before torch is imported."""
 
+import math
+import os
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import is_dataclass
 from pathlib import Path
 
 from mamba_train.config import Config, DataSource, MixerKind, ModelConfig, layer_mixers
@@ -31,7 +34,11 @@ def _problems(config: Config) -> Iterable[Problem]:
 
 
 def _ranges(config: Config) -> Iterable[Problem]:
-    """Plain intervals, one line each."""
+    """Plain intervals, one line each; NaN and infinities are in none of them."""
+    for section, settings in vars(config).items():
+        for name, value in vars(settings).items() if is_dataclass(settings) else ():
+            if isinstance(value, float) and not math.isfinite(value):
+                yield f"{section}.{name}", value, "expected a finite number"
     positive = (
         "model.n_layer model.d_model model.d_state model.d_conv model.expand model.pad_vocab_size_multiple "
         "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "
@@ -94,6 +101,12 @@ def _model(config: Config) -> Iterable[Problem]:
         yield from _mamba2(model)
     if MixerKind.attention in mixers:
         yield from _attention(model)
+    if model.vocab_size is not None and config.data.tokenizer is None and model.vocab_size < config.data.vocab_size:
+        yield (
+            "model.vocab_size",
+            model.vocab_size,
+            f"expected null or at least data.vocab_size ({config.data.vocab_size})",
+        )
 
 
 def _mamba2(model: ModelConfig) -> Iterable[Problem]:
@@ -136,7 +149,7 @@ def _data(config: Config) -> Iterable[Problem]:
     if data.source is DataSource.local:
         if not data.path:
             yield "data.path", data.path, "expected a folder or file with .txt, .jsonl or .jsonl.zst text"
-        elif not Path(data.path).exists():
+        elif not Path(data.path).expanduser().exists():
             yield "data.path", data.path, "there is no such file or folder"
     elif data.path:
         yield "data.path", data.path, f"data.source={data.source} reads no path; use data=local"
@@ -145,7 +158,7 @@ def _data(config: Config) -> Iterable[Problem]:
     # 256 bytes and the end of document are always in a byte-level vocabulary.
     if data.tokenizer is None and not 257 <= data.vocab_size <= 2**31 - 1:
         yield "data.vocab_size", data.vocab_size, "expected at least 257 (256 bytes and the end of document)"
-    if data.tokenizer is not None and not Path(data.tokenizer).is_file():
+    if data.tokenizer is not None and not Path(data.tokenizer).expanduser().is_file():
         yield "data.tokenizer", data.tokenizer, "there is no such file; expected a tokenizer.json"
 
 
@@ -163,9 +176,19 @@ def _training(config: Config) -> Iterable[Problem]:
             schedule.warmup_steps,
             f"expected at most training.total_steps ({training.total_steps})",
         )
-    run_dir = Path(config.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        yield "run_dir", config.run_dir, "expected a folder, this is a file"
+    yield from _run_dir(config.run_dir)
+
+
+def _run_dir(run_dir: str) -> Iterable[Problem]:
+    if not run_dir:
+        yield "run_dir", repr(run_dir), "expected a folder for this run"
+        return
+    folder = Path(run_dir).absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir():
+        yield "run_dir", run_dir, f"expected a folder, {existing} is a file"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield "run_dir", run_dir, f"{existing} is not writable; choose another folder"
 
 
 def _get(config: Config, key: str) -> float:

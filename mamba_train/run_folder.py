@@ -1,14 +1,46 @@
 """The files of a run folder that are neither checkpoints nor metrics."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 CONFIG = "config.yaml"  # the composed config
-TOKENIZER = "tokenizer.json"  # a copy of the one the data was made with
 SUMMARY = "summary.json"  # what the commands need to know: see `write_summary`
 BASELINE = "baseline.json"  # the bigram model on the same tokens
 SAMPLE = "sample.txt"  # text that the model wrote
+TOKENIZER = "tokenizer.json"  # a copy, so that the run can be used without its data
+LOCK = ".lock"  # held by the process that trains here
+
+
+def lock(run_dir: Path) -> TextIO:
+    """Claim the folder for this process until the returned file is closed or the process ends, however it ends.
+
+    Two runs in one folder would cut each other's metrics and delete each other's checkpoints.
+    Raises ValueError when another process has it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ValueError(
+            f"run_dir={run_dir}: process {file.read().strip() or 'unknown'} is training there; "
+            "wait for it, or use another run_dir"
+        ) from error
+    except OSError:
+        return file  # a filesystem without locks
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether train.py has worked in this folder before."""
+    return (run_dir / CONFIG).exists()
 
 
 def write_summary(run_dir: Path, *, n_parameters: int, data_folder: Path) -> None:
@@ -22,4 +54,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     path = run_dir / SUMMARY
     if not path.is_file():
         raise ValueError(f"{run_dir}: not the folder of a run (there is no {SUMMARY}); give a run_dir of train.py")
-    return json.loads(path.read_text(encoding="utf-8"))
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(summary, dict) or "data_folder" not in summary:
+        raise ValueError(f"{path}: not what train.py writes; run train.py again to renew it")
+    return summary

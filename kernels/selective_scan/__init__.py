@@ -15,7 +15,7 @@ from kernels.checks import (
     check_tensor,
     needs_gradient,
 )
-from kernels.selective_scan import reference  # noqa: F401  registers torch.ops.mamba_train.selective_scan
+from kernels.selective_scan import dispatch  # noqa: F401  registers torch.ops.mamba_train.selective_scan
 from kernels.selective_scan.step import selective_scan_step
 
 __all__ = ["selective_scan", "selective_scan_step"]

@@ -6,24 +6,33 @@ their autograd formula and what an audit sees of them are the same on every devi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from kernels.selective_scan import reference
 from kernels.selective_scan.cuda import scan
 
 _FORWARD, _BACKWARD = reference.selective_scan_op, reference.selective_scan_backward_op
-_reference_fake = _FORWARD._abstract_fn
+
+
+def _known(function: Callable[..., Any] | None) -> Callable[..., Any]:
+    assert function is not None
+    return function
+
+
+_reference_fake = _known(_FORWARD._abstract_fn)
 
 
 @_FORWARD.register_kernel("cuda")
-def _forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward):  # type: ignore[no-untyped-def]
+def _forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward):
     compute = _FORWARD._init_fn if scan.unsupported(x, A.shape[1]) else scan.forward
     return compute(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward)
 
 
 @_FORWARD.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward):  # type: ignore[no-untyped-def]
+def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward):
     outputs = _reference_fake(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward)
     if x.device.type != "cuda" or scan.unsupported(x, A.shape[1]):
         return outputs
@@ -33,10 +42,6 @@ def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_ba
 
 
 @_BACKWARD.register_kernel("cuda")
-def _backward(  # type: ignore[no-untyped-def]
-    y_grad, final_state_grad, x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, starts: Tensor, ungated
-):
+def _backward(y_grad, final_state_grad, x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, starts, ungated):
     compute = _BACKWARD._init_fn if scan.unsupported(x, A.shape[1]) else scan.backward
-    return compute(
-        y_grad, final_state_grad, x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, starts, ungated
-    )
+    return compute(y_grad, final_state_grad, x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, starts, ungated)

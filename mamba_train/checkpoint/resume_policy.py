@@ -46,6 +46,7 @@ _REMEDY = "to go on set it back; else choose another run_dir, or start over with
 _UNLISTED = "no rule says that it may change"
 
 _OTHER_MODEL = "the checkpoint holds the weights of another model"
+_SAME_TOKENS = "the prepared tokens are compared by their fingerprint"
 _OTHER_TOKENS = "the model would be fed other tokens than the ones it was trained on so far"
 _OTHER_OPTIMISER = "holds from the resumed step on; the optimiser's moments are kept"
 _OTHER_SCHEDULE = "the learning rate of the steps that remain follows the new schedule"
@@ -53,16 +54,16 @@ _OTHER_ARITHMETIC = "the losses agree within rounding, no longer bit by bit"
 
 RULES: tuple[Rule, ...] = (
     Rule("model.*", Action.refuse, _OTHER_MODEL),
-    Rule("data.name", Action.refuse, _OTHER_TOKENS),
+    Rule("data.name", Action.allow, _SAME_TOKENS),
     Rule("data.source", Action.refuse, _OTHER_TOKENS),
-    Rule("data.path", Action.refuse, _OTHER_TOKENS),
+    Rule("data.path", Action.allow, _SAME_TOKENS),
     Rule("data.text_key", Action.refuse, _OTHER_TOKENS),
-    Rule("data.tokenizer", Action.refuse, _OTHER_TOKENS),
+    Rule("data.tokenizer", Action.allow, _SAME_TOKENS),
     Rule("data.vocab_size", Action.refuse, _OTHER_TOKENS),
     Rule("data.validation_fraction", Action.refuse, _OTHER_TOKENS),
     Rule("data.sequence_length", Action.refuse, "samples are counted in sequences of this length"),
     Rule("data.reset_state_at_documents", Action.refuse, "the model would see another context than so far"),
-    Rule("data.cache_dir", Action.allow, "the prepared tokens are compared by their fingerprint"),
+    Rule("data.cache_dir", Action.allow, _SAME_TOKENS),
     Rule("optim.*", Action.warn, _OTHER_OPTIMISER),
     Rule("schedule.*", Action.warn, _OTHER_SCHEDULE),
     Rule("engine.*", Action.warn, _OTHER_ARITHMETIC),

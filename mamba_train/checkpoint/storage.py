@@ -82,7 +82,7 @@ def save(checkpoints_dir: Path, checkpoint: Checkpoint, *, reserve_gib: float) -
 
 def _texts(checkpoint: Checkpoint) -> dict[str, str]:
     try:
-        state = json.dumps(checkpoint.state, indent=1)
+        state = json.dumps(checkpoint.state, indent=1, allow_nan=False)
         # By way of JSON, which turns enums and tuples into what YAML can say too.
         config = json.loads(json.dumps(checkpoint.config))
     except (TypeError, ValueError) as error:

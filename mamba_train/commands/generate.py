@@ -1,6 +1,7 @@
 """`mamba-train generate RUN`: text from the newest checkpoint of a run."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the tokens with this much probability")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--save", action="store_true", help=f"also write the text to RUN/{SAMPLE}")
 
 
@@ -28,11 +29,9 @@ def run(args: argparse.Namespace) -> None:
     from mamba_train.inference.load import load_model, load_run_tokenizer
 
     tokenizer = load_run_tokenizer(args.run_dir)
-    try:
-        device = torch.device(args.device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {args.device}: expected cpu, cuda or cuda:N") from error
-    model, step = load_model(args.run_dir, device, lambda line: print(line, file=sys.stderr))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
+    model, step = load_model(args.run_dir, torch.device(args.device), lambda line: print(line, file=sys.stderr))
     prompt = [tokenizer.eos_id, *tokenizer.encode(args.prompt).tolist()]
     print(f"sample after step {step}:", file=sys.stderr)
     tokens = prompt[1:]
@@ -62,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature}: expected 0 or more")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: expected 0 to 2^63 - 1")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p {args.top_p}: expected more than 0 and at most 1")

@@ -44,11 +44,8 @@ def ensure_baseline(run_dir: Path) -> str | None:
     """Score a bigram model on the run's own tokens, once; return why that was not possible, or None.
 
     It is trained on the run's training split and scored on exactly the targets that the run validates
-    on, so the two figures compare.
+    on, so the two figures compare; when these have changed it is scored anew.
     """
-    path = run_dir / BASELINE
-    if path.exists():
-        return None
     if not (run_dir / CONFIG).exists():
         return f"there is no {CONFIG}"
     from omegaconf import OmegaConf
@@ -64,8 +61,13 @@ def ensure_baseline(run_dir: Path) -> str | None:
     if corpus.n_tokens > MAX_BASELINE_TOKENS:
         return f"{corpus.n_tokens:,} training tokens are more than {MAX_BASELINE_TOKENS:,}"
     length, n_sequences = config.data.sequence_length, config.training.validation_sequences
+    path = run_dir / BASELINE
+    scored_on = {"data": corpus.fingerprint, "sequence_length": length, "validation_sequences": n_sequences}
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("scored_on") == scored_on:
+        return None
     [windows] = validation_batches(validation, length, n_sequences, n_sequences, with_boundaries=False)
     bytes_per_token = validation_bytes_per_token(validation, length, n_sequences)
     score = bigram_score(corpus.tokens(), windows.tokens.numpy(), corpus.vocab_size, bytes_per_token)
-    path.write_text(json.dumps({"bigram": dataclasses.asdict(score)}, indent=1) + "\n", encoding="utf-8")
+    content = {"bigram": dataclasses.asdict(score), "scored_on": scored_on}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return None

@@ -25,7 +25,7 @@ def generate(
     The state has a constant size, so a token costs the same however long the text is. temperature 0
     takes the most likely token; top_p keeps the smallest set of tokens with that much probability
     (arXiv 1904.09751, section 3.1). Ids from `vocab_size` on are padding and are never drawn.
-    Raises ValueError for an empty prompt.
+    Raises ValueError for an empty prompt and for logits that are not finite.
     """
     if not prompt:
         raise ValueError("the prompt has no tokens; give at least one")
@@ -33,6 +33,8 @@ def generate(
     generator = torch.Generator(device="cpu").manual_seed(seed)
     logits, state = model.prefill(torch.tensor([prompt], device=device), model.initial_state(1))
     for _ in range(max_new_tokens):
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged")
         token = _draw(logits[0, :vocab_size].float().cpu(), temperature, top_p, generator)
         if token == stop_token:
             return

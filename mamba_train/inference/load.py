@@ -9,10 +9,9 @@ from omegaconf import OmegaConf
 from mamba_train.checkpoint.layout import checkpoints_dir
 from mamba_train.checkpoint.storage import load_model_only, newest_complete
 from mamba_train.config import ModelConfig
-from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
 from mamba_train.model.language_model import MambaLM
-from mamba_train.run_folder import TOKENIZER, read_summary
+from mamba_train.run_folder import TOKENIZER
 
 
 def load_model(run_dir: Path, device: torch.device, log: Callable[[str], None]) -> tuple[MambaLM, int]:
@@ -32,13 +31,11 @@ def load_model(run_dir: Path, device: torch.device, log: Callable[[str], None]) 
 
 
 def load_run_tokenizer(run_dir: Path) -> TextTokenizer:
-    """The tokenizer that the run was trained with; raises ValueError when the run folder has none."""
-    data_folder = read_summary(run_dir)["data_folder"]
-    # Runs made before the tokenizer was copied into them have it with their data only.
-    for path in (run_dir / TOKENIZER, Path(data_folder) / TOKENIZER_NAME):
-        if path.is_file():
-            return load_tokenizer(str(path))
-    raise ValueError(f"{run_dir / TOKENIZER}: the run has no tokenizer; put its tokenizer.json there")
+    """The tokenizer that the run was trained with; raises ValueError when the folder has none."""
+    path = run_dir / TOKENIZER
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: not the folder of a run (there is no {TOKENIZER}); give a run_dir of train.py")
+    return load_tokenizer(path)
 
 
 def _model_from(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> MambaLM:

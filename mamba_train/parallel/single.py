@@ -1,6 +1,8 @@
 """The engine for one device: the CPU or one GPU."""
 
 import math
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,6 +25,11 @@ class SingleDeviceEngine:
     def __init__(self, config: EngineConfig) -> None:
         self.device = _choose_device(config.device)
         self.compute_dtype = _choose_dtype(config.precision, self.device)
+        if config.compile and self.device.type == "cpu" and not _has_compiler():
+            raise ValueError(
+                "engine.compile=true: compiling for the CPU needs a C++ compiler and none is on the path; "
+                "install g++, or use engine.compile=false"
+            )
         self._compile = config.compile
 
     def prepare(self, model_config: ModelConfig, optim: OptimConfig, seed: int) -> None:
@@ -122,6 +129,11 @@ def _choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision is Precision.auto:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+
+
+def _has_compiler() -> bool:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return any(shutil.which(name) for name in names)
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from omegaconf import OmegaConf
 
@@ -47,9 +47,7 @@ def build_trainer(config: Config) -> Trainer:
     run_dir = Path(config.run_dir)
     progress = Progress(config.logging.progress, config.training.total_steps, config.logging.progress_interval_steps)
     log = progress.message
-    if not config.checkpoint.resume:
-        _set_aside(run_dir, log)
-
+    engine = build_engine(config.engine)  # says at once when this machine cannot run it
     data_folder = prepare(config.data, log)
     corpus, validation = (Corpus.open(data_folder, split) for split in ("train", "validation"))
     source = BatchSource(
@@ -67,8 +65,8 @@ def build_trainer(config: Config) -> Trainer:
         "config": _hash(json.dumps(shown_config, sort_keys=True).encode()),
     }
 
+    lock = _claim(run_dir, config.checkpoint.resume, log)
     checkpoint = _find_checkpoint(run_dir, shown_config, fingerprints, log)
-    engine = build_engine(config.engine)
     engine.prepare(config.model, config.optim, config.seed)
     state = TrainState()
     if checkpoint is not None:
@@ -81,13 +79,31 @@ def build_trainer(config: Config) -> Trainer:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     _write_run_files(run_dir, config, data_folder, engine)
     hooks = _hooks(config, engine, validation, progress, shown_config, fingerprints, log)
-    return Trainer(config, engine, source, state, hooks, corpus.bytes_per_token)
+    return Trainer(config, engine, source, state, [*hooks, _HoldLock(lock)], corpus.bytes_per_token)
+
+
+class _HoldLock(Hook):
+    """Keeps the run folder for this process until the run is over."""
+
+    def __init__(self, lock: TextIO) -> None:
+        self._lock = lock
+
+    def close(self, failed: bool) -> None:
+        self._lock.close()
+
+
+def _claim(run_dir: Path, resume: bool, log: Log) -> TextIO:
+    """Lock the run folder; with checkpoint.resume=false, a new one in the place of an earlier run's."""
+    lock = run_folder.lock(run_dir)
+    if resume or not run_folder.holds_run(run_dir):
+        return lock
+    _set_aside(run_dir, log)
+    lock.close()
+    return run_folder.lock(run_dir)
 
 
 def _set_aside(run_dir: Path, log: Log) -> None:
     """checkpoint.resume=false starts over without destroying anything."""
-    if not run_dir.exists():
-        return
     number = 1
     while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
         number += 1
@@ -143,11 +159,10 @@ def _write_run_files(run_dir: Path, config: Config, data_folder: Path, engine: E
     """What the commands that read a run folder need besides checkpoints and metrics."""
     if engine.rank != 0:
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.structured(config), run_dir / run_folder.CONFIG)
     # With it the run can be moved, sampled and exported without its data.
-    shutil.copyfile(data_folder / TOKENIZER_NAME, run_dir / run_folder.TOKENIZER)
     run_folder.write_summary(run_dir, n_parameters=_n_parameters(engine), data_folder=data_folder)
+    shutil.copyfile(data_folder / TOKENIZER_NAME, run_dir / run_folder.TOKENIZER)
 
 
 def _n_parameters(engine: Engine) -> int:

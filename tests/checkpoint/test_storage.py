@@ -197,14 +197,15 @@ def test_enums_and_tuples_are_stored_as_plain_values(folder):
     assert type(found.config["kind"]) is str
 
 
-def test_what_json_cannot_say_is_refused_before_anything_is_written(folder):
+@pytest.mark.parametrize("value", [object(), float("nan"), float("inf")])
+def test_what_json_cannot_say_is_refused_before_anything_is_written(folder, value):
     with pytest.raises(ValueError, match="step 1 is not plain JSON"):
-        save(folder, Checkpoint(1, {"w": torch.ones(2)}, state={"when": object()}), reserve_gib=0)
+        save(folder, Checkpoint(1, {"w": torch.ones(2)}, state={"when": value}), reserve_gib=0)
     assert not folder.exists()
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )

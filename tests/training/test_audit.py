@@ -7,9 +7,10 @@ from torch import nn
 from mamba_train.composition import compose_config
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
 from mamba_train.model import language_model
+from mamba_train.model.contract import RULES
 from mamba_train.model.selective_ssm import SelectiveSSM
 from mamba_train.parallel.single import SingleDeviceEngine
-from mamba_train.training.audit import ContractViolation, audit, format_audit
+from mamba_train.training.audit import ARGUMENT_OF_ROLE, ContractViolation, audit, format_audit
 from tests.model.families import small_config
 
 MODEL = language_model.resolve_model_config(
@@ -129,9 +130,10 @@ def test_a_stored_cast_is_caught(name: str) -> None:
         audit(engine, MODEL, fresh=True)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("upcast_again", [False, True])
 @pytest.mark.parametrize("name", ["A_log", "D", "dt_bias"])
-def test_a_cast_on_the_way_to_the_scan_is_caught(name: str, upcast_again: bool) -> None:
+def test_a_cast_on_the_way_to_the_scan_is_caught(name: str, upcast_again: bool, fresh: bool) -> None:
     """As a mixed-precision wrapper does it: fp32 is stored, the forward pass gets a rounded copy."""
     engine = make_engine()
     module = ssm(engine)
@@ -149,12 +151,33 @@ def test_a_cast_on_the_way_to_the_scan_is_caught(name: str, upcast_again: bool) 
         finally:
             swap(stored)
 
-    if name != "A_log":  # log(1) and D=1 survive bf16; other values do not
-        with torch.no_grad():
-            stored += 0.001234
     module.forward = rounded_forward
     with pytest.raises(ContractViolation, match=rf"layers\.1\.mixer\.ssm\.{name} reaches the scan"):
+        audit(engine, MODEL, fresh=fresh)
+
+
+def test_the_audit_changes_nothing() -> None:
+    engine = make_engine()
+    before = engine.state().model
+    audit(engine, MODEL, fresh=True)
+    after = engine.state()
+    assert all(torch.equal(before[name], after.model[name]) for name in before)
+    assert not after.optimizer
+
+
+def test_rounded_moments_are_caught() -> None:
+    engine = make_engine()
+    engine.backward(engine.model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)))
+    engine.step(1e-3)
+    audit(engine, MODEL, fresh=False)
+    moments = engine._optimizer.state[ssm(engine).A_log]
+    moments["exp_avg"] = moments["exp_avg"].bfloat16()
+    with pytest.raises(ContractViolation, match=r"layers\.1\.mixer\.ssm\.A_log\.exp_avg is stored in torch\.bfloat16"):
         audit(engine, MODEL, fresh=False)
+
+
+def test_every_role_that_the_table_keeps_in_fp32_is_looked_at() -> None:
+    assert {rule.role for rule in RULES if rule.fp32_forward} == set(ARGUMENT_OF_ROLE)
 
 
 def test_weight_decay_on_an_ssm_parameter_is_caught() -> None:

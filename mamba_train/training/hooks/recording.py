@@ -53,6 +53,14 @@ class RecordingHook(Hook):
             self._wandb.log(metrics)
         self._progress.update(metrics)
 
+    def on_end(self, trainer: Trainer) -> None:
+        skipped = trainer.state.skipped_steps
+        if skipped:
+            self._log(
+                f"warning: {len(skipped)} of {trainer.state.step} steps were skipped because their gradient was not "
+                f"finite, the last one at step {skipped[-1]}"
+            )
+
     def close(self, failed: bool) -> None:
         self._progress.__exit__(None, None, None)
         if self._wandb is not None:

@@ -1,5 +1,7 @@
 """Loss on the held-out split."""
 
+import math
+
 import torch
 
 from mamba_train.data.batches import Batch
@@ -26,7 +28,8 @@ class ValidationHook(Hook):
         metrics["validation/loss"] = loss
         metrics["validation/bits_per_byte"] = loss / LN_2 / self._bytes_per_token
         state = trainer.state
-        if state.best_validation_loss is None or loss < state.best_validation_loss:
+        best = math.inf if state.best_validation_loss is None else state.best_validation_loss
+        if loss < best:  # never true of NaN, which must not become the best
             state.best_validation_loss = loss
             state.best_validation_step = state.step
 

@@ -1,0 +1,244 @@
+"""The CUDA selective scan against an fp64 recurrence: every dtype, state count, option and layout."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.selective_scan import selective_scan
+from kernels.selective_scan.cuda import scan, variants
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+Inputs = dict[str, Tensor]
+# Relative error of a result in this dtype; twice as much of a few values, where roundings don't average out.
+ROUNDING = {torch.float32: 5e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN: an output that no one writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(
+    batch: int,
+    length: int,
+    channels: int,
+    states: int,
+    dtype: torch.dtype,
+    without: tuple[str, ...] = (),
+    packed: bool = False,
+    initial: bool = False,
+    strided: bool = False,
+) -> Inputs:
+    def activation(width: int) -> Tensor:
+        # A strided input is a slice of a wider one at an odd offset, as a view of a projection's output may be.
+        whole = torch.randn(batch, length, width + (13 if strided else 0), device="cuda").to(dtype)
+        return (whole[..., 5 : 5 + width] if strided else whole).requires_grad_()
+
+    def parameter(value: Tensor) -> Tensor:
+        return value.cuda().requires_grad_()
+
+    inputs = {
+        "x": activation(channels),
+        "dt": activation(channels),
+        "A": parameter(-4 * torch.rand(channels, states) - 0.05),
+        "B": activation(states),
+        "C": activation(states),
+        "D": parameter(torch.randn(channels)),
+        "z": activation(channels),
+        "dt_bias": parameter(torch.randn(channels) - 2),
+    }
+    if initial:
+        inputs["initial_state"] = parameter(torch.randn(batch, channels, states))
+    if packed:
+        inputs["seq_idx"] = (torch.rand(batch, length, device="cuda") < 0.07).cumsum(1).int()
+    return {name: value for name, value in inputs.items() if name not in without}
+
+
+def recurrence(inputs: Inputs, dt_softplus: bool) -> tuple[Tensor, Tensor]:
+    x, A, seq_idx = inputs["x"], inputs["A"], inputs.get("seq_idx")
+    h = inputs.get("initial_state", x.new_zeros(x.shape[0], *A.shape))
+    delta = inputs["dt"] + inputs["dt_bias"] if "dt_bias" in inputs else inputs["dt"]
+    delta = F.softplus(delta, threshold=40) if dt_softplus else delta
+    ys = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(delta[:, t, :, None] * A)
+        if seq_idx is not None and t > 0:
+            decay = decay * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None]
+        h = decay * h + (delta[:, t] * x[:, t])[..., None] * inputs["B"][:, t, None]
+        ys.append((h * inputs["C"][:, t, None]).sum(-1))
+    y = torch.stack(ys, 1)
+    if "D" in inputs:
+        y = y + inputs["D"] * x
+    return (y * F.silu(inputs["z"]) if "z" in inputs else y), h
+
+
+def run(inputs: Inputs, grads: tuple[Tensor, Tensor], dt_softplus: bool, fp64: bool = False) -> Inputs:
+    """Outputs and gradients, by the operator or by the recurrence in fp64."""
+    if fp64:
+        inputs = {k: v if k == "seq_idx" else v.detach().double().requires_grad_() for k, v in inputs.items()}
+        y, state = recurrence(inputs, dt_softplus)
+    else:
+        y, state = selective_scan(**inputs, dt_softplus=dt_softplus, return_final_state=True)  # type: ignore[arg-type]
+    names = [name for name, value in inputs.items() if value.requires_grad]
+    values = torch.autograd.grad(
+        [y, state], [inputs[name] for name in names], [grads[0].to(y.dtype), grads[1].to(state.dtype)]
+    )
+    return {"y": y, "state": state} | {f"d{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def check(inputs: Inputs, dt_softplus: bool = True) -> None:
+    batch, length, channels = inputs["x"].shape
+    dtype = inputs["x"].dtype
+    grads = (
+        torch.randn(batch, length, channels, device="cuda").to(dtype),
+        torch.randn(batch, *inputs["A"].shape, device="cuda"),
+    )
+    ours, again = run(inputs, grads, dt_softplus), run(inputs, grads, dt_softplus)
+    assert scan._kernel.cache_info().currsize > 0, "the CUDA kernels did not run"
+    exact = run(inputs, grads, dt_softplus, fp64=True)
+    for name, value in ours.items():
+        assert torch.equal(value, again[name]), f"{name} differs between two runs"
+        expected = exact[name]
+        assert value.shape == expected.shape
+        tolerance = ROUNDING[value.dtype] * (1 if value.numel() > 4096 else 2.5)
+        error = (value.double() - expected).norm() / expected.norm().clamp_min(1e-6)
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("states", [1, 3, 8, 16, 32, 64, 128, 200, 256])
+def test_states(dtype: torch.dtype, states: int) -> None:
+    check(make_inputs(2, 50, 24 if states > 64 else 96, states, dtype, packed=True, initial=True))
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 64, 65, 200])
+@pytest.mark.parametrize("channels", [1, 8, 50, 64, 320])
+def test_lengths_and_channels(length: int, channels: int) -> None:
+    check(make_inputs(2, length, channels, 16, torch.bfloat16, packed=length > 15))
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("without", [(), ("z",), ("D", "dt_bias"), ("z", "D", "dt_bias")])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_options(dtype: torch.dtype, without: tuple[str, ...], packed: bool, strided: bool) -> None:
+    inputs = make_inputs(2, 37, 64, 16, dtype, without, packed=packed, initial=packed, strided=strided)
+    check(inputs)
+    if "dt_bias" in without:
+        inputs["dt"] = F.softplus(inputs["dt"].detach()).requires_grad_()
+        check(inputs, dt_softplus=False)
+
+
+def test_views_of_projections_are_not_copied() -> None:
+    whole = torch.randn(2, 64, 2 * 128, device="cuda", dtype=torch.bfloat16)
+    inputs = make_inputs(2, 64, 128, 16, torch.bfloat16)
+    inputs["x"], inputs["z"] = (half.requires_grad_() for half in whole.chunk(2, dim=-1))
+    check(inputs)
+
+
+def test_mixed_dtypes_are_computed_in_fp32() -> None:
+    inputs = make_inputs(2, 20, 32, 16, torch.bfloat16)
+    inputs["dt"] = inputs["dt"].detach().float().requires_grad_()
+    check(inputs)
+
+
+def test_every_variant() -> None:
+    """Shapes that take each of the kernels with 16 states."""
+    for batch, channels in ((1, 64), (4, 5120), (8, 4096), (8, 5120)):
+        check(make_inputs(batch, 18, channels, 16, torch.bfloat16, packed=True))
+
+
+def test_many_states_and_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that takes one group of channels after another adds to its own part of dB and dC."""
+    monkeypatch.setattr(variants, "FREE_PARTS_BYTES", 0)
+    check(make_inputs(2, 50, 200, 64, torch.bfloat16, packed=True, initial=True))
+
+
+def test_gradient_of_the_state_alone() -> None:
+    inputs = make_inputs(2, 20, 32, 16, torch.float32)
+    _, state = selective_scan(**inputs, return_final_state=True)  # type: ignore[arg-type]
+    (grad,) = torch.autograd.grad(state.sum(), [inputs["x"]])
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    (expected,) = torch.autograd.grad(recurrence(exact, True)[1].sum(), [exact["x"]])
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_breaks_no_graph() -> None:
+    inputs = make_inputs(2, 40, 64, 16, torch.bfloat16)
+
+    def loss(values: Inputs) -> Tensor:
+        return selective_scan(**values).float().square().sum()  # type: ignore[arg-type,union-attr]
+
+    expected = torch.autograd.grad(loss(inputs), list(inputs.values()))
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(inputs), list(inputs.values()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_reference_runs_what_the_kernel_cannot() -> None:
+    inputs = {k: v.detach().double().requires_grad_() for k, v in make_inputs(1, 9, 8, 16, torch.float32).items()}
+    y = selective_scan(**inputs)  # type: ignore[arg-type]
+    torch.testing.assert_close(y, recurrence(inputs, True)[0])
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    length, channels, states = 2**19 + 17, 4160, 16
+    if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
+        pytest.skip("needs 70 GiB of GPU memory")
+    torch.use_deterministic_algorithms(False)  # filling outputs of this size takes long
+
+    def activation() -> Tensor:
+        return torch.randn(1, length, channels, device="cuda", dtype=torch.bfloat16)
+
+    x, dt, grad = activation(), activation(), activation()
+    assert x.numel() > 2**31
+    small = make_inputs(1, length, 64, states, torch.bfloat16)
+    B, C = small["B"].detach(), small["C"].detach()
+    A = -4 * torch.rand(channels, states, device="cuda") - 0.05
+
+    def grads_of(start: int, stop: int) -> tuple[Tensor, ...]:
+        parts = [t[..., start:stop].detach().requires_grad_() for t in (x, dt)]
+        y = selective_scan(*parts, A[start:stop], B, C)  # type: ignore[misc]
+        return (y.detach(), *torch.autograd.grad(y, parts, grad[..., start:stop]))  # type: ignore[arg-type,union-attr]
+
+    whole = grads_of(0, channels)
+    for start in (0, 2048, channels - 64):
+        for a, b in zip(whole, grads_of(start, start + 64), strict=True):
+            assert torch.equal(a[..., start : start + 64], b)
+
+
+SMALL = """
+import torch
+from tests.gpu.test_selective_scan import make_inputs, scan, selective_scan
+for states, channels in ((16, 72), (64, 20), (256, 5)):
+    inputs = make_inputs(2, 35, channels, states, torch.bfloat16, packed=True, initial=True, strided=channels % 8 > 0)
+    y, state = selective_scan(**inputs, return_final_state=True)
+    torch.autograd.grad(y.float().sum() + state.sum(), [v for v in inputs.values() if v.requires_grad])
+torch.cuda.synchronize()
+assert scan._kernel.cache_info().currsize > 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str, repository: Path) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "3", "--kernel-regex", "kns=scan_", sys.executable, "-c"]
+    result = subprocess.run([*command, SMALL], cwd=repository, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]

@@ -1,0 +1,89 @@
+"""The CUDA sources compile for every architecture without a GPU, within a budget of registers and spills."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cuda.core", reason="needs cuda-core to compile CUDA C++")
+
+from kernels.selective_scan.cuda import variants
+from kernels.selective_scan.cuda.compile import compile_kernel
+from kernels.selective_scan.cuda.variants import Variant
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+REGISTERS = 65536  # of a multiprocessor
+BLOCK_SHARED_BYTES = 99 * 1024  # the least that a block may have on these architectures
+SPILLED_BYTES = {"forward": 16, "backward": 160}
+BFLOAT16 = 2
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MAMBA_TRAIN_KERNEL_CACHE", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+def resources(cubin: bytes, name: str, folder: Path) -> tuple[int, int]:
+    """Registers and bytes of stack of a kernel."""
+    triton = pytest.importorskip("triton", reason="needs triton's cuobjdump")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("triton comes without cuobjdump")
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", report)
+    assert found, report
+    return int(found[1]), int(found[2])
+
+
+def both(states: int, batch: int, channels: int) -> dict[str, Variant]:
+    arguments = states, batch, channels, 132
+    return {"forward": variants.forward_variant(*arguments), "backward": variants.backward_variant(*arguments)}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("batch", "channels"), [(8, 5120), (8, 4096), (8, 1536), (4, 5120), (32, 1536)])
+def test_16_states_stay_within_their_registers(arch: str, batch: int, channels: int, tmp_path: Path) -> None:
+    for name, variant in both(16, batch, channels).items():
+        cubin = compile_kernel(name, arch, variant.macros(BFLOAT16, gated=True, packed=False, aligned=True))
+        registers, stack = resources(cubin, f"scan_{name}", tmp_path)
+        assert registers * variant.threads * variant.min_blocks <= REGISTERS
+        assert stack <= SPILLED_BYTES[name]
+
+
+@pytest.mark.parametrize("states", [1, 8, 32, 64, 128, 256])
+def test_every_padded_state_count_compiles(states: int) -> None:
+    for name, variant in both(states, 8, 1024).items():
+        for dtype in range(3):
+            assert variant.shared_bytes(dtype, gated=True) <= BLOCK_SHARED_BYTES
+        compile_kernel(name, "sm_90", variant.macros(BFLOAT16, gated=True, packed=True, aligned=False))
+
+
+@pytest.mark.parametrize("dtype", range(3))
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_every_option_compiles(dtype: int, gated: bool, packed: bool, aligned: bool) -> None:
+    for name, variant in both(16, 8, 5120).items():
+        compile_kernel(name, "sm_90", variant.macros(dtype, gated, packed, aligned))
+
+
+def test_the_cache_is_used_and_holds_nothing_but_kernels(cache: Path) -> None:
+    macros = variants.forward_variant(16, 8, 5120, 132).macros(BFLOAT16, gated=True, packed=False, aligned=True)
+    first = compile_kernel("forward", "sm_90", macros)
+    (path,) = cache.iterdir()
+    assert path.read_bytes() == first
+    path.write_bytes(b"cached")
+    assert compile_kernel("forward", "sm_90", macros) == b"cached"
+    assert compile_kernel("forward", "sm_80", macros) != b"cached"
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MAMBA_TRAIN_KERNEL_CACHE", str(tmp_path / "file" / "folder"))
+    macros = variants.forward_variant(16, 8, 5120, 132).macros(BFLOAT16, gated=True, packed=False, aligned=True)
+    assert compile_kernel("forward", "sm_90", macros)[:4] == b"\x7fELF"
