@@ -30,7 +30,7 @@ from mamba_train.training.hooks.health import HealthHook
 from mamba_train.training.hooks.recording import RecordingHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
 from mamba_train.training.hooks.validation import ValidationHook
-from mamba_train.training.initial_weights import load_initial_weights
+from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
 from mamba_train.training.state import TrainState
 from mamba_train.training.trainer import Trainer
 
@@ -49,6 +49,9 @@ def build_trainer(config: Config) -> Trainer:
     log = progress.message
     if not config.checkpoint.resume:
         _set_aside(run_dir, log)
+
+    if config.init_from is not None and not step_folders(checkpoints_dir(run_dir)):
+        find_initial_weights(config.init_from, log)  # before the data is prepared, which may take hours
 
     data_folder = prepare(config.data, log)
     corpus, validation = (Corpus.open(data_folder, split) for split in ("train", "validation"))
