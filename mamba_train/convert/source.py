@@ -45,11 +45,7 @@ def load_pretrained(source: str | Path, log: Log) -> Pretrained:
 
     Raises ValueError, one line, when there is nothing there that our model could compute.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
-        path = _download(str(source), log)
-    if not path.is_dir():
-        raise ValueError(f"{source}: a file; expected the folder of a run, of a checkpoint, or of published weights")
+    path = locate(source, log)
     if (path / checkpoint_layout.MANIFEST).is_file():
         return _from_checkpoint(path, str(source))
     if (path / checkpoint_layout.CHECKPOINTS).is_dir():
@@ -63,6 +59,16 @@ def load_pretrained(source: str | Path, log: Log) -> Pretrained:
         f"{source}: expected a run (with {checkpoint_layout.CHECKPOINTS}/), a checkpoint "
         f"({checkpoint_layout.MANIFEST}) or published weights ({files.CONFIG_JSON})"
     )
+
+
+def locate(source: str | Path, log: Log) -> Path:
+    """The folder that `source` stands for, downloaded if need be; raises ValueError when there is none."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = _download(str(source), log)
+    if not path.is_dir():
+        raise ValueError(f"{source}: a file; expected the folder of a run, of a checkpoint, or of published weights")
+    return path
 
 
 def _from_checkpoint(path: Path, origin: str) -> Pretrained:

@@ -30,7 +30,7 @@ from mamba_train.training.hooks.health import HealthHook
 from mamba_train.training.hooks.recording import RecordingHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
 from mamba_train.training.hooks.validation import ValidationHook
-from mamba_train.training.initial_weights import load_initial_weights
+from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
 from mamba_train.training.state import TrainState
 from mamba_train.training.trainer import Trainer
 
@@ -48,6 +48,10 @@ def build_trainer(config: Config) -> Trainer:
     progress = Progress(config.logging.progress, config.training.total_steps, config.logging.progress_interval_steps)
     log = progress.message
     engine = build_engine(config.engine)  # says at once when this machine cannot run it
+    resumes = config.checkpoint.resume and bool(step_folders(checkpoints_dir(run_dir)))
+    if config.init_from is not None and not resumes:
+        find_initial_weights(config.init_from, log)  # before the data is prepared, which may take hours
+
     data_folder = prepare(config.data, log)
     corpus, validation = (Corpus.open(data_folder, split) for split in ("train", "validation"))
     source = BatchSource(

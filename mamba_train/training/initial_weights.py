@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from mamba_train.config import MixerKind, ModelConfig, layer_mixers
 from mamba_train.convert.names import check_shapes
-from mamba_train.convert.source import Pretrained, load_pretrained
+from mamba_train.convert.source import Pretrained, load_pretrained, locate
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.parallel.engine import Engine, EngineState
 
@@ -29,6 +29,14 @@ _OF_A_MIXER = {
 }
 
 
+def find_initial_weights(source: str, log: Callable[[str], None]) -> None:
+    """Raise ValueError when there are no weights at `source`; fetch them when they are on the Hub."""
+    try:
+        locate(source, log)
+    except ValueError as error:
+        raise ValueError(f"init_from={error}") from error
+
+
 def load_initial_weights(
     source: str, engine: Engine, config: ModelConfig, data_folder: Path, log: Callable[[str], None]
 ) -> None:
@@ -36,7 +44,10 @@ def load_initial_weights(
 
     Raises ValueError, one line, when they are of another architecture, another shape or another tokenizer.
     """
-    pretrained = load_pretrained(source, log)
+    try:
+        pretrained = load_pretrained(source, log)
+    except ValueError as error:
+        raise ValueError(f"init_from={source}: {error}") from error
     _check_architecture(pretrained, config, source)
     shapes = {name: tuple(tensor.shape) for name, tensor in pretrained.tensors.items()}
     remedy = "; set model.* (and data.tokenizer, for the vocabulary) to what the weights have"

@@ -91,6 +91,13 @@ def test_weights_of_another_model(
         assert text in line
 
 
+def test_weights_that_are_not_there_are_missed_before_the_data_is_prepared(corpus: Path, tmp_path: Path) -> None:
+    result = train(tmp_path / "run", corpus, "init_from=no/such", f"data.cache_dir={tmp_path / 'cache'}")
+    assert result.returncode == 2
+    assert "init_from=no/such: there is no such path" in result.stderr
+    assert not (tmp_path / "cache").exists()
+
+
 def test_weights_of_another_tokenizer(run_dir: Path, tmp_path: Path) -> None:
     other = tmp_path / "corpus"
     other.mkdir()

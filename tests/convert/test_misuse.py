@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mamba_train.convert import verify
+from mamba_train.convert import transformers_layout, verify
 from mamba_train.convert.export import export
 from mamba_train.convert.files import new_folder
 from mamba_train.convert.import_run import import_run
@@ -124,6 +124,22 @@ def test_the_defaults_of_mamba_ssm_are_those_of_its_first_releases(released: Pat
     assert detect_layout(values, "here") is Layout.state_spaces
     config = from_config_json(values, Layout.state_spaces, "mamba-130m", "here")
     assert (config.mixer, config.dt_rank, config.d_state, config.tie_embeddings) == ("mamba1", 48, 16, True)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_the_defaults_of_transformers_are_those_of_its_classes(model_type: str) -> None:
+    """A key that is not in config.json means what it means there."""
+    transformers = pytest.importorskip("transformers")
+    from mamba_train.convert.model_configs import from_config_json, to_config_json
+
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 2, "vocab_size": 320}
+    theirs = transformers.AutoConfig.for_model(model_type, **sizes)
+    config = from_config_json({"model_type": model_type, **sizes}, Layout.transformers, "x", "here")
+    written = to_config_json(config, Layout.transformers, 0)
+    for ours, (key, _) in (transformers_layout.KEYS_OF_BOTH | transformers_layout.KEYS[model_type]).items():
+        assert written[key] == getattr(theirs, key), ours
+    with pytest.raises(ValueError, match="the key 'hidden_size' is missing"):
+        from_config_json({"model_type": model_type, "num_hidden_layers": 2}, Layout.transformers, "x", "here")
 
 
 class Harmful:

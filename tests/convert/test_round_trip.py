@@ -122,6 +122,21 @@ def test_the_tokenizer_loads_in_transformers(make_run: MakeRun, tmp_path: Path) 
     assert config["vocab_size"] == 320
 
 
+def test_a_tied_matrix_is_where_each_library_looks_for_it(make_run: MakeRun, tmp_path: Path) -> None:
+    """mamba_ssm loads strictly and ties afterwards; transformers stores a tied matrix once."""
+    from mamba_train.convert.files import read_weights
+
+    run_dir = make_run(MAMBA1)
+    for layout in Layout:
+        export(run_dir, tmp_path / layout, layout, silent)
+    strict = read_weights(tmp_path / Layout.state_spaces)
+    assert torch.equal(strict["lm_head.weight"], strict["backbone.embedding.weight"])
+    assert (tmp_path / Layout.state_spaces / "pytorch_model.bin").stat().st_size < 1.1 * sum(
+        tensor.numel() * 4 for name, tensor in strict.items() if name != "lm_head.weight"
+    ) + 50_000, "the matrix is stored once"
+    assert "lm_head.weight" not in read_weights(tmp_path / Layout.transformers)
+
+
 def test_the_card_states_recipe_and_data(make_run: MakeRun, tmp_path: Path) -> None:
     export(make_run(MAMBA1), tmp_path / "out", Layout.state_spaces, silent)
     card = (tmp_path / "out" / "README.md").read_text()

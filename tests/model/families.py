@@ -37,3 +37,15 @@ def perturbed(config: ModelConfig) -> MambaLM:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def lively(family: str) -> MambaLM:
+    """A perturbed model whose greedy text goes on changing: its layers outweigh the embedding of the last token."""
+    model = perturbed(small_config(family, tie_embeddings=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("out_proj.weight", "x_proj_weight")):
+                parameter *= 4
+            elif name.endswith("mixer.in_proj.weight"):
+                parameter *= 2
+    return model
