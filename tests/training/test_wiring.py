@@ -179,6 +179,17 @@ def test_the_best_checkpoint_is_kept_when_later_ones_are_worse(
     assert (state["best_validation_step"], state["best_validation_loss"]) == (20, 2.0)
 
 
+def test_a_new_best_is_saved_between_the_regular_saves(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
+    hook = "mamba_train.training.hooks.validation.ValidationHook._mean_loss"
+    monkeypatch.setattr(hook, lambda self, trainer: next(losses))
+    overrides = ["training.total_steps=20", "training.validation_interval_steps=4", "checkpoint.keep_last=1"]
+    build_trainer(make_config(tmp_path / "run", corpus, *overrides)).run()
+    assert complete_steps(tmp_path / "run" / "checkpoints") == [20, 8]
+
+
 def test_a_first_validation_that_is_nan_is_not_the_best(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
