@@ -30,7 +30,7 @@ def _problems(config: Config) -> Iterable[Problem]:
     yield from _training(config)
     if not 0 <= config.seed < 2**63:
         yield "seed", config.seed, "expected 0 to 2^63 - 1"
-    yield from _init_from(config.init_from)
+    yield from _init_from(config)
 
 
 def _ranges(config: Config) -> Iterable[Problem]:
@@ -137,7 +137,10 @@ def _attention(model: ModelConfig) -> Iterable[Problem]:
         yield "model.rotary_dim", model.rotary_dim, problem
 
 
-def _init_from(source: str | None) -> Iterable[Problem]:
+def _init_from(config: Config) -> Iterable[Problem]:
+    source = config.init_from
+    if config.checkpoint.resume and any(Path(config.run_dir, "checkpoints").glob("step_*")):
+        return  # a resumed run reads its own checkpoints: what it began with may be gone by now
     if source is None or re.fullmatch(r"[\w.-]+/[\w.-]+", source):  # may be a name on the Hub: looked up later
         return
     if not Path(source).expanduser().is_dir():

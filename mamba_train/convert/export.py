@@ -1,9 +1,9 @@
 """A folder of our weights that others can load."""
 
-import json
 from pathlib import Path
 
 from mamba_train.checkpoint.tensors import total_bytes
+from mamba_train.config import ModelConfig
 from mamba_train.convert import files
 from mamba_train.convert.card import model_card
 from mamba_train.convert.model_configs import has_grouped_norm, to_config_json
@@ -11,6 +11,7 @@ from mamba_train.convert.names import Layout, n_parameters, to_layout
 from mamba_train.convert.source import Log, load_pretrained
 from mamba_train.convert.verify import logits_of, probe, verify_export
 from mamba_train.data.tokenizer import TextTokenizer
+from mamba_train.model.language_model import padded_vocab_size
 
 CARD = "README.md"
 GROUPED_NORM = (
@@ -28,7 +29,7 @@ def export(source: str | Path, target: Path, layout: Layout, log: Log, tokenizer
     """
     pretrained = load_pretrained(source, log)
     serialised = pretrained.tokenizer if tokenizer is None else read_tokenizer(tokenizer)
-    eos_id = None if serialised is None else TextTokenizer(serialised, "the tokenizer").eos_id
+    eos_id = None if serialised is None else check_tokenizer(serialised, pretrained.config).eos_id
     config_json = to_config_json(pretrained.config, layout, eos_id)
     if layout is Layout.transformers and has_grouped_norm(pretrained.config):
         log(f"warning: model.n_groups={pretrained.config.n_groups}: {GROUPED_NORM}")
@@ -61,12 +62,19 @@ def read_tokenizer(path: Path) -> bytes:
     return serialised
 
 
+def check_tokenizer(serialised: bytes, config: ModelConfig) -> TextTokenizer:
+    """The tokenizer, which must have no token that the model has no row for (ValueError)."""
+    tokenizer = TextTokenizer(serialised, "the tokenizer")
+    rows = padded_vocab_size(config)
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows} rows")
+    return tokenizer
+
+
 def _write_tokenizer(folder: Path, serialised: bytes, layout: Layout) -> None:
     (folder / files.TOKENIZER).write_bytes(serialised)
     if layout is Layout.transformers:
         tokenizer = TextTokenizer(serialised, "the tokenizer")
-        eos = next(
-            token["content"] for token in json.loads(serialised)["added_tokens"] if token["id"] == tokenizer.eos_id
-        )
+        eos = tokenizer.decode([tokenizer.eos_id])
         names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), eos)
         files.write_json(folder / files.TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", **names})

@@ -61,7 +61,7 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     if not isinstance(names, dict):
         raise ValueError(f"{index}: there is no weight_map in it")
     merged: dict[str, Tensor] = {}
-    for part in sorted(set(names.values())):
+    for part in sorted(map(str, set(names.values()))):
         # A name with a folder in it could point anywhere on this machine.
         if Path(part).name != part:
             raise ValueError(f"{index}: {part!r} is not the name of a file of this folder")

@@ -8,7 +8,7 @@ from mamba_train.checkpoint.layout import CHECKPOINTS
 from mamba_train.checkpoint.storage import Checkpoint, save
 from mamba_train.checkpoint.tensors import total_bytes
 from mamba_train.convert import files
-from mamba_train.convert.export import read_tokenizer
+from mamba_train.convert.export import check_tokenizer, read_tokenizer
 from mamba_train.convert.names import n_parameters
 from mamba_train.convert.source import Log, load_pretrained
 
@@ -21,6 +21,8 @@ def import_run(source: str | Path, run_dir: Path, log: Log, tokenizer: Path | No
     """
     pretrained = load_pretrained(source, log)
     serialised = pretrained.tokenizer if tokenizer is None else read_tokenizer(tokenizer)
+    if serialised is not None:
+        check_tokenizer(serialised, pretrained.config)
     size = n_parameters(pretrained.config)
     with files.new_folder(run_dir, int(1.02 * total_bytes(pretrained.tensors)) + 2**20) as folder:
         checkpoint = Checkpoint(

@@ -126,6 +126,12 @@ def from_layout(
     for other in EMBEDDING.values():  # transformers reads both spellings
         if other in found:
             found[EMBEDDING[layout]] = found.pop(other)
+    for name, tensor in found.items():
+        # Checked before anything is cast: complex or whole numbers would become fp32 without a word.
+        if tensor.layout is not torch.strided or not tensor.is_floating_point():
+            raise ValueError(f"{where}: '{name}' holds {tensor.dtype} ({tensor.layout}), expected floating point")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{where}: '{name}' holds values that are not finite")
     rows = counterparts(config, layout)
     head = found.pop(HEAD, None) if config.tie_embeddings else None
     check_shapes(

@@ -1,6 +1,7 @@
 """`mamba-train convert` and `init_from` on the command line, on runs that train.py made."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,12 +63,15 @@ def test_out_in_and_on(run_dir: Path, corpus: Path, tmp_path: Path) -> None:
 
 
 def test_a_resume_takes_the_checkpoint_and_not_init_from(run_dir: Path, corpus: Path, tmp_path: Path) -> None:
-    again = tmp_path / "again"
-    common = ("schedule.warmup_steps=0", f"init_from={run_dir}", "schedule.kind=constant")
+    again, source = tmp_path / "again", tmp_path / "source"
+    shutil.copytree(run_dir, source)
+    common = ("schedule.warmup_steps=0", f"init_from={source}", "schedule.kind=constant")
     assert train(again, corpus, "training.total_steps=8", *common).returncode == 0
     whole = [record["loss"] for record in metrics(again)]
     assert train(tmp_path / "cut", corpus, "training.total_steps=5", *common).returncode == 0
+    shutil.rmtree(source)  # by now it may be gone: nothing of it is read again
     resumed = train(tmp_path / "cut", corpus, "training.total_steps=8", *common)
+    assert resumed.returncode == 0, resumed.stderr
     assert "resuming after step 5" in resumed.stdout
     assert [record["loss"] for record in metrics(tmp_path / "cut")] == whole
 

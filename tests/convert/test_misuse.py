@@ -16,6 +16,7 @@ from mamba_train.convert.files import new_folder
 from mamba_train.convert.import_run import import_run
 from mamba_train.convert.names import Layout
 from mamba_train.convert.source import load_pretrained
+from mamba_train.data.tokenizer import train_tokenizer
 from tests.convert.conftest import MakeRun
 from tests.convert.models import MAMBA1, MAMBA2, TRANSFORMER
 
@@ -62,6 +63,8 @@ A_LOG = "backbone.layers.1.mixer.A_log"
         (lambda t: t.update(extra=torch.ones(1)), "1 weight is unexpected, first 'extra'"),
         (lambda t: t.update({A_LOG: t[A_LOG].T.contiguous()}), r"another shape, first .*A_log': \(6, 80\) instead of"),
         (lambda t: t.update({"lm_head.weight": torch.ones(320, 40)}), "ties lm_head.weight .* and the two differ"),
+        (lambda t: t.update({A_LOG: t[A_LOG] * float("nan")}), "A_log' holds values that are not finite"),
+        (lambda t: t.update({A_LOG: t[A_LOG].to(torch.int8)}), r"A_log' holds torch\.int8"),
     ],
 )
 def test_weights_that_do_not_fit(published: Path, change: Any, message: str, tmp_path: Path) -> None:
@@ -80,6 +83,9 @@ def test_weights_that_do_not_fit(published: Path, change: Any, message: str, tmp
         ({"model_type": "llama"}, "model_type=llama cannot be imported; expected mamba or mamba2"),
         ({"intermediate_size": 81}, "intermediate_size=81 cannot be imported; expected 80"),
         ({"expand": 1.5}, "expand=1.5 cannot be imported"),
+        ({"hidden_size": None}, r"config\.json: a value in it has the wrong type"),
+        ({"num_hidden_layers": 0}, "n_layer=0: expected at least 1"),
+        ({"time_step_rank": {}}, r"config\.json: a value in it has the wrong type"),
     ],
 )
 def test_transformers_configs_that_cannot_be_computed(published: Path, values: dict[str, Any], message: str) -> None:
@@ -98,6 +104,11 @@ def test_transformers_configs_that_cannot_be_computed(published: Path, values: d
         ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": [0.0, 1.0]}}, "ssm_cfg.dt_limit"),
         ({"ssm_cfg": {"layer": "Mamba2", "new_option": 3}}, "ssm_cfg.new_option=3: this key is not known here"),
         ({"new_option": 3}, "new_option=3: this key is not known here"),
+        ({"n_layer": [3]}, r"config\.json: a value in it has the wrong type"),
+        ({"d_model": None}, r"config\.json: a value in it has the wrong type"),
+        ({"ssm_cfg": [1]}, r"config\.json: a value in it has the wrong type"),
+        ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": None}}, r"config\.json: a value in it has the wrong type"),
+        ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple=0: expected at least 1"),
         ({"attn_layer_idx": [1], "attn_cfg": {"num_heads": 6}}, "attn_cfg.qkv_proj_bias=True cannot be imported"),
     ],
 )
@@ -297,6 +308,17 @@ def interrupted(target: Path) -> None:
     with new_folder(target, 1) as folder:
         (folder / "file").write_text("x")
         raise KeyboardInterrupt
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(tmp_path: Path, make_run: MakeRun) -> None:
+    run_dir = make_run(MAMBA1)
+    text = " ".join(f"word{i} other{i * 7}" for i in range(500))
+    (tmp_path / "large.json").write_bytes(train_tokenizer([text], 600).serialised)
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens, the model's embedding \d+ rows"):
+        export(run_dir, tmp_path / "out", Layout.transformers, silent, tmp_path / "large.json")
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens"):
+        import_run(run_dir, tmp_path / "out", silent, tmp_path / "large.json")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_that_is_none(tmp_path: Path, make_run: MakeRun) -> None:
