@@ -3,6 +3,7 @@
 // The host also defines CHUNK: steps whose states and decays are in registers at once.
 
 constexpr int CHUNKS = TILE / CHUNK;
+static_assert(CHUNKS > 1, "the state before a tile waits in shared memory");
 constexpr int LANE_STATES = CHANNELS * PER_LANE;
 constexpr int VALUES = 2 * PER_LANE;  // parts of dB and dC that a lane has in one step
 
@@ -18,7 +19,7 @@ struct Shared {
     alignas(16) float decay_grad[TILE * BLOCK_CHANNELS];  // gradient of Δ through the decay, over ln 2
     alignas(16) float B[TILE * STATES];
     alignas(16) float C[TILE * STATES];
-    alignas(16) float h[at_least_one(CHUNKS - 1)][LANE_STATES / 4][THREADS][4];  // states at the start of each chunk
+    alignas(16) float h[CHUNKS - 1][LANE_STATES / 4][THREADS][4];  // states at the start of each chunk
     alignas(16) float BC_grad[WARPS][TILE][2 * STATES];
     alignas(16) float sums[2][THREADS][VECTOR];  // of the gradients of D and dt_bias
     alignas(16) float D[WARPS][WARP_CHANNELS];
@@ -188,7 +189,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         i64 out_at = (row0 + last + lane / ROW_VECTORS) * channels + channel0 + vector_channel;
         const float* start_at = starts + ((batch * tiles + tiles - 1) * channels + channel) * STATES + state0;
 
+        auto fetch_start = [&] {  // the state before a tile; a lane copies what it will read itself
+#pragma unroll
+            for (int i = 0; i < LANE_STATES; i += 4) {
+                const int k = i / PER_LANE;
+                copy_async<16>(shared.h[0][i / 4][threadIdx.x], start_at + k * STATES + i % PER_LANE, channel + k < channels);
+            }
+            copies_commit();
+            start_at -= i64(channels) * STATES;
+        };
+
         fetch(tiles - 1);
+        fetch_start();
         copies_wait();
         __syncthreads();
         float *delta = shared.delta + mine, *driven = shared.driven + mine, *dy_core = shared.dy_core + mine;
@@ -196,16 +208,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         for (int tile = tiles - 1; tile >= 0; --tile) {
             const int buffer = tile & 1, start = tile * TILE, rows = length - start;
             float h[CHUNK + 1][CHANNELS][PER_LANE];
+            auto load_chunk_start = [&](int chunk) {
 #pragma unroll
-            for (int k = 0; k < CHANNELS; ++k)
+                for (int i = 0; i < LANE_STATES; i += 4) {
+                    Floats<4> from = *reinterpret_cast<Floats<4>*>(shared.h[chunk][i / 4][threadIdx.x]);
 #pragma unroll
-                for (int s = 0; s < PER_LANE; s += 4) {
-                    Floats<4> from{};
-                    if (channel + k < channels)
-                        from = *reinterpret_cast<const Floats<4>*>(start_at + k * STATES + s);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) h[0][k][s + i] = from[i];
+                    for (int j = 0; j < 4; ++j) h[0][(i + j) / PER_LANE][(i + j) % PER_LANE] = from[j];
                 }
+            };
             B_rows.store(shared.B);
             C_rows.store(shared.C);
             if constexpr (PACKED) load_resets(shared.resets, seq_idx, seq_time, start, rows);
@@ -266,16 +276,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             };
 
             // Forward through the tile, leaving the state at the start of each chunk.
+            load_chunk_start(0);
 #pragma unroll 1
             for (int chunk = 0; chunk < CHUNKS - 1; ++chunk) {
                 float decay[CHANNELS][PER_LANE];
 #pragma unroll
-                for (int i = 0; i < LANE_STATES; i += 4) {
-                    Floats<4> out;
+                    for (int i = 0; i < LANE_STATES; i += 4) {
+                        Floats<4> out;
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) out[j] = h[0][(i + j) / PER_LANE][(i + j) % PER_LANE];
-                    *reinterpret_cast<Floats<4>*>(shared.h[chunk][i / 4][threadIdx.x]) = out;
-                }
+                        for (int j = 0; j < 4; ++j) out[j] = h[0][(i + j) / PER_LANE][(i + j) % PER_LANE];
+                        *reinterpret_cast<Floats<4>*>(shared.h[chunk][i / 4][threadIdx.x]) = out;
+                    }
 #pragma unroll
                 for (int u = 0; u < CHUNK; ++u) step_forward(chunk * CHUNK + u, h[0], h[0], decay);
             }
@@ -283,13 +294,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             // Back through its chunks.
 #pragma unroll 1
             for (int chunk = CHUNKS - 1; chunk >= 0; --chunk) {
-                if (chunk < CHUNKS - 1) {
-#pragma unroll
-                    for (int i = 0; i < LANE_STATES; i += 4) {
-                        Floats<4> from = *reinterpret_cast<Floats<4>*>(shared.h[chunk][i / 4][threadIdx.x]);
-#pragma unroll
-                        for (int j = 0; j < 4; ++j) h[0][(i + j) / PER_LANE][(i + j) % PER_LANE] = from[j];
-                    }
+                if (chunk < CHUNKS - 1) load_chunk_start(chunk);
+                if (chunk == 0 && tile > 0) {
+                    __syncwarp();
+                    fetch_start();  // of the tile before: this one's has just been read
                 }
                 float decay[CHUNK][CHANNELS][PER_LANE];
 #pragma unroll
@@ -385,7 +393,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 to = sum;
             }
             out_at -= i64(TILE) * channels;
-            start_at -= i64(channels) * STATES;
         }
 
 #pragma unroll

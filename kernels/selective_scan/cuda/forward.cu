@@ -1,4 +1,5 @@
 // Forward: see docs/kernels.md. A block owns BLOCK_CHANNELS channels of one sequence and walks its time in tiles.
+// The host also defines SAVE: steps between two saved states, which divides TILE.
 
 struct Shared {
     alignas(16) scalar x[2][TILE * BLOCK_CHANNELS];
@@ -30,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     const int channel0 = blockIdx.x % groups * BLOCK_CHANNELS, channel = channel0 + local;
     const i64 batch = blockIdx.x / groups;
     const int left = channels - channel0;  // channels of this block that exist, or more
-    const int tiles = (length + TILE - 1) / TILE;
+    const int tiles = (length + TILE - 1) / TILE, saves = (length + SAVE - 1) / SAVE;
 
     x += batch * x_batch + channel0;
     dt += batch * dt_batch + channel0;
@@ -40,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     if constexpr (PACKED) seq_idx += batch * seq_batch;
     const int vector_channel = warp * WARP_CHANNELS + lane % ROW_VECTORS * VECTOR;  // of the phases without states
     i64 out_at = (batch * length + lane / ROW_VECTORS) * channels + channel0 + vector_channel;
-    if (starts != nullptr) starts += (batch * tiles * channels + channel) * STATES + state0;
+    if (starts != nullptr) starts += (batch * saves * channels + channel) * STATES + state0;
 
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
         shared.D[c] = D != nullptr && c < left ? D[channel0 + c] : 0.f;
@@ -112,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
         }
         __syncwarp();
 
-        if (starts != nullptr) {
+        auto save = [&] {
 #pragma unroll
             for (int k = 0; k < CHANNELS; ++k)
                 if (channel + k < channels) {
@@ -123,9 +124,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
                         *reinterpret_cast<Floats<4>*>(to + s) = out;
                     }
                 }
-        }
+            starts += i64(channels) * STATES;
+        };
+        if (SAVE == TILE && starts != nullptr) save();
 #pragma unroll 1
         for (int t = 0; t < TILE; t += STEPS) {
+            if (SAVE < TILE && starts != nullptr && t % SAVE == 0 && t < rows) save();
             float sums[SUMS];
 #pragma unroll
             for (int u = 0; u < STEPS; ++u) {
@@ -182,7 +186,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
         }
         __syncwarp();
         out_at += i64(TILE) * channels;
-        if (starts != nullptr) starts += i64(channels) * STATES;
     }
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k)

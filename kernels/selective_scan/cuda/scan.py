@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import logging
@@ -54,16 +55,6 @@ def starts_shape(x: Tensor, states: int) -> tuple[int, int, int, int]:
     return x.shape[0], tiles, x.shape[2], variants.padded(states)
 
 
-class _Stream:
-    """What cuda.core takes for a stream."""
-
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
-
-
 @functools.cache
 def _kernel(source: str, name: str, index: int, variant: Variant, dtype: int, gated: bool, packed: bool, aligned: bool):
     from cuda.bindings import driver
@@ -85,13 +76,24 @@ def _kernel(source: str, name: str, index: int, variant: Variant, dtype: int, ga
 
 
 def _launch(kernel, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Tensor | int | None]) -> None:
-    from cuda.core import Device, LaunchConfig, launch
+    """Launch on the current stream; all parameters of the kernels are 8 bytes wide."""
+    from cuda.bindings import driver
+    from cuda.core import Device
 
     # Autograd runs the backward in a thread of its own, where no context need be current yet.
-    Device(torch.cuda.current_device()).set_current()
+    error, context = driver.cuCtxGetCurrent()
+    if error != driver.CUresult.CUDA_SUCCESS or int(context) == 0:
+        Device(torch.cuda.current_device()).set_current()
     values = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else int(a) for a in arguments]
-    stream = _Stream(torch.cuda.current_stream().cuda_stream)
-    launch(stream, LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes), kernel, *values)
+    packed = (ctypes.c_int64 * len(values))(*values)
+    first = ctypes.addressof(packed)
+    pointers = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
+    stream = torch.cuda.current_stream().cuda_stream
+    grid, block = (blocks, 1, 1), (threads, 1, 1)
+    function = driver.CUfunction(int(kernel.handle))
+    (error,) = driver.cuLaunchKernel(function, *grid, *block, shared_bytes, stream, ctypes.addressof(pointers), 0)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the selective scan did not start: {error}")
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class Variant:
     tile: int
     min_blocks: int
     chunk: int = 0  # backward only: steps whose states are in registers at once
+    save: int = 0  # forward only: steps between two saved states where that is not the tile
 
     @property
     def threads(self) -> int:
@@ -72,7 +73,7 @@ class Variant:
             "ALIGNED": int(aligned),
             "SHARED_BYTES": self.shared_bytes(dtype, gated),
         }
-        return macros | ({"CHUNK": self.chunk} if self.chunk else {})
+        return macros | ({"CHUNK": self.chunk} if self.chunk else {"SAVE": self.save or self.tile})
 
 
 def padded(states: int) -> int:
@@ -101,14 +102,19 @@ def _shape(states: int, channels: int) -> dict[str, int]:
 #
 #                          (8, 2048, 1536) (4, 8192, 5120) (8, 2048, 4096) (8, 2048, 5120) (32, 2048, 1536)
 #   wide blocks for 132 multiprocessors 192             320             512             640              768
-#   forward   wide                    0.287           1.529           0.493           0.601            0.728
-#             narrow                  0.217           1.367           0.536           0.666            0.789
-#   backward  wide, 3 at once         0.903           4.560           1.775           2.023            2.349
-#             wide, 4 at once         0.991           4.910           1.592           2.229            2.442
-#             narrow, 4 at once       0.788           6.006           1.884           2.489            2.856
-#             narrow, 5 at once       0.834           4.832           1.911           2.444            2.942
+#   forward   wide, 5 at once         0.299           1.538           0.487           0.594            0.727
+#             wide, 6 at once         0.302           1.563           0.499           0.615            0.712
+#             narrow, 5 at once       0.225           1.361           0.534           0.660            0.775
+#             narrow, 6 at once       0.235           1.421           0.549           0.673            0.788
+#   backward  wide, 3 at once         0.864           4.531           1.688           1.974            2.297
+#             wide, 4 at once         1.074           5.172           1.621           2.346            2.584
+#             narrow, 4 at once       0.779           5.323           1.878           2.411            2.833
+#             narrow, 5 at once       0.873           5.118           1.995           2.471            3.025
+#             wide, 10 warps, 1       1.133           4.564           2.247           2.261            3.381
+#             wide, 5 warps, 2        1.150           4.573           2.256           2.278            2.956
 #
-# Four wide backward blocks on a multiprocessor spill registers: worth it only where that saves a second round.
+# Six wide forward blocks on a multiprocessor hold fewer registers, and four wide backward blocks spill some: worth it
+# only where that saves a second round.
 
 
 def forward_variant(states: int, batch: int, channels: int, processors: int) -> Variant:
@@ -116,8 +122,9 @@ def forward_variant(states: int, batch: int, channels: int, processors: int) -> 
     if padded(states) != 16:
         return Variant(**_shape(states, 2), min_blocks=3)
     wide = Variant(**_shape(states, 2), min_blocks=5)
-    if batch * wide.groups(channels) >= 3 * processors:
-        return wide
+    blocks = batch * wide.groups(channels)
+    if blocks >= 3 * processors:
+        return replace(wide, min_blocks=6) if 5 * processors < blocks <= 6 * processors else wide
     return Variant(**_shape(states, 1), min_blocks=5)
 
 
