@@ -1,5 +1,6 @@
 """Train a Mamba language model: `python train.py [GROUP=OPTION ...] [KEY=VALUE ...]`, see `--help`."""
 
+import signal
 import sys
 
 from mamba_train import composition
@@ -13,6 +14,12 @@ def run(config: Config) -> None:
         from mamba_train.training.build import build_trainer
 
         trainer = build_trainer(config)
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        trainer.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait for the step
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         trainer.run()
     except NotEnoughDiskSpace as error:

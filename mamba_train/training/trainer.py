@@ -51,6 +51,8 @@ class Trainer:
         self.hooks = hooks
         self._bytes_per_token = bytes_per_token
         self.throughput = Throughput(config.training.total_steps)
+        # Set by a signal handler. Raised between steps only: Python drops what is raised inside a finaliser.
+        self.interrupted = False
         self.last_batch: Batch | None = None
 
     def run(self) -> None:
@@ -63,6 +65,8 @@ class Trainer:
                 metrics = self._step()
                 for hook in self.hooks:
                     hook.on_step(self, metrics)
+                if self.interrupted:
+                    raise KeyboardInterrupt
             for hook in self.hooks:
                 hook.on_end(self)
             failed = False
