@@ -21,7 +21,7 @@ def test_round_trip(model: str, layout: Layout, make_run: MakeRun, tmp_path: Pat
     layers = ["model.n_layer=2"]
     if "attn" in model or "hybrid" in model:
         layers.append("model.attention_layers=[1]")
-    config = compose_config([f"model={model}", *layers, "model.vocab_size=1003"]).model
+    config = compose_config([f"model={model}", *layers, "model.vocab_size=1003", "data.vocab_size=1003"]).model
     run_dir = make_run(config)
     if layout is Layout.transformers and any(word in model for word in ("attn", "hybrid", "transformer")):
         with pytest.raises(ValueError, match="no class"):
