@@ -12,16 +12,16 @@ from typing import Any
 
 from mamba_train.data.documents import SPLITS, Split
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard: `name`.bin and `name`.idx.
+    """One shard: `name`.bin and `name`.idx, in the folder of the manifest or below it.
 
-    `n_tokens` counts the end-of-document tokens, `n_bytes` is the UTF-8 size of the text, sizes are
+    `label` is the domain that all its documents come from ("" where the source has none). `n_tokens` counts the end-of-document tokens, `n_bytes` is the UTF-8 size of the text, sizes are
     in bytes.
     """
 
@@ -33,6 +33,7 @@ class ShardEntry:
     idx_size: int
     bin_sha256: str
     idx_sha256: str
+    label: str = ""
 
 
 @dataclass(frozen=True)

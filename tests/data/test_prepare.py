@@ -165,7 +165,7 @@ def test_the_same_text_has_the_same_fingerprint_and_bytes(
         (lambda folder: (folder / "train-00000.bin").write_bytes(b"xx"), "train-00000.bin has 2 bytes"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json was changed"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
-        (lambda folder: (folder / "manifest.json").write_text('{"format_version": 1}'), "not a readable manifest"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format_version": 2}'), "not a readable manifest"),
         (lambda folder: (folder / "manifest.json").write_text('{"format_version": 0}'), "format version 0"),
     ],
 )
