@@ -199,6 +199,14 @@ class TrainingConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """The size of the job on a cluster; `mamba-train plan` reckons with it."""
+
+    nodes: int | None = None  # null: not decided yet
+    gpus_per_node: int = 8
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -210,6 +218,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = 0
     # Weights to begin with: a run, a checkpoint, published weights, a name on the Hub; null: drawn ones.
     init_from: str | None = None

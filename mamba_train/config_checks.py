@@ -46,7 +46,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
         "data.sequence_length optim.lr optim.eps optim.max_grad_norm "
         "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last "
         "training.total_steps training.global_batch_size training.micro_batch_size "
-        "training.validation_interval_steps training.validation_sequences"
+        "training.validation_interval_steps training.validation_sequences slurm.gpus_per_node"
     )
     for key in positive.split():
         value = _get(config, key)
@@ -70,7 +70,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected 0 to 1"
     optional = (
         "model.dt_rank model.vocab_size model.attention_heads model.attention_kv_heads model.attention_head_dim "
-        "checkpoint.permanent_interval_steps"
+        "checkpoint.permanent_interval_steps slurm.nodes"
     )
     for key in optional.split():
         value = _get(config, key)

@@ -82,6 +82,7 @@ RULES: tuple[Rule, ...] = (
         Action.warn,
         "validation losses before and after are of different text and decide together what is the best",
     ),
+    Rule("slurm.*", Action.allow, "where a run is planned for, not what it computes"),
     Rule("seed", Action.refuse, "the order of the data depends on it"),
     Rule("init_from", Action.warn, "counts at step 0 only: the run goes on with its checkpoint's weights"),
     Rule("run_dir", Action.allow, "a run folder may be moved"),

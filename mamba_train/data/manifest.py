@@ -21,8 +21,8 @@ TOKENIZER_NAME = "tokenizer.json"
 class ShardEntry:
     """One shard: `name`.bin and `name`.idx, in the folder of the manifest or below it.
 
-    `label` is the domain that all its documents come from ("" where the source has none). `n_tokens` counts the end-of-document tokens, `n_bytes` is the UTF-8 size of the text, sizes are
-    in bytes.
+    `label` is the domain that all its documents come from ("" where the source has none). `n_tokens` counts
+    the end-of-document tokens, `n_bytes` is the UTF-8 size of the text, sizes are in bytes.
     """
 
     name: str
