@@ -1,19 +1,21 @@
 """Train a Mamba language model: `python train.py [GROUP=OPTION ...] [KEY=VALUE ...]`, see `--help`."""
 
+import functools
 import signal
 import sys
 
 from mamba_train import composition
 from mamba_train.config import Config
+from mamba_train.training.preemption import EXIT_RESTART, Stopped, StopRequest
 
 
-def run(config: Config) -> None:
+def run(config: Config, stop: StopRequest) -> None:
     """Build the trainer and run it; torch is imported only here, after the config has been checked."""
     with composition.user_errors_exit():
         from mamba_train.checkpoint import NotEnoughDiskSpace
         from mamba_train.training.build import build_trainer
 
-        trainer = build_trainer(config)
+        trainer = build_trainer(config, stop)
 
     def interrupt(signal_number: int, frame: object) -> None:
         trainer.interrupted = True
@@ -24,9 +26,14 @@ def run(config: Config) -> None:
         trainer.run()
     except NotEnoughDiskSpace as error:
         composition.exit_with_error(error, code=1)
+    except Stopped as stopped:
+        print(f"{stopped}: the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_RESTART)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the newest checkpoint")
 
 
 if __name__ == "__main__":
-    composition.main(run)
+    stop_request = StopRequest()
+    stop_request.listen()
+    composition.main(functools.partial(run, stop=stop_request))

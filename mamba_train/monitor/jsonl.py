@@ -40,8 +40,7 @@ class JsonlSink:
 
     def log(self, metrics: Metrics) -> None:
         """Append one record; floats keep every digit, NaN and infinities become null."""
-        finite = {key: _finite_or_none(value) for key, value in metrics.items()}
-        line = json.dumps(finite, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps(finite(metrics), allow_nan=False, separators=(",", ":")).encode() + b"\n"
         end = os.fstat(self._descriptor).st_size
         try:
             _write_all(self._descriptor, line)
@@ -120,6 +119,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
     return record if is_record else None
+
+
+def finite(metrics: Metrics) -> dict[str, float | int | bool | None]:
+    """A copy with None for NaN and infinities, which JSON does not have."""
+    return {key: _finite_or_none(value) for key, value in metrics.items()}
 
 
 def _finite_or_none(value: float | int | bool | None) -> float | int | bool | None:

@@ -31,6 +31,7 @@ from mamba_train.training.hooks.recording import RecordingHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
 from mamba_train.training.hooks.validation import ValidationHook
 from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
+from mamba_train.training.preemption import StopRequest
 from mamba_train.training.state import TrainState
 from mamba_train.training.trainer import Trainer
 
@@ -39,7 +40,7 @@ CODE_FOLDERS = ("kernels", "mamba_train")
 Log = Callable[[str], None]
 
 
-def build_trainer(config: Config) -> Trainer:
+def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     """Everything up to the first step, the resume included.
 
     Raises ValueError for a config, a corpus or a checkpoint that the run cannot go on with.
@@ -83,7 +84,7 @@ def build_trainer(config: Config) -> Trainer:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     _write_run_files(run_dir, config, data_folder, engine)
     hooks = _hooks(config, engine, validation, progress, shown_config, fingerprints, log)
-    return Trainer(config, engine, source, state, [*hooks, _HoldLock(lock)], corpus.bytes_per_token)
+    return Trainer(config, engine, source, state, [*hooks, _HoldLock(lock)], corpus.bytes_per_token, stop)
 
 
 class _HoldLock(Hook):

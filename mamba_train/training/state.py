@@ -16,6 +16,9 @@ class TrainState:
     best_validation_loss: float | None = None
     best_validation_step: int | None = None
     wandb_run_id: str | None = None
+    save_seconds: float | None = None  # what the last save took
+    # Of the last step, when a stop came between the step and its record.
+    pending_metrics: dict[str, float | int | bool | None] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -6,15 +6,18 @@ with them is the engine's matter. The loop connects the two and counts.
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from mamba_train.config import Config
 from mamba_train.data.batches import Batch, BatchSource
+from mamba_train.monitor.jsonl import finite
 from mamba_train.monitor.throughput import Throughput
 from mamba_train.parallel.engine import Engine
 from mamba_train.training.hooks.base import Hook, Metrics
+from mamba_train.training.preemption import Stopped, StopRequest
 from mamba_train.training.schedule import learning_rate
 from mamba_train.training.state import TrainState
 
@@ -27,6 +30,10 @@ def summed_loss(engine: Engine, batch: Batch) -> Tensor:
     seq_idx = None if batch.seq_idx is None else batch.seq_idx[:, :-1]
     with engine.compute():
         return engine.model(batch.inputs, batch.targets, seq_idx)
+
+
+class StopInsideHook(Exception):
+    """All ranks have agreed to stop while a hook was at work."""
 
 
 class Trainer:
@@ -43,6 +50,7 @@ class Trainer:
         state: TrainState,
         hooks: Sequence[Hook],
         bytes_per_token: float,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -51,25 +59,36 @@ class Trainer:
         self.hooks = hooks
         self._bytes_per_token = bytes_per_token
         self.throughput = Throughput(config.training.total_steps)
+        self.stop = stop or StopRequest()
+        self._all_stop = False  # agreed by all ranks
+        self._step_seconds = 0.0
         # Set by a signal handler. Raised between steps only: Python drops what is raised inside a finaliser.
         self.interrupted = False
         self.last_batch: Batch | None = None
 
     def run(self) -> None:
-        """Train to the last step. On an error the hooks are closed and the error goes on."""
+        """Train to the last step, or until asked to stop: then save and raise Stopped.
+
+        On an error the hooks are closed and the error goes on.
+        """
         failed = True
         try:
             for hook in self.hooks:
                 hook.on_start(self)
+            if self.state.pending_metrics is not None:
+                self._run_hooks(self.state.pending_metrics)
             while not self.finished:
-                metrics = self._step()
-                for hook in self.hooks:
-                    hook.on_step(self, metrics)
+                self._run_hooks(self._step())
                 if self.interrupted:
                     raise KeyboardInterrupt
+                if self._all_stop and not self.finished:
+                    self._stop_here()
             for hook in self.hooks:
                 hook.on_end(self)
             failed = False
+        except Stopped:
+            failed = False
+            raise
         finally:
             for hook in self.hooks:
                 hook.close(failed)
@@ -77,6 +96,35 @@ class Trainer:
     @property
     def finished(self) -> bool:
         return self.state.step >= self.config.training.total_steps
+
+    def check_stop(self) -> None:
+        """For work between two steps that takes long: raise StopInsideHook if any rank was asked to stop.
+
+        Every rank must call it equally often. What the hook has begun is done again after the restart.
+        """
+        request = torch.tensor(float(self._wants_stop()), device=self.engine.device)
+        if self.engine.sum_over_ranks(request).item() > 0:
+            raise StopInsideHook
+
+    def _run_hooks(self, metrics: Metrics) -> None:
+        """All that happens after a step; what a stop leaves undone is done after the restart, from the state."""
+        self.state.pending_metrics = None
+        known = dict(metrics)
+        try:
+            for hook in self.hooks:
+                hook.on_step(self, metrics)
+        except StopInsideHook:
+            self.state.pending_metrics = finite(known)
+            self._stop_here()
+
+    def _stop_here(self) -> NoReturn:
+        for hook in self.hooks:
+            hook.on_stop(self)
+        reason = self.stop.reason or "another rank was asked to stop"
+        raise Stopped(f"stopped after step {self.state.step}, which is saved ({reason})")
+
+    def _wants_stop(self) -> bool:
+        return self.stop.requested(self._step_seconds, self.state.save_seconds or 0.0)
 
     def _step(self) -> Metrics:
         """One global step: all micro-batches of this rank, then the update."""
@@ -96,7 +144,10 @@ class Trainer:
         lr = learning_rate(state.step + 1, self.config.optim.lr, self.config.schedule, training.total_steps)
         result = self.engine.step(lr)
         # Read after the update has been queued: on a GPU this waits for it, so the step's time is whole.
-        mean_loss = self.engine.sum_over_ranks(loss).item()
+        # The request to stop rides along: all ranks learn of it in the same step, at no cost.
+        request = loss.new_tensor(float(self._wants_stop()))
+        mean_loss, n_requests = self.engine.sum_over_ranks(torch.stack([loss, request])).tolist()
+        self._all_stop = n_requests > 0
         state.step += 1
         state.samples += training.global_batch_size
         state.tokens += int(n_targets)
@@ -104,6 +155,8 @@ class Trainer:
             state.skipped_steps.append(state.step)
         self.last_batch = batches[0]
         timing = self.throughput.step(state.step, int(n_targets))
+        self._step_seconds = timing.step_seconds
+        self.stop.first_step_done()
         return {
             "step": state.step,
             "tokens": state.tokens,

@@ -27,5 +27,8 @@ class Hook:
     def on_end(self, trainer: Trainer) -> None:
         """After the last step of a run that reached its end."""
 
+    def on_stop(self, trainer: Trainer) -> None:
+        """Before a run that was asked to stop leaves; on all ranks, after the same step."""
+
     def close(self, failed: bool) -> None:
         """Always called last, also when another hook or the step raised."""

@@ -1,5 +1,6 @@
 """When a checkpoint is written, and what happens when the disk is full."""
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,11 @@ class CheckpointHook(Hook):
         if self._saved_step != trainer.state.step:
             self._save(trainer)
 
+    def on_stop(self, trainer: Trainer) -> None:
+        self.on_end(trainer)
+
     def _save(self, trainer: Trainer) -> None:
+        started = time.perf_counter()
         state, engine_state = trainer.state, trainer.engine.state()
         checkpoint = Checkpoint(
             step=state.step,
@@ -67,6 +72,7 @@ class CheckpointHook(Hook):
         )
         save(self._directory, checkpoint, reserve_gib=self._config.reserve_gib)
         self._saved_step = state.step
+        state.save_seconds = time.perf_counter() - started
         apply_retention(
             self._directory,
             keep_last=self._config.keep_last,

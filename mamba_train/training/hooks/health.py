@@ -24,6 +24,7 @@ class HealthHook(Hook):
             return
         if step != 1 and step % self._interval_steps and not trainer.finished:
             return
-        assert trainer.last_batch is not None
+        if trainer.last_batch is None:  # a stop came after this hook and before the record: its figures are there
+            return
         calls = trainer.engine.observe_forward(trainer.last_batch.inputs[:1])
         metrics.update(ssm_health(calls, self._layers))

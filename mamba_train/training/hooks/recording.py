@@ -37,9 +37,11 @@ class RecordingHook(Hook):
     def on_start(self, trainer: Trainer) -> None:
         if trainer.engine.rank == 0:
             self._jsonl = JsonlSink(self._run_dir, self._log)
-            cut = self._jsonl.cut_at(trainer.state.step)
+            # A step whose hooks were cut short is recorded when they have been done again.
+            recorded = trainer.state.step - (trainer.state.pending_metrics is not None)
+            cut = self._jsonl.cut_at(recorded)
             if cut is not None:
-                self._log(f"metrics after step {trainer.state.step} were moved to {cut}")
+                self._log(f"metrics after step {recorded} were moved to {cut}")
             self._wandb = WandbSink(
                 self._run_dir, self._logging, self._shown_config, trainer.state.wandb_run_id, self._log
             )

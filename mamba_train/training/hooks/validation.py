@@ -39,6 +39,7 @@ class ValidationHook(Hook):
         engine = trainer.engine
         total = torch.zeros(2, dtype=torch.float64, device=engine.device)
         for batch in self._batches[engine.rank :: engine.world_size]:
+            trainer.check_stop()
             total[0] += summed_loss(engine, batch)
             total[1] += batch.targets.numel()
         nats, n_tokens = engine.sum_over_ranks(total).tolist()

@@ -1,0 +1,238 @@
+"""A real SLURM of four nodes on this machine: munged, slurmctld and four slurmd, in a folder and on ports of its own.
+
+Everything runs as root without systemd and cgroups. Debian's packages are enough: `apt-get install slurm-wlm munge`.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+N_NODES = 4
+NODES = tuple(f"node{number}" for number in range(1, N_NODES + 1))
+HOSTS = Path("/etc/hosts")
+DAEMONS = ("munged", "slurmctld", "slurmd")
+
+# cred_expire shortens the wait before a requeued job may start from two minutes to some seconds; SlurmdTimeout
+# is how long a node may be silent before it counts as down.
+CONFIG = """\
+ClusterName=test
+SlurmctldHost=localhost
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+ReturnToService=2
+SlurmctldPort={port}
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd.%n.pid
+SlurmdSpoolDir={folder}/spool/%n
+StateSaveLocation={folder}/state
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+SlurmdTimeout=10
+SwitchType=switch/none
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobAcctGatherType=jobacct_gather/none
+JobCompType=jobcomp/none
+AccountingStorageType=accounting_storage/none
+JobRequeue=1
+KillWait=10
+OverTimeLimit=0
+MinJobAge=300
+SlurmdParameters=config_overrides
+NodeName=node[1-{n_nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=4 \
+RealMemory=2000 State=UNKNOWN
+PartitionName=main Nodes=node[1-{n_nodes}] Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def why_not() -> str | None:
+    """Why there can be no cluster on this machine; None if there can."""
+    missing = [name for name in DAEMONS if find_daemon(name) is None]
+    if missing:
+        return f"SLURM is not installed ({', '.join(missing)} not found): apt-get install slurm-wlm munge"
+    if os.geteuid() != 0:
+        return "bringing up a SLURM needs root (it writes node1 to node4 into /etc/hosts)"
+    return None
+
+
+def find_daemon(name: str) -> str | None:
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
+
+
+class Cluster:
+    """Four nodes of four cores each; a context manager that leaves no process behind."""
+
+    def __enter__(self) -> "Cluster":
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.folder.chmod(0o755)  # munged insists that others cannot write into the folders above its socket
+        for name in ("munge", "run", "state", "log", *(f"spool/{node}" for node in NODES)):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        first = _free_ports(N_NODES + 1)
+        self.conf = self.folder / "slurm.conf"
+        self.conf.write_text(
+            CONFIG.format(
+                folder=self.folder, port=first, first_port=first + 1, last_port=first + N_NODES, n_nodes=N_NODES
+            )
+        )
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+        self.env["SLURM_CONF"] = str(self.conf)
+        self._daemons: dict[str, subprocess.Popen] = {}
+        _name_nodes()
+        try:
+            self._start_munged()
+            self._start("slurmctld", "-D", "-f", str(self.conf))
+            for node in NODES:
+                self.start_node(node)
+            wait_for(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), "four idle nodes", 30)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if "slurmctld" in self._daemons:
+            subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True, timeout=30)
+        for name in reversed(list(self._daemons)):
+            self._daemons[name].kill()
+            self._daemons[name].wait()
+        for pid in self._processes(f"SLURM_CONF={self.conf}"):
+            _kill(pid)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start_munged(self) -> None:
+        folder = self.folder / "munge"
+        (folder / "key").write_bytes(os.urandom(128))
+        (folder / "key").chmod(0o400)
+        options = [f"--{name}={folder / name.split('-')[0]}" for name in ("socket", "key-file", "pid-file", "log-file")]
+        self._start("munged", "--foreground", "--force", *options, f"--seed-file={folder / 'seed'}")
+        wait_for((folder / "socket").exists, "the socket of munged", 10)
+
+    def start_node(self, node: str) -> None:
+        self._start("slurmd", "-D", "-N", node, "-f", str(self.conf), name=node)
+
+    def _start(self, daemon: str, *arguments: str, name: str | None = None) -> None:
+        program = find_daemon(daemon)
+        assert program is not None
+        log = (self.folder / "log" / f"{name or daemon}.out").open("ab")
+        # What a slurmd starts inherits TEST_NODE, also the slurmstepd that outlives it.
+        env = {**self.env, "TEST_NODE": name or daemon}
+        self._daemons[name or daemon] = subprocess.Popen([program, *arguments], env=env, stdout=log, stderr=log)
+
+    def n_running(self, daemon: str) -> int:
+        """How many processes of a daemon run, asked of the operating system."""
+        alive = [process for process in self._daemons.values() if process.poll() is None]
+        names = [(Path("/proc") / str(process.pid) / "comm").read_text().strip() for process in alive]
+        return names.count(daemon)
+
+    def kill_node(self, node: str) -> None:
+        """As if the machine lost its power: its daemon and everything on it dies at once."""
+        self._daemons[node].kill()
+        self._daemons[node].wait()
+        for pid in self._processes(f"TEST_NODE={node}") + self._processes(f"SLURMD_NODENAME={node}"):
+            if f"SLURM_CONF={self.conf}" in _environment(pid):
+                _kill(pid)
+
+    def task_pids(self, job: str, rank: int = 0) -> list[int]:
+        """Processes of a rank of the job's training step, the task itself first."""
+        wanted = {f"SLURM_CONF={self.conf}", f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_NUM_NODES"}
+        found = []
+        for pid in _all_pids():
+            environment = _environment(pid)
+            command = _command(pid)
+            if wanted - {"SLURM_STEP_NUM_NODES"} <= environment and any(part.endswith("train.py") for part in command):
+                found.append(pid)
+        return sorted(found)
+
+    def _processes(self, variable: str) -> list[int]:
+        return [pid for pid in _all_pids() if pid != os.getpid() and variable in _environment(pid)]
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Output of a SLURM command."""
+        result = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+        assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+        return result.stdout
+
+    def node_states(self) -> dict[str, str]:
+        lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T", check=False).splitlines()
+        return dict(line.split() for line in lines)
+
+    def job(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        text = self.run("scontrol", "--oneliner", "show", "job", job)
+        return dict(field.split("=", 1) for field in text.split() if "=" in field)
+
+    def wait_for_end(self, job: str, seconds: float = 240) -> dict[str, str]:
+        """Wait until the job has left the queue for good."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        wait_for(lambda: self.job(job)["JobState"] in ends, f"the end of job {job}", seconds)
+        return self.job(job)
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float) -> None:
+    """Poll until `condition` holds; fails the test when it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
+
+
+def _name_nodes() -> None:
+    text = HOSTS.read_text()
+    missing = [node for node in NODES if node not in text.split()]
+    if missing:
+        HOSTS.write_text(f"{text.rstrip()}\n127.0.0.1 {' '.join(missing)}\n")
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` neighbouring ports that nobody listens on."""
+    for first in range(20000 + os.getpid() % 500 * 20, 32000, 20):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for offset, one in enumerate(sockets):
+                one.bind(("", first + offset))
+            return first
+        except OSError:
+            continue
+        finally:
+            for one in sockets:
+                one.close()
+    raise RuntimeError("no free ports")
+
+
+def _all_pids() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _environment(pid: int) -> set[str]:
+    return set(_read(pid, "environ"))
+
+
+def _command(pid: int) -> list[str]:
+    return _read(pid, "cmdline")
+
+
+def _read(pid: int, name: str) -> list[str]:
+    try:
+        return (Path("/proc") / str(pid) / name).read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # it ended meanwhile
+        return []
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
