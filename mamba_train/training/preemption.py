@@ -10,6 +10,7 @@ compiler or a collective. So the handlers do nothing, and a thread reads the num
 writes into a pipe at once (`signal.set_wakeup_fd`). No torch here: listening begins before it is imported.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -47,6 +48,7 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: None)
         os.register_at_fork(after_in_child=_forget)
+        atexit.register(_ignore)
         threading.Thread(target=self._watch, args=(read_end,), name="signals", daemon=True).start()
 
     def first_step_done(self) -> None:
@@ -84,6 +86,12 @@ class StopRequest:
 
 def _say(text: str) -> None:
     os.write(sys.stderr.fileno(), f"{text}\n".encode())  # whole lines, whatever the main thread is printing
+
+
+def _ignore() -> None:
+    """While the interpreter shuts down it puts back the default, to die, unless a signal is ignored."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _forget() -> None:
