@@ -76,6 +76,14 @@ class MixerKind(StrEnum):
     attention = "attention"
 
 
+class ContainerKind(StrEnum):
+    """What runs the training in a container image."""
+
+    none = "none"
+    apptainer = "apptainer"
+    enroot = "enroot"  # by way of SLURM's Pyxis plugin
+
+
 @dataclass
 class ModelConfig:
     """A language model of Mamba-1, Mamba-2 or attention layers, or of a pattern of them."""
@@ -200,10 +208,32 @@ class TrainingConfig:
 
 @dataclass
 class SlurmConfig:
-    """The size of the job on a cluster; `mamba-train plan` reckons with it."""
+    """The job on a cluster, for `python -m slurm.submit`; `mamba-train plan` reckons with its size."""
 
     nodes: int | None = None  # null: not decided yet
-    gpus_per_node: int = 8
+    gpus_per_node: int = 8  # one process each; 0: one process per node, on its CPU
+    time: str = "24:00:00"  # limit of one start: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS
+    job_name: str | None = None  # null: the name of the run folder
+    # what a site decides: best in a file of conf/slurm/
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None  # nodes not to be used
+    cpus_per_task: int | None = None
+    mem: str | None = None  # per node
+    sbatch: list[str] = field(default_factory=list)  # further options of sbatch
+    python: str | None = None  # null: the one that submits, or `python` in a container
+    setup: list[str] = field(default_factory=list)  # shell lines, such as module loads
+    environment: list[str] = field(default_factory=list)  # NAME=VALUE
+    container: ContainerKind = ContainerKind.none
+    container_image: str | None = None
+    container_mounts: list[str] = field(default_factory=list)  # besides the folders that the job needs itself
+    # coming back
+    signal_seconds: int = 180  # SLURM warns the processes so long before the time limit; 0: never
+    max_stalled_starts: int = 3  # starts without a new checkpoint before the job is given up
+    health_check: bool = True  # look at each node before the training starts
+    exclude_bad_nodes: bool = True  # a node that fails the check is excluded when the job is requeued
 
 
 @dataclass

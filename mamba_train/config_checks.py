@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import is_dataclass
 from pathlib import Path
 
-from mamba_train.config import Config, DataSource, MixerKind, ModelConfig, layer_mixers
+from mamba_train.config import Config, ContainerKind, DataSource, MixerKind, ModelConfig, SlurmConfig, layer_mixers
 
 
 def check_config(config: Config, ignore: Collection[str] = ()) -> None:
@@ -28,6 +28,7 @@ def _problems(config: Config) -> Iterable[Problem]:
     yield from _model(config)
     yield from _data(config)
     yield from _training(config)
+    yield from _slurm(config.slurm)
     if not 0 <= config.seed < 2**63:
         yield "seed", config.seed, "expected 0 to 2^63 - 1"
     yield from _init_from(config)
@@ -46,7 +47,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
         "data.sequence_length optim.lr optim.eps optim.max_grad_norm "
         "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last "
         "training.total_steps training.global_batch_size training.micro_batch_size "
-        "training.validation_interval_steps training.validation_sequences slurm.gpus_per_node"
+        "training.validation_interval_steps training.validation_sequences slurm.max_stalled_starts"
     )
     for key in positive.split():
         value = _get(config, key)
@@ -54,7 +55,8 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected more than 0"
     not_negative = (
         "model.d_intermediate model.attention_d_conv "
-        "optim.weight_decay schedule.warmup_steps logging.ssm_health_interval_steps checkpoint.reserve_gib"
+        "optim.weight_decay schedule.warmup_steps logging.ssm_health_interval_steps checkpoint.reserve_gib "
+        "slurm.gpus_per_node slurm.signal_seconds"
     )
     for key in not_negative.split():
         value = _get(config, key)
@@ -70,7 +72,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected 0 to 1"
     optional = (
         "model.dt_rank model.vocab_size model.attention_heads model.attention_kv_heads model.attention_head_dim "
-        "checkpoint.permanent_interval_steps slurm.nodes"
+        "checkpoint.permanent_interval_steps slurm.nodes slurm.cpus_per_task"
     )
     for key in optional.split():
         value = _get(config, key)
@@ -180,6 +182,35 @@ def _training(config: Config) -> Iterable[Problem]:
             f"expected at most training.total_steps ({training.total_steps})",
         )
     yield from _run_dir(config.run_dir)
+
+
+def _slurm(slurm: SlurmConfig) -> Iterable[Problem]:
+    seconds = seconds_of(slurm.time)
+    if seconds is None or seconds <= 0:
+        yield "slurm.time", slurm.time, "expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
+    elif slurm.signal_seconds >= seconds:
+        yield "slurm.signal_seconds", slurm.signal_seconds, f"expected less than slurm.time ({slurm.time})"
+    for entry in slurm.environment:
+        if not re.match(r"[A-Za-z_]\w*=", entry):
+            yield "slurm.environment", slurm.environment, "expected entries of the form NAME=VALUE"
+    for option in slurm.sbatch:
+        if not re.match(r"-\S", option):
+            yield "slurm.sbatch", slurm.sbatch, "expected options of sbatch, such as --mail-type=END"
+    has_image = slurm.container_image is not None
+    if has_image != (slurm.container is not ContainerKind.none):
+        yield "slurm.container_image", slurm.container_image, "slurm.container and slurm.container_image go together"
+
+
+def seconds_of(time_limit: str) -> int | None:
+    """Seconds of a time limit as SLURM writes them; None for what it would not take."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
+    if match is None:
+        return None
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    # Without days: minutes, minutes:seconds, hours:minutes:seconds.
+    units = [3600, 60, 1] if days is not None or len(numbers) == 3 else [60, 1]
+    return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
 def _run_dir(run_dir: str) -> Iterable[Problem]:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,31 +12,41 @@ SUMMARY = "summary.json"  # what the commands need to know: see `write_summary`
 BASELINE = "baseline.json"  # the bigram model on the same tokens
 SAMPLE = "sample.txt"  # text that the model wrote
 TOKENIZER = "tokenizer.json"  # a copy, so that the run can be used without its data
+SLURM = "slurm"  # jobs: logs, submissions, history
 LOCK = ".lock"  # held by the process that trains here
 
 
-def lock(run_dir: Path) -> TextIO:
+def lock(run_dir: Path, patience_seconds: float = 0.0) -> TextIO:
     """Claim the folder for this process until the returned file is closed or the process ends, however it ends.
 
     Two runs in one folder would cut each other's metrics and delete each other's checkpoints.
-    Raises ValueError when another process has it.
+    Raises ValueError when another process still has it after `patience_seconds`.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / LOCK).open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    end = time.monotonic() + patience_seconds
+    while not (free := _try_lock(file)) and time.monotonic() < end:
+        time.sleep(0.5)
+    if not free:
         file.seek(0)
         raise ValueError(
             f"run_dir={run_dir}: process {file.read().strip() or 'unknown'} is training there; "
             "wait for it, or use another run_dir"
-        ) from error
-    except OSError:
-        return file  # a filesystem without locks
+        )
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a filesystem without locks
+    return True
 
 
 def holds_run(run_dir: Path) -> bool:

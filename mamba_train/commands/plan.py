@@ -118,7 +118,7 @@ def _n_gpus(config: Config, args: argparse.Namespace) -> int | None:
     """What the command line says; None where it leaves that open."""
     if args.gpus is not None:
         return int(args.gpus)
-    return None if config.slurm.nodes is None else config.slurm.nodes * config.slurm.gpus_per_node
+    return None if config.slurm.nodes is None else config.slurm.nodes * max(1, config.slurm.gpus_per_node)
 
 
 def _uneven(config: Config, n_gpus: int) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from mamba_train.training.preemption import StopRequest
 from mamba_train.training.state import TrainState
 from mamba_train.training.trainer import Trainer
 
+LOST_NODE_PATIENCE_SECONDS = 120.0
 CODE_FOLDERS = ("kernels", "mamba_train")
 
 Log = Callable[[str], None]
@@ -99,7 +101,9 @@ class _HoldLock(Hook):
 
 def _claim(run_dir: Path, resume: bool, log: Log) -> TextIO:
     """Lock the run folder; with checkpoint.resume=false, a new one in the place of an earlier run's."""
-    lock = run_folder.lock(run_dir)
+    # When a node is lost, its processes may outlive the job that SLURM has started anew elsewhere.
+    patience = LOST_NODE_PATIENCE_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0.0
+    lock = run_folder.lock(run_dir, patience)
     if resume or not run_folder.holds_run(run_dir):
         return lock
     _set_aside(run_dir, log)

@@ -139,24 +139,25 @@ class Cluster:
         names = [(Path("/proc") / str(process.pid) / "comm").read_text().strip() for process in alive]
         return names.count(daemon)
 
-    def kill_node(self, node: str) -> None:
-        """As if the machine lost its power: its daemon and everything on it dies at once."""
+    def kill_daemon(self, node: str) -> None:
+        """As if the machine lost its network: nobody hears of it any more, and what runs there runs on."""
         self._daemons[node].kill()
         self._daemons[node].wait()
+
+    def kill_node(self, node: str) -> None:
+        """As if the machine lost its power: its daemon and everything on it dies at once."""
+        self.kill_daemon(node)
         for pid in self._processes(f"TEST_NODE={node}") + self._processes(f"SLURMD_NODENAME={node}"):
             if f"SLURM_CONF={self.conf}" in _environment(pid):
                 _kill(pid)
 
     def task_pids(self, job: str, rank: int = 0) -> list[int]:
-        """Processes of a rank of the job's training step, the task itself first."""
-        wanted = {f"SLURM_CONF={self.conf}", f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_NUM_NODES"}
-        found = []
-        for pid in _all_pids():
-            environment = _environment(pid)
-            command = _command(pid)
-            if wanted - {"SLURM_STEP_NUM_NODES"} <= environment and any(part.endswith("train.py") for part in command):
-                found.append(pid)
-        return sorted(found)
+        """Python processes of a rank of the job's training step, the task itself first."""
+        wanted = {f"SLURM_CONF={self.conf}", f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
+        pids = [pid for pid in _all_pids() if wanted <= _environment(pid)]
+        return sorted(
+            pid for pid in pids if "python" in _read(pid, "cmdline")[0] and _read(pid, "cmdline")[1:2] != ["-P"]
+        )
 
     def _processes(self, variable: str) -> list[int]:
         return [pid for pid in _all_pids() if pid != os.getpid() and variable in _environment(pid)]
@@ -220,10 +221,6 @@ def _all_pids() -> list[int]:
 
 def _environment(pid: int) -> set[str]:
     return set(_read(pid, "environ"))
-
-
-def _command(pid: int) -> list[str]:
-    return _read(pid, "cmdline")
 
 
 def _read(pid: int, name: str) -> list[str]:

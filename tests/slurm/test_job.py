@@ -1,0 +1,210 @@
+"""Jobs on a real SLURM: whatever happens to them, they come back and end as if nothing had happened."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import metrics
+from tests.slurm.cluster import N_NODES, Cluster, wait_for
+from tests.slurm.conftest import Job, Undisturbed, submit, submit_job
+
+pytestmark = pytest.mark.slow
+
+
+def history(job: Job) -> list[dict]:
+    return [json.loads(line) for line in (job.run_dir / "slurm" / "history.jsonl").read_text().splitlines()]
+
+
+def events(job: Job) -> list[str]:
+    return [entry["event"] for entry in history(job)]
+
+
+def test_it_is_a_real_slurm(cluster: Cluster) -> None:
+    assert cluster.n_running("munged") == 1
+    assert len(cluster.node_states()) == N_NODES == 4
+    hosts = cluster.run("srun", "--nodes=4", "--ntasks=4", "printenv", "SLURMD_NODENAME").split()
+    assert sorted(hosts) == ["node1", "node2", "node3", "node4"]
+
+
+def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    overrides = ("training.total_steps=60", "checkpoint.interval_steps=50")
+    job = submit_job(cluster, tmp_path, corpus, *overrides)
+    undisturbed = Undisturbed(tmp_path, corpus, *overrides)
+    job.wait_for_steps(10)
+    cluster.run("scontrol", "requeue", job.id)
+    job.wait_for_end()
+    assert job.restarts == 1
+    assert not job.repeated_steps(), "the stop was saved"
+    undisturbed.check_equal(job)
+    assert events(job) == ["start", "left to SLURM", "start", "finished"]
+    assert "SIGTERM" in history(job)[1]["reason"]
+
+
+def test_the_signal_of_slurm(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    """--signal=USR1@SECONDS reaches Python, which saves; the batch script requeues."""
+    n_steps = n_steps_for(25, tmp_path, corpus)
+    overrides = (f"training.total_steps={n_steps}", "checkpoint.interval_steps=100000")
+    job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=2", "slurm.signal_seconds=90")
+    undisturbed = Undisturbed(tmp_path, corpus, *overrides)
+    job.wait_for_end()
+    assert job.restarts >= 1
+    assert not job.repeated_steps()
+    undisturbed.check_equal(job)
+    reasons = [entry["reason"] for entry in history(job) if entry["event"] == "requeue"]
+    assert len(reasons) == job.restarts
+    assert all("SIGUSR1" in reason for reason in reasons)
+
+
+def test_the_time_limit(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    """No signal is asked for: the run knows its end time and how long a save takes."""
+    n_steps = n_steps_for(60, tmp_path, corpus)
+    overrides = (f"training.total_steps={n_steps}", "checkpoint.interval_steps=100000")
+    job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=1", "slurm.signal_seconds=0")
+    undisturbed = Undisturbed(tmp_path, corpus, *overrides)
+    job.wait_for_end()
+    assert job.restarts >= 1
+    assert not job.repeated_steps()
+    undisturbed.check_equal(job)
+    assert all("time limit" in entry["reason"] for entry in history(job) if entry["event"] == "requeue")
+    assert "TIMEOUT" not in job.log
+
+
+def n_steps_for(seconds: float, folder: Path, corpus: Path) -> int:
+    """How many steps this machine makes in so many seconds, a multiple of ten."""
+    calibration = Undisturbed(folder / "calibration", corpus, "training.total_steps=30")
+    calibration.wait()
+    step_seconds = sorted(record["step_seconds"] for record in metrics(calibration.run_dir))[15]
+    return max(30, round(seconds / step_seconds / 10) * 10)
+
+
+def test_a_killed_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8")
+    job = submit_job(cluster, tmp_path, corpus, *overrides)
+    undisturbed = Undisturbed(tmp_path, corpus, *overrides)
+    job.wait_for_steps(20)
+    os.kill(cluster.task_pids(job.id)[0], signal.SIGKILL)
+    job.wait_for_end()
+    assert job.restarts == 1
+    assert 0 < len(job.repeated_steps()) <= 8, "from the last checkpoint, not from the beginning"
+    undisturbed.check_equal(job)
+    assert "exit code 137" in history(job)[1]["reason"]
+
+
+def test_a_lost_node(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    """The daemon and everything else on the node dies at once; SLURM finds out and starts the job on another."""
+    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8")
+    job = submit_job(cluster, tmp_path, corpus, *overrides)
+    undisturbed = Undisturbed(tmp_path, corpus, *overrides)
+    job.wait_for_steps(20)
+    node = cluster.job(job.id)["NodeList"]
+    cluster.kill_node(node)
+    try:
+        job.wait_for_end()
+        assert job.restarts == 1
+        assert cluster.job(job.id)["NodeList"] != node
+        assert 0 < len(job.repeated_steps()) <= 8
+        undisturbed.check_equal(job)
+        assert "node" in history(job)[1]["reason"]
+    finally:
+        cluster.start_node(node)
+        wait_for(lambda: cluster.node_states()[node] == "idle", f"{node} to come back", 60)
+
+
+def test_a_lost_daemon_whose_processes_live_on(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    """Two starts must not train in one folder: the second waits for the run's lock."""
+    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8")
+    job = submit_job(cluster, tmp_path, corpus, *overrides)
+    undisturbed = Undisturbed(tmp_path, corpus, *overrides)
+    job.wait_for_steps(10)
+    [pid] = cluster.task_pids(job.id)[:1]
+    node = cluster.job(job.id)["NodeList"]
+    os.kill(pid, signal.SIGSTOP)  # cut off from everything, and still holding the lock
+    cluster.kill_daemon(node)
+    try:
+        wait_for(lambda: job.restarts == 1 and events(job).count("start") == 2, "the second start", 90)
+        time.sleep(10)
+        assert job.n_steps <= 60
+        os.kill(pid, signal.SIGKILL)
+        job.wait_for_end()
+        undisturbed.check_equal(job)
+    finally:
+        cluster.start_node(node)
+        wait_for(lambda: cluster.node_states()[node] == "idle", f"{node} to come back", 60)
+
+
+def test_a_job_that_cannot_progress_is_given_up(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    job = submit_job(
+        cluster, tmp_path, corpus, "training.total_steps=60", "checkpoint.reserve_gib=1e9", "slurm.max_stalled_starts=2",
+        "slurm.health_check=false",
+    )  # fmt: skip
+    job.wait_for_end("FAILED")
+    assert job.restarts == 1
+    last = history(job)[-1]
+    assert last["event"] == "gave up"
+    assert "2 starts without a new checkpoint after step 0" in last["reason"]
+    assert "no space for a checkpoint" in last["reason"]
+
+
+def test_a_mistake_is_not_repeated(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    job = submit_job(cluster, tmp_path, corpus, f"data.path={tmp_path / 'empty'}", "slurm.health_check=false")
+    job.wait_for_end("FAILED")
+    assert job.restarts == 0
+    assert events(job) == ["start", "refused"]
+
+
+def test_a_cancelled_job_is_saved_and_stays_cancelled(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    job = submit_job(cluster, tmp_path, corpus, "training.total_steps=2000", "checkpoint.interval_steps=100000")
+    job.wait_for_steps(10)
+    refused = submit(cluster, tmp_path, corpus, "training.total_steps=2000")
+    assert refused.returncode == 2
+    assert f"job {job.id} is still in the queue" in refused.stderr
+    cluster.run("scancel", job.id)
+    wait_for(lambda: cluster.job(job.id)["JobState"] == "CANCELLED" and "left to SLURM" in events(job), "the end", 30)
+    assert job.saved[0] == job.n_steps
+    time.sleep(8)
+    assert cluster.job(job.id)["JobState"] == "CANCELLED"
+    assert job.restarts == 0
+
+
+def test_a_sweep_is_a_job_array(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    result = submit(cluster, tmp_path, corpus, "training.total_steps=10", "optim.lr=1e-3,2e-3,4e-3")
+    assert result.returncode == 0, result.stderr
+    array = result.stdout.split("job ")[1].split(":")[0]
+    run_dirs = {f"0.00{n}": tmp_path / "run" / f"optim.lr-0.00{n}" for n in (1, 2, 4)}
+    for index, (lr, run_dir) in enumerate(run_dirs.items()):
+        assert cluster.wait_for_end(f"{array}_{index}")["JobState"] == "COMPLETED"
+        records = metrics(run_dir)
+        assert len(records) == 10
+        assert records[-1]["lr"] == float(lr)
+
+
+def test_a_requeued_job_runs_the_code_that_was_submitted(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    job = submit_job(cluster, tmp_path, corpus, "training.total_steps=30", "slurm.health_check=false")
+    code = job.run_dir / "slurm" / "submission-001" / "code"
+    trainer = code / "mamba_train" / "training" / "trainer.py"
+    assert trainer.is_file()
+    # Were the repository's code run, this line would never be seen.
+    trainer.write_text(trainer.read_text() + "\nprint('the copy runs')\n")
+    job.wait_for_end()
+    assert "the copy runs" in job.log
+
+
+def test_a_bad_node_is_named_and_excluded(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    command = 'test "$SLURMD_NODENAME" != node1 || { echo GPU 3 has fallen off the bus; exit 1; }'
+    env = {"MAMBA_TRAIN_HEALTH_COMMAND": command}
+    job = submit_job(cluster, tmp_path, corpus, "training.total_steps=20", "slurm.exclude='node[2-4]'", env=env)
+    wait_for(lambda: job.restarts == 1, "the requeue", 60)
+    entry = history(job)[1]
+    assert entry["event"] == "requeue"
+    assert "node1" in entry["reason"]
+    assert "fallen off the bus" in entry["reason"]
+    wait_for(lambda: cluster.job(job.id)["JobState"] == "PENDING", "the job to wait", 30)
+    assert cluster.job(job.id)["ExcNodeList"] == "node[1-4]"
+    cluster.run("scontrol", "update", f"JobId={job.id}", "ExcNodeList=node1")
+    job.wait_for_end()
+    assert cluster.job(job.id)["NodeList"] != "node1"
