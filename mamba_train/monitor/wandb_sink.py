@@ -1,6 +1,10 @@
-"""Metrics to Weights & Biases, in a way that can never stop or delay training for long.
+"""Metrics to Weights & Biases, in a way that can neither stop nor delay training.
 
-Three things about wandb shape this module. It drops a record whose `step` is below the run's own
+wandb works in a thread of its own, which takes the records from a queue: whatever hangs or raises there, the training
+thread only ever puts a record into the queue. What went wrong is said in one line, and the training goes on; the
+records themselves are in metrics.jsonl in any case.
+
+Three more things about wandb shape this module. It drops a record whose `step` is below the run's own
 counter, which after a resume from an earlier checkpoint is ahead of ours, so the x axis is our
 metric `step` and wandb's counter is only set where it may move forward. An offline run that is
 resumed becomes a second folder with the same id, whose counter would start at 0 if we did not set
@@ -8,10 +12,15 @@ it. And without a login it would ask on the terminal, so it is only asked to go 
 are credentials.
 """
 
+import contextlib
 import math
 import netrc
 import os
-from collections.abc import Callable, Mapping
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -20,8 +29,10 @@ from mamba_train.config import LoggingConfig, WandbMode
 from mamba_train.monitor.jsonl import Metrics
 from mamba_train.monitor.redact import redact_credentials
 
-INIT_TIMEOUT_SECONDS = 30.0
-FINISH_TIMEOUT_SECONDS = 60.0
+INIT_TIMEOUT_SECONDS = 20.0
+FINISH_TIMEOUT_SECONDS = 20.0  # must fit into the time between a warning and the end of a preempted job
+STALL_SECONDS = 30.0  # after so long without an answer it is said that wandb hangs
+QUEUED_RECORDS = 100_000  # that wait at most; about as many steps, and less than 100 MB
 
 _ENVIRONMENT_MODES = {
     "online": WandbMode.online,
@@ -36,8 +47,8 @@ class WandbSink:
     """One wandb run, the same one after every resume.
 
     run_dir: the files go to run_dir/wandb. config: what is shown as the run's config, stored
-    without credentials. run_id: from the checkpoint; None lets wandb choose. warn: receives the one
-    line that is said if tracking fails; training then goes on without it.
+    without credentials. run_id: from the checkpoint; without one it is drawn here. warn: receives the one
+    line that is said if tracking fails, also from another thread; training then goes on without it.
     """
 
     def __init__(
@@ -49,80 +60,114 @@ class WandbSink:
         warn: Callable[[str], None] = print,
     ) -> None:
         self.run_id = run_id
-        self.mode = resolve_mode(logging_cfg.wandb)
+        self.mode = _without_login(logging_cfg.wandb)
         self._warn = warn
-        self._run: Any = None
+        self._run_dir = Path(run_dir)
+        self._warned = False
         if self.mode is WandbMode.disabled:
             return
+        self.run_id = run_id or secrets.token_hex(4)
         start = {
             "dir": str(run_dir),
             "project": logging_cfg.wandb_project,
-            "name": logging_cfg.wandb_name or Path(run_dir).resolve().name,
+            "name": logging_cfg.wandb_name or self._run_dir.resolve().name,
             "config": redact_credentials(config),
-            "id": run_id,
+            "id": self.run_id,
             "resume": "allow",
         }
+        self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(QUEUED_RECORDS)
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._work, args=(start,), name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: Metrics) -> None:
+        """Hand over the record of one step; entries that are None are left out, booleans become 0 or 1."""
+        if self.mode is WandbMode.disabled:
+            return
+        record = {key: int(value) if isinstance(value, bool) else value for key, value in metrics.items()}
+        with contextlib.suppress(queue.Full):  # wandb hangs, which is said below
+            self._queue.put_nowait({key: value for key, value in record.items() if value is not None})
+        since = self._busy_since
+        if since is not None and time.monotonic() - since > STALL_SECONDS:
+            self._warn_once(f"it has not answered for {STALL_SECONDS:g} s; training does not wait for it")
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run, which may take FINISH_TIMEOUT_SECONDS; a non-zero exit code marks it as failed."""
+        if self.mode is WandbMode.disabled:
+            return
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(exit_code)
+        self._thread.join(FINISH_TIMEOUT_SECONDS)
+        if self._thread.is_alive():
+            self.mode = WandbMode.disabled
+            self._warn_once(f"it has not finished after {FINISH_TIMEOUT_SECONDS:g} s and is left behind")
+            _abandon_service()
+
+    @property
+    def upload_command(self) -> str | None:
+        """What uploads a run that was recorded offline; None if there is nothing to upload."""
+        wandb_dir = self._run_dir / "wandb"
+        return f"wandb sync {wandb_dir}/offline-run-*" if list(wandb_dir.glob("offline-run-*")) else None
+
+    def _work(self, start: dict[str, Any]) -> None:
+        """The thread: start the run, log what comes, finish."""
         try:
-            Path(run_dir).mkdir(parents=True, exist_ok=True)
-            self._run = self._start(start)
-            self.run_id = self._run.id
-            self._run.define_metric("step")
-            self._run.define_metric("*", step_metric="step")
+            with self._busy():
+                self._run_dir.mkdir(parents=True, exist_ok=True)
+                run = self._start(start)
+                run.define_metric("step")
+                run.define_metric("*", step_metric="step")
+            while isinstance(item := self._queue.get(), dict):
+                with self._busy():
+                    _log(run, item)
+            with self._busy():
+                run.finish(exit_code=item)
         except Exception as error:  # whatever a tracker does wrong, training goes on
-            self._disable(error)
+            self.mode = WandbMode.disabled
+            self._warn_once(f"{_one_line(error)}; tracking is off for the rest of this run")
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
 
     def _start(self, start: dict[str, Any]) -> Any:
+        if self.mode is WandbMode.auto:
+            self.mode = WandbMode.online if _logged_in() else WandbMode.offline
         if self.mode is WandbMode.online:
             if not _logged_in():
-                self._warn("wandb: not logged in, recording offline; run `wandb login` to track online")
+                self._warn_once("not logged in, recording offline; run `wandb login` to track online")
                 self.mode = WandbMode.offline
             else:
                 try:
                     return _init(start, "online")
                 except Exception as error:
-                    self._warn(f"wandb: cannot start online ({_one_line(error)}), recording offline")
+                    self._warn_once(f"cannot start online ({_one_line(error)}), recording offline")
                     self.mode = WandbMode.offline
                     _forget_failed_start()
         return _init(start, "offline")
 
-    def log(self, metrics: Metrics) -> None:
-        """Record one step; entries that are None are left out, booleans become 0 or 1."""
-        if self._run is None:
-            return
-        record = {key: int(value) if isinstance(value, bool) else value for key, value in metrics.items()}
-        record = {key: value for key, value in record.items() if value is not None}
-        step = record.get("step")
-        try:
-            counter = int(step) if step is not None and math.isfinite(step) and step >= self._run.step else None
-            # Without commit a record given with `step` stays open, and the next one may overwrite it.
-            self._run.log(record, step=counter, commit=True)
-        except Exception as error:
-            self._disable(error)
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the run; a non-zero exit code marks it as failed."""
-        if self._run is None:
-            return
-        run, self._run = self._run, None
-        try:
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._disable(error)
-
-    def _disable(self, error: Exception) -> None:
-        self._run = None
-        self.mode = WandbMode.disabled
-        self._warn(f"wandb: {_one_line(error)}; tracking is off for the rest of this run, training goes on")
+    def _warn_once(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(f"wandb: {text}; training goes on, and every record is in metrics.jsonl")
 
 
-def resolve_mode(mode: WandbMode) -> WandbMode:
-    """Turn `auto` into what it means here: WANDB_MODE if set, else online when logged in, else offline."""
-    if mode is not WandbMode.auto:
-        return mode
-    from_environment = _ENVIRONMENT_MODES.get(os.environ.get("WANDB_MODE", "").lower())
-    if from_environment is not None:
-        return from_environment
-    return WandbMode.online if _logged_in() else WandbMode.offline
+def _without_login(mode: WandbMode) -> WandbMode:
+    """What can be said without asking wandb: WANDB_MODE decides when `auto` is chosen, else it stays `auto`."""
+    if mode is WandbMode.auto:
+        return _ENVIRONMENT_MODES.get(os.environ.get("WANDB_MODE", "").lower(), WandbMode.auto)
+    return mode
+
+
+def _log(run: Any, record: dict[str, Any]) -> None:
+    step = record.get("step")
+    counter = int(step) if step is not None and math.isfinite(step) and step >= run.step else None
+    # Without commit a record given with `step` stays open, and the next one may overwrite it.
+    run.log(record, step=counter, commit=True)
 
 
 def _init(start: dict[str, Any], mode: Literal["online", "offline"]) -> Any:
@@ -143,6 +188,17 @@ def _forget_failed_start() -> None:
 
     # wandb's service still holds the id of a run that failed to start, and would refuse it offline.
     wandb.teardown()
+
+
+def _abandon_service() -> None:
+    """wandb's exit handler would wait for its service without end: end the service, and take the handler away."""
+    with contextlib.suppress(Exception):  # not wandb's public interface
+        from wandb.sdk import wandb_setup
+
+        connection = wandb_setup.singleton()._connection
+        assert connection is not None
+        connection._cleanup()
+        connection._proc._process.kill()
 
 
 def _logged_in() -> bool:

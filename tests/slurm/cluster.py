@@ -155,9 +155,7 @@ class Cluster:
         """Python processes of a rank of the job's training step, the task itself first."""
         wanted = {f"SLURM_CONF={self.conf}", f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
         pids = [pid for pid in _all_pids() if wanted <= _environment(pid)]
-        return sorted(
-            pid for pid in pids if "python" in _read(pid, "cmdline")[0] and _read(pid, "cmdline")[1:2] != ["-P"]
-        )
+        return sorted(pid for pid in pids if any(word.endswith("train.py") for word in _read(pid, "cmdline")[1:2]))
 
     def _processes(self, variable: str) -> list[int]:
         return [pid for pid in _all_pids() if pid != os.getpid() and variable in _environment(pid)]

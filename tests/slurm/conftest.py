@@ -84,6 +84,7 @@ def submit(
             "slurm.nodes=1",
             "slurm.gpus_per_node=0",
             "slurm.time=10",
+            "slurm.health_check=false",
             "run_dir=run",
             *overrides,
         ],

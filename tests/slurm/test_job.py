@@ -33,11 +33,15 @@ def test_it_is_a_real_slurm(cluster: Cluster) -> None:
 def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     overrides = ("training.total_steps=60", "checkpoint.interval_steps=50")
     job = submit_job(cluster, tmp_path, corpus, *overrides)
+    # Were the repository's code run, this line would not be seen.
+    trainer = job.run_dir / "slurm" / "submission-001" / "code" / "mamba_train" / "training" / "trainer.py"
+    trainer.write_text(trainer.read_text() + "\nprint('the copy runs')\n")
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_steps(10)
     cluster.run("scontrol", "requeue", job.id)
     job.wait_for_end()
     assert job.restarts == 1
+    assert job.log.count("the copy runs") == 2
     assert not job.repeated_steps(), "the stop was saved"
     undisturbed.check_equal(job)
     assert events(job) == ["start", "left to SLURM", "start", "finished"]
@@ -46,7 +50,7 @@ def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> Non
 
 def test_the_signal_of_slurm(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """--signal=USR1@SECONDS reaches Python, which saves; the batch script requeues."""
-    n_steps = n_steps_for(25, tmp_path, corpus)
+    n_steps = n_steps_for(15, tmp_path, corpus)
     overrides = (f"training.total_steps={n_steps}", "checkpoint.interval_steps=100000")
     job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=2", "slurm.signal_seconds=90")
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
@@ -61,7 +65,7 @@ def test_the_signal_of_slurm(cluster: Cluster, tmp_path: Path, corpus: Path) -> 
 
 def test_the_time_limit(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """No signal is asked for: the run knows its end time and how long a save takes."""
-    n_steps = n_steps_for(60, tmp_path, corpus)
+    n_steps = n_steps_for(50, tmp_path, corpus)
     overrides = (f"training.total_steps={n_steps}", "checkpoint.interval_steps=100000")
     job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=1", "slurm.signal_seconds=0")
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
@@ -82,7 +86,7 @@ def n_steps_for(seconds: float, folder: Path, corpus: Path) -> int:
 
 
 def test_a_killed_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
-    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8")
+    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8", "checkpoint.keep_best=false")
     job = submit_job(cluster, tmp_path, corpus, *overrides)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_steps(20)
@@ -96,7 +100,7 @@ def test_a_killed_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
 
 def test_a_lost_node(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """The daemon and everything else on the node dies at once; SLURM finds out and starts the job on another."""
-    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8")
+    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8", "checkpoint.keep_best=false")
     job = submit_job(cluster, tmp_path, corpus, *overrides)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_steps(20)
@@ -116,7 +120,7 @@ def test_a_lost_node(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
 
 def test_a_lost_daemon_whose_processes_live_on(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """Two starts must not train in one folder: the second waits for the run's lock."""
-    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8")
+    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8", "checkpoint.keep_best=false")
     job = submit_job(cluster, tmp_path, corpus, *overrides)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_steps(10)
@@ -124,6 +128,7 @@ def test_a_lost_daemon_whose_processes_live_on(cluster: Cluster, tmp_path: Path,
     node = cluster.job(job.id)["NodeList"]
     os.kill(pid, signal.SIGSTOP)  # cut off from everything, and still holding the lock
     cluster.kill_daemon(node)
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     try:
         wait_for(lambda: job.restarts == 1 and events(job).count("start") == 2, "the second start", 90)
         time.sleep(10)
@@ -137,10 +142,8 @@ def test_a_lost_daemon_whose_processes_live_on(cluster: Cluster, tmp_path: Path,
 
 
 def test_a_job_that_cannot_progress_is_given_up(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
-    job = submit_job(
-        cluster, tmp_path, corpus, "training.total_steps=60", "checkpoint.reserve_gib=1e9", "slurm.max_stalled_starts=2",
-        "slurm.health_check=false",
-    )  # fmt: skip
+    overrides = ("training.total_steps=20", "checkpoint.reserve_gib=1e9", "slurm.max_stalled_starts=2")
+    job = submit_job(cluster, tmp_path, corpus, *overrides)
     job.wait_for_end("FAILED")
     assert job.restarts == 1
     last = history(job)[-1]
@@ -151,7 +154,7 @@ def test_a_job_that_cannot_progress_is_given_up(cluster: Cluster, tmp_path: Path
 
 def test_a_mistake_is_not_repeated(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "empty").mkdir()
-    job = submit_job(cluster, tmp_path, corpus, f"data.path={tmp_path / 'empty'}", "slurm.health_check=false")
+    job = submit_job(cluster, tmp_path, corpus, f"data.path={tmp_path / 'empty'}")
     job.wait_for_end("FAILED")
     assert job.restarts == 0
     assert events(job) == ["start", "refused"]
@@ -183,28 +186,25 @@ def test_a_sweep_is_a_job_array(cluster: Cluster, tmp_path: Path, corpus: Path) 
         assert records[-1]["lr"] == float(lr)
 
 
-def test_a_requeued_job_runs_the_code_that_was_submitted(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
-    job = submit_job(cluster, tmp_path, corpus, "training.total_steps=30", "slurm.health_check=false")
-    code = job.run_dir / "slurm" / "submission-001" / "code"
-    trainer = code / "mamba_train" / "training" / "trainer.py"
-    assert trainer.is_file()
-    # Were the repository's code run, this line would never be seen.
-    trainer.write_text(trainer.read_text() + "\nprint('the copy runs')\n")
-    job.wait_for_end()
-    assert "the copy runs" in job.log
-
-
 def test_a_bad_node_is_named_and_excluded(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
-    command = 'test "$SLURMD_NODENAME" != node1 || { echo GPU 3 has fallen off the bus; exit 1; }'
+    command = 'test "$SLURMD_NODENAME" != node1 || { echo GPU 3 fell off the bus; exit 1; }'
     env = {"MAMBA_TRAIN_HEALTH_COMMAND": command}
-    job = submit_job(cluster, tmp_path, corpus, "training.total_steps=20", "slurm.exclude='node[2-4]'", env=env)
+    job = submit_job(
+        cluster,
+        tmp_path,
+        corpus,
+        "training.total_steps=20",
+        "slurm.exclude='node[2-4]'",
+        "slurm.health_check=true",
+        env=env,
+    )
     wait_for(lambda: job.restarts == 1, "the requeue", 60)
     entry = history(job)[1]
     assert entry["event"] == "requeue"
     assert "node1" in entry["reason"]
-    assert "fallen off the bus" in entry["reason"]
+    assert "fell off the bus" in entry["reason"]
     wait_for(lambda: cluster.job(job.id)["JobState"] == "PENDING", "the job to wait", 30)
-    assert cluster.job(job.id)["ExcNodeList"] == "node[1-4]"
+    assert cluster.job(job.id)["ExcNodeList"] == "node[2-4],node1", "in addition to those that the config excludes"
     cluster.run("scontrol", "update", f"JobId={job.id}", "ExcNodeList=node1")
     job.wait_for_end()
     assert cluster.job(job.id)["NodeList"] != "node1"
