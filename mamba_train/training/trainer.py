@@ -51,8 +51,10 @@ class Trainer:
         self.hooks = hooks
         self._bytes_per_token = bytes_per_token
         self.throughput = Throughput(config.training.total_steps)
-        # Set by a signal handler. Raised between steps only: Python drops what is raised inside a finaliser.
+        # Set by a signal handler, on any rank. All ranks raise at the end of the step that they next begin together,
+        # and between steps only: Python drops what is raised inside a finaliser.
         self.interrupted = False
+        self._stops = False
         self.last_batch: Batch | None = None
 
     def run(self) -> None:
@@ -65,7 +67,7 @@ class Trainer:
                 metrics = self._step()
                 for hook in self.hooks:
                     hook.on_step(self, metrics)
-                if self.interrupted:
+                if self._stops:
                     raise KeyboardInterrupt
             for hook in self.hooks:
                 hook.on_end(self)
@@ -82,11 +84,10 @@ class Trainer:
         """One global step: all micro-batches of this rank, then the update."""
         self.throughput.start()
         batches = self._micro_batches()
-        n_targets = self.engine.sum_over_ranks(
-            torch.tensor(sum(batch.targets.numel() for batch in batches), device=self.engine.device)
-        )
+        counts = [sum(batch.targets.numel() for batch in batches), int(self.interrupted)]
+        n_targets, n_interrupted = self.engine.sum_over_ranks(torch.tensor(counts, device=self.engine.device))
         loss = torch.zeros((), device=self.engine.device)
-        for batch in batches:
+        for batch in self.engine.micro_batches(batches):
             # Divided by the count of all ranks: the mean over the global batch, however it is split.
             micro_loss = summed_loss(self.engine, batch) / n_targets
             self.engine.backward(micro_loss)
@@ -97,6 +98,7 @@ class Trainer:
         result = self.engine.step(lr)
         # Read after the update has been queued: on a GPU this waits for it, so the step's time is whole.
         mean_loss = self.engine.sum_over_ranks(loss).item()
+        self._stops = bool(n_interrupted)
         state.step += 1
         state.samples += training.global_batch_size
         state.tokens += int(n_targets)
