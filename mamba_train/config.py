@@ -41,6 +41,7 @@ class EngineKind(StrEnum):
 
     single = "single"  # one device, one process
     ddp = "ddp"  # the whole model on every rank
+    deepspeed = "deepspeed"  # ZeRO-1, 2, 3
     fsdp = "fsdp"  # FSDP2: weights, gradients and moments cut over the ranks
 
 
@@ -164,6 +165,7 @@ class EngineConfig:
     precision: Precision = Precision.auto
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
+    zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too
     # fsdp
     replicas: int = 1  # more than 1: HSDP, the ranks form that many groups, each with a whole model cut over it
     reshard_after_forward: bool = True  # false: gathered weights are kept for the backward pass

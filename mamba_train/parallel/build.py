@@ -1,10 +1,13 @@
 """Pick the engine that a config names."""
 
+from collections.abc import Callable
+
 from mamba_train.config import EngineConfig, EngineKind
 from mamba_train.parallel.engine import Engine
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.parallel.replicated import ReplicatedEngine
 from mamba_train.parallel.sharded import ShardedEngine
+from mamba_train.parallel.zero import ZeroEngine
 from mamba_train.ranks import Ranks
 
 
@@ -14,5 +17,10 @@ def build_engine(config: EngineConfig, ranks: Ranks) -> Engine:
         raise ValueError(
             f"engine=single: it runs one process, and {ranks.world_size} were started; use engine=ddp or engine=fsdp"
         )
-    engines = {EngineKind.single: NativeEngine, EngineKind.ddp: ReplicatedEngine, EngineKind.fsdp: ShardedEngine}
+    engines: dict[EngineKind, Callable[[EngineConfig, Ranks], Engine]] = {
+        EngineKind.single: NativeEngine,
+        EngineKind.ddp: ReplicatedEngine,
+        EngineKind.fsdp: ShardedEngine,
+        EngineKind.deepspeed: ZeroEngine,
+    }
     return engines[config.name](config, ranks)
