@@ -12,6 +12,7 @@ from mamba_train.training.preemption import EXIT_RESTART, Stopped, StopRequest
 def run(config: Config, stop: StopRequest) -> None:
     """Build the trainer and run it; torch is imported only here, after the config has been checked."""
     with composition.user_errors_exit():
+        from mamba_train import ranks
         from mamba_train.checkpoint import NotEnoughDiskSpace
         from mamba_train.training.build import build_trainer
 
@@ -24,13 +25,14 @@ def run(config: Config, stop: StopRequest) -> None:
     signal.signal(signal.SIGINT, interrupt)
     try:
         trainer.run()
-    except NotEnoughDiskSpace as error:
+    except (NotEnoughDiskSpace, ranks.OtherRankFailed) as error:
         composition.exit_with_error(error, code=1)
     except Stopped as stopped:
         print(f"{stopped}: the same command goes on from there", file=sys.stderr)
         sys.exit(EXIT_RESTART)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the newest checkpoint")
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mamba_train import ranks
 from mamba_train.config import Config, register_schema
 from mamba_train.config_checks import check_config
 
@@ -98,8 +99,14 @@ class user_errors_exit:
             exit_with_error(error)
 
 
-def exit_with_error(error: BaseException, code: int = EXIT_USER_ERROR) -> NoReturn:
-    """Print the error as one line and exit; MAMBA_TRAIN_TRACEBACK=1 shows where it arose."""
+def exit_with_error(error: Exception, code: int = EXIT_USER_ERROR) -> NoReturn:
+    """Print the error as one line and exit; MAMBA_TRAIN_TRACEBACK=1 shows where it arose.
+
+    When the run has several ranks, all of them exit, and one prints the line.
+    """
+    error = ranks.fail_together(error)
+    if isinstance(error, ranks.OtherRankFailed):
+        raise SystemExit(code) from None
     if os.environ.get("MAMBA_TRAIN_TRACEBACK"):
         traceback.print_exception(error)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ class ScheduleKind(StrEnum):
 
 
 class DeviceKind(StrEnum):
-    """Where the one-device engine runs."""
+    """Where the ranks compute."""
 
     auto = "auto"  # a CUDA device if there is one, else the CPU
     cpu = "cpu"
@@ -40,6 +40,9 @@ class EngineKind(StrEnum):
     """Who executes the step."""
 
     single = "single"  # one device, one process
+    ddp = "ddp"  # the whole model on every rank
+    deepspeed = "deepspeed"  # ZeRO-1, 2, 3
+    fsdp = "fsdp"  # FSDP2: weights, gradients and moments cut over the ranks
 
 
 class Precision(StrEnum):
@@ -168,7 +171,13 @@ class EngineConfig:
     name: EngineKind = EngineKind.single
     device: DeviceKind = DeviceKind.auto
     precision: Precision = Precision.auto
-    compile: bool = False  # torch.compile (needs a C++ compiler on the CPU)
+    compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
+    reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
+    zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too
+    # fsdp
+    replicas: int = 1  # more than 1: HSDP, the ranks form that many groups, each with a whole model cut over it
+    reshard_after_forward: bool = True  # false: gathered weights are kept for the backward pass
+    reduce_each_micro_batch: bool = False  # true: more traffic, and no whole fp32 gradient between micro-batches
 
 
 @dataclass
@@ -193,6 +202,7 @@ class CheckpointConfig:
     permanent_interval_steps: int | None = None  # these are never deleted
     keep_best: bool = True  # the best by validation loss, besides the last ones
     reserve_gib: float = 1.0  # disk space a save must leave free
+    verify_forward: bool = False  # compare a forward pass on fixed tokens at the save and at the load
 
 
 @dataclass

@@ -7,7 +7,18 @@ from collections.abc import Collection, Iterable
 from dataclasses import is_dataclass
 from pathlib import Path
 
-from mamba_train.config import Config, ContainerKind, DataSource, MixerKind, ModelConfig, SlurmConfig, layer_mixers
+from mamba_train.config import (
+    Config,
+    ContainerKind,
+    DataSource,
+    EngineKind,
+    MixerKind,
+    ModelConfig,
+    Precision,
+    SlurmConfig,
+    layer_mixers,
+)
+from mamba_train.ranks import launch
 
 
 def check_config(config: Config, ignore: Collection[str] = ()) -> None:
@@ -28,6 +39,7 @@ def _problems(config: Config) -> Iterable[Problem]:
     yield from _model(config)
     yield from _data(config)
     yield from _training(config)
+    yield from _engine(config)
     yield from _slurm(config.slurm)
     if not 0 <= config.seed < 2**63:
         yield "seed", config.seed, "expected 0 to 2^63 - 1"
@@ -45,7 +57,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
         "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "
         "model.head_dim model.n_groups model.chunk_size model.A_init_min model.A_init_max "
         "data.sequence_length optim.lr optim.eps optim.max_grad_norm "
-        "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last "
+        "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last engine.replicas "
         "training.total_steps training.global_batch_size training.micro_batch_size "
         "training.validation_interval_steps training.validation_sequences slurm.max_stalled_starts"
     )
@@ -182,6 +194,20 @@ def _training(config: Config) -> Iterable[Problem]:
             f"expected at most training.total_steps ({training.total_steps})",
         )
     yield from _run_dir(config.run_dir)
+
+
+def _engine(config: Config) -> Iterable[Problem]:
+    engine = config.engine
+    if engine.reduce_precision is Precision.auto:
+        yield "engine.reduce_precision", engine.reduce_precision, "expected fp32 or bf16"
+    if engine.zero_stage not in (1, 2, 3):
+        yield "engine.zero_stage", engine.zero_stage, "expected 1, 2 or 3"
+    if engine.replicas != 1 and engine.name is not EngineKind.fsdp:
+        yield "engine.replicas", engine.replicas, f"expected 1 with engine={engine.name}; engine=fsdp has replicas"
+    world_size = launch().world_size
+    if world_size > 1 and config.training.global_batch_size % (config.training.micro_batch_size * world_size):
+        product = f"training.micro_batch_size * processes ({config.training.micro_batch_size} * {world_size})"
+        yield "training.global_batch_size", config.training.global_batch_size, f"expected a multiple of {product}"
 
 
 def _slurm(slurm: SlurmConfig) -> Iterable[Problem]:

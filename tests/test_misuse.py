@@ -71,7 +71,7 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["data=local", "data.path=/no/such/folder"], ["data.path=/no/such/folder", "no such file or folder"]),
         (["optim.lr=inf"], ["optim.lr=inf", "finite"]),
         (["checkpoint.reserve_gib=nan"], ["checkpoint.reserve_gib=nan", "finite"]),
-        (["engine.name=fsdp"], ["engine.name=fsdp", "single"]),
+        (["engine.name=fdsp"], ["engine.name=fdsp", "single"]),
         (["run_dir="], ["run_dir=''"]),
         (["run_dir=/etc/passwd/run"], ["run_dir=/etc/passwd/run", "/etc/passwd is a file"]),
         (["model.vocab_size=300"], ["model.vocab_size=300", "data.vocab_size (4096)"]),

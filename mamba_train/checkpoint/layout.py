@@ -8,9 +8,10 @@
         state.json                  step, data position, ledger, wandb run id, ...
         config.yaml                 the composed configuration
 
-`model/` and `optimizer/` may hold any number of files (an engine writes one per rank). A folder that
-is being written, replaced or deleted lies beside the checkpoints under a name that begins with what
-is happening to it and says which process does it: `writing.step_00000500.HOST.PID.TOKEN`.
+`model/` and `optimizer/` may hold any number of files: each rank writes what it holds, a block of a tensor in each
+file, with its place in the header. A folder that is being written, replaced or deleted lies beside the checkpoints
+under a name that begins with what is happening to it and says which process does it:
+`writing.step_00000500.HOST.PID.TOKEN`.
 """
 
 import os
@@ -51,9 +52,9 @@ def checkpoints_dir(run_dir: str | Path) -> Path:
     return Path(run_dir) / CHECKPOINTS
 
 
-def rank_file(rank: int) -> str:
-    """Name of the tensor file that a rank writes in each of the sub-folders."""
-    return f"rank_{rank:05d}.safetensors"
+def rank_file(rank: int, part: int = 0) -> str:
+    """Name of the tensor file that a rank writes in each of the sub-folders; part: see `tensors.write_pieces`."""
+    return f"rank_{rank:05d}.safetensors" if part == 0 else f"rank_{rank:05d}.part_{part}.safetensors"
 
 
 def step_name(step: int) -> str:

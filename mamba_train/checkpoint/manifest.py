@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,9 +84,8 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe_files(folder: Path) -> dict[str, FileRecord]:
-    """Size and hash of every file under a folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+def describe_files(folder: Path, paths: Sequence[Path]) -> dict[str, FileRecord]:
+    """Size and hash of some files under a folder, by their path relative to it."""
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         hashes = list(pool.map(_hash_file, paths))
     return {

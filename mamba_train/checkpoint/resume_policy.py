@@ -10,8 +10,6 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor
-
 
 class Action(StrEnum):
     """What happens when a key has another value than in the checkpoint."""
@@ -139,12 +137,12 @@ def _show(value: Any) -> str:
     return value if value == ABSENT else json.dumps(value)
 
 
-def check_shapes(model_tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
+def check_shapes(saved: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
     """Raise ValueError, in one line, unless a checkpoint's weights have a model's names and shapes.
 
-    `expected` maps parameter names to shapes.
+    Both map parameter names to shapes.
     """
-    found = {name: tuple(tensor.shape) for name, tensor in model_tensors.items()}
+    found = {name: tuple(shape) for name, shape in saved.items()}
     wanted = {name: tuple(shape) for name, shape in expected.items()}
     names = sorted(found.keys() | wanted.keys())
     mismatches = [name for name in names if found.get(name) != wanted.get(name)]

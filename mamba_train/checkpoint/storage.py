@@ -2,11 +2,13 @@
 
 A checkpoint is written into a folder beside its final place, every file is flushed to the disk, the
 manifest with all sizes and hashes comes last, and one rename makes it visible. Tensors are
-safetensors files, the rest is JSON and YAML; nothing is pickled.
+safetensors files, the rest is JSON and YAML; nothing is pickled. `save` does it from one process; `saving.Saver`
+from all ranks of a run, while it trains on, with the steps that are here.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,21 +22,43 @@ from mamba_train.checkpoint.disk import disk_became_full, fsync, is_disk_full, r
 from mamba_train.checkpoint.folders import clean_up, publish, staging
 from mamba_train.checkpoint.manifest import (
     DamagedCheckpoint,
+    FileRecord,
     Manifest,
     describe_files,
     find_problems,
     read_manifest,
 )
-from mamba_train.checkpoint.tensors import check_tensors, read_tensors, total_bytes, write_tensors
+from mamba_train.checkpoint.pieces import Piece, Pieces
+from mamba_train.checkpoint.tensors import (
+    check_tensors,
+    read_pieces,
+    read_tensors,
+    tensor_shapes,
+    total_bytes,
+    write_pieces,
+)
+
+
+@dataclass
+class Record:
+    """What a checkpoint holds besides tensors.
+
+    `state` and `config` hold what JSON can (enums become their values); `fingerprints` are short texts that identify
+    code, data and config.
+    """
+
+    step: int
+    state: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Checkpoint:
-    """Everything a run needs to go on as if it had never stopped.
+    """Everything a run needs to go on as if it had never stopped, with whole tensors.
 
     `optimizer` is keyed `<parameter name>.exp_avg`, `.exp_avg_sq`, `.step`; `rng` as `rng.capture`
-    returns it; `state` and `config` hold what JSON can (enums become their values); `fingerprints`
-    are short texts that identify code, data and config.
+    returns it; the rest as in `Record`.
     """
 
     step: int
@@ -44,6 +68,10 @@ class Checkpoint:
     state: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def record(self) -> Record:
+        return Record(self.step, self.state, self.config, self.fingerprints)
 
     def tensor_groups(self) -> dict[str, dict[str, Tensor]]:
         """Tensors by the sub-folder that holds them."""
@@ -58,56 +86,75 @@ def save(checkpoints_dir: Path, checkpoint: Checkpoint, *, reserve_gib: float) -
     that cannot be stored. May run in a thread if nobody changes the tensors meanwhile.
     """
     checkpoints_dir = Path(checkpoints_dir)
-    texts = _texts(checkpoint)
+    record = checkpoint.record
+    texts = record_texts(record)
     for group, tensors in checkpoint.tensor_groups().items():
         check_tensors(group, tensors)
     tensor_bytes = sum(total_bytes(tensors) for tensors in checkpoint.tensor_groups().values())
-    target = checkpoints_dir / layout.step_name(checkpoint.step)
 
     clean_up(checkpoints_dir)
     require_free_space(checkpoints_dir, tensor_bytes, reserve_gib)
     try:
         checkpoints_dir.mkdir(parents=True, exist_ok=True)
-        with staging(checkpoints_dir, checkpoint.step) as staged:
-            _write_files(staged, checkpoint, texts)
-            manifest = Manifest(checkpoint.step, describe_files(staged), dict(checkpoint.fingerprints))
-            _write_text(staged / layout.MANIFEST, manifest.to_text())
-            publish(staged, target, checkpoint.step)
+        with staging(checkpoints_dir, record.step) as staged:
+            pieces = Pieces.whole(checkpoint.model, checkpoint.optimizer)
+            files = write_rank_files(staged, 0, pieces, checkpoint.rng)
+            return finish(staged, checkpoints_dir, record, texts, files)
     except Exception as error:
         if not is_disk_full(error):
             raise
         raise disk_became_full(checkpoints_dir, tensor_bytes, reserve_gib) from error
-    return target
 
 
-def _texts(checkpoint: Checkpoint) -> dict[str, str]:
+def record_texts(record: Record) -> dict[str, str]:
+    """The text files of a checkpoint by their names; raises ValueError for what JSON cannot say."""
     try:
-        state = json.dumps(checkpoint.state, indent=1, allow_nan=False)
+        state = json.dumps(record.state, indent=1, allow_nan=False)
         # By way of JSON, which turns enums and tuples into what YAML can say too.
-        config = json.loads(json.dumps(checkpoint.config))
+        config = json.loads(json.dumps(record.config))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"state or config of step {checkpoint.step} is not plain JSON: {error}") from error
+        raise ValueError(f"state or config of step {record.step} is not plain JSON: {error}") from error
     return {
         layout.STATE: state + "\n",
         layout.CONFIG: yaml.safe_dump(config, sort_keys=False),
     }
 
 
+def write_rank_files(staged: Path, rank: int, pieces: Pieces, rng: Mapping[str, Tensor]) -> dict[str, FileRecord]:
+    """Write and flush the tensors of one rank into the folder of a save; returns sizes and hashes for the manifest."""
+    groups = {
+        layout.MODEL: pieces.model,
+        layout.OPTIMIZER: pieces.optimizer,
+        layout.RNG: {name: Piece.whole(tensor) for name, tensor in rng.items()},
+    }
+    paths = []
+    for group, parts in groups.items():
+        (staged / group).mkdir(exist_ok=True)
+        paths += write_pieces(staged / group, rank, parts)
+    mode = staged.stat().st_mode & 0o666
+    for path in paths:
+        path.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask says
+        fsync(path)
+    return describe_files(staged, paths)
+
+
+def finish(
+    staged: Path, checkpoints_dir: Path, record: Record, texts: Mapping[str, str], files: Mapping[str, FileRecord]
+) -> Path:
+    """The last part of a save, when the tensors of all ranks are there: text files, manifest, the rename."""
+    for name, text in texts.items():
+        _write_text(staged / name, text)
+    files = {**files, **describe_files(staged, [staged / name for name in texts])}
+    manifest = Manifest(record.step, files, dict(record.fingerprints))
+    _write_text(staged / layout.MANIFEST, manifest.to_text())
+    target = checkpoints_dir / layout.step_name(record.step)
+    publish(staged, target, record.step)
+    return target
+
+
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     fsync(path)
-
-
-def _write_files(staged: Path, checkpoint: Checkpoint, texts: Mapping[str, str]) -> None:
-    for name, text in texts.items():
-        _write_text(staged / name, text)
-    mode = (staged / layout.STATE).stat().st_mode & 0o777
-    for group, tensors in checkpoint.tensor_groups().items():
-        (staged / group).mkdir()
-        path = staged / group / layout.rank_file(0)
-        write_tensors(path, tensors)
-        path.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask says
-        fsync(path)
 
 
 def verify(path: Path) -> list[str]:
@@ -153,9 +200,14 @@ def _open(path: Path, wanted: Callable[[str], bool]) -> Manifest:
     return read_manifest(path)
 
 
-def _read(path: Path, names: Sequence[str], device: str | torch.device) -> dict[str, Tensor]:
+def _files(path: Path, manifest: Manifest, group: str) -> list[Path]:
+    return [path / name for name in manifest.files_in(group)]
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
     try:
-        return read_tensors([path / name for name in names], device)
+        yield
     except ValueError as error:
         raise DamagedCheckpoint(f"checkpoint {path} cannot be loaded: {error}") from error
 
@@ -165,23 +217,63 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def read_record(path: Path) -> Record:
+    """What a checkpoint holds besides tensors; raises DamagedCheckpoint naming the file."""
+    path = Path(path)
+    manifest = _open(path, wanted=lambda name: name in (layout.CONFIG, layout.STATE))
+    state = json.loads((path / layout.STATE).read_text(encoding="utf-8"))
+    return Record(manifest.step, state, _read_config(path), manifest.fingerprints)
+
+
+def model_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight of a checkpoint, from the headers of its files."""
+    path = Path(path)
+    with _damage_named(path):
+        return tensor_shapes(_files(path, read_manifest(path), layout.MODEL))
+
+
+def load_pieces(path: Path, pieces: Pieces) -> None:
+    """Fill what one rank holds from a checkpoint that any engine on any number of ranks wrote.
+
+    Its bytes are not verified: `newest_complete`, which one rank calls for all, has done that. Raises
+    DamagedCheckpoint when a tensor is missing or has another shape.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    with _damage_named(path):
+        read_pieces(_files(path, manifest, layout.MODEL), pieces.model)
+        read_pieces(_files(path, manifest, layout.OPTIMIZER), pieces.optimizer)
+
+
+def load_rng(path: Path, rank: int) -> dict[str, Tensor]:
+    """The random states that this rank saved; empty when the checkpoint was written by fewer ranks."""
+    file = Path(path) / layout.RNG / layout.rank_file(rank)
+    if f"{layout.RNG}/{file.name}" not in read_manifest(Path(path)).files:
+        return {}
+    with _damage_named(Path(path)):
+        return read_tensors([file])
+
+
 def load(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint, weights and optimiser onto `device`; raises DamagedCheckpoint naming the file."""
+    """Read a checkpoint whole, weights and optimiser onto `device`; raises DamagedCheckpoint naming the file."""
     path = Path(path)
     manifest = _open(path, wanted=lambda name: True)
-    return Checkpoint(
-        step=manifest.step,
-        model=_read(path, manifest.files_in(layout.MODEL), device),
-        optimizer=_read(path, manifest.files_in(layout.OPTIMIZER), device),
-        rng=_read(path, [f"{layout.RNG}/{layout.rank_file(0)}"], "cpu"),
-        state=json.loads((path / layout.STATE).read_text(encoding="utf-8")),
-        config=_read_config(path),
-        fingerprints=manifest.fingerprints,
-    )
+    record = read_record(path)
+    with _damage_named(path):
+        return Checkpoint(
+            step=record.step,
+            model=read_tensors(_files(path, manifest, layout.MODEL), device),
+            optimizer=read_tensors(_files(path, manifest, layout.OPTIMIZER), device),
+            rng=load_rng(path, 0),
+            state=record.state,
+            config=record.config,
+            fingerprints=record.fingerprints,
+        )
 
 
 def load_model_only(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and config of a checkpoint, for inference; raises DamagedCheckpoint naming the file."""
     path = Path(path)
     manifest = _open(path, wanted=lambda name: name == layout.CONFIG or name.startswith(f"{layout.MODEL}/"))
-    return _read(path, manifest.files_in(layout.MODEL), device), _read_config(path)
+    with _damage_named(path):
+        return read_tensors(_files(path, manifest, layout.MODEL), device), _read_config(path)

@@ -23,8 +23,8 @@ def observe_scans() -> Iterator[list[ScanArguments]]:
     """Record the arguments of each call of a scan made inside the `with` block, in order.
 
     Yields the list that fills while the block runs: one entry per Mamba layer and forward pass. The
-    tensors are the operator's own, detached and without copies, so drop the list before the next
-    step: it keeps the activations alive.
+    activations are the operator's own, detached and without copies, so drop the list before the next
+    step: it keeps them alive.
     """
     calls: list[ScanArguments] = []
     with _ScanRecorder(calls):
@@ -53,6 +53,14 @@ def _arguments_by_name(func: torch._ops.OpOverload, args: tuple[Any, ...], kwarg
     named: ScanArguments = {}
     for position, argument in enumerate(func._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
-        # Same memory, but a record must not keep the autograd graph of the step alive.
-        named[argument.name] = value.detach() if isinstance(value, torch.Tensor) else value
+        named[argument.name] = _recorded(value) if isinstance(value, torch.Tensor) else value
     return named
+
+
+def _recorded(tensor: torch.Tensor) -> torch.Tensor:
+    """What the record keeps: not the autograd graph of the step; of parameters, which are small, a copy.
+
+    An engine that gathers a parameter for the forward pass frees it right after the call.
+    """
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.dim() <= 2 else tensor

@@ -195,8 +195,7 @@ def _abandon_service() -> None:
     with contextlib.suppress(Exception):  # not wandb's public interface
         from wandb.sdk import wandb_setup
 
-        connection = wandb_setup.singleton()._connection
-        assert connection is not None
+        connection: Any = wandb_setup.singleton()._connection
         connection._cleanup()
         connection._proc._process.kill()
 

@@ -1,14 +1,19 @@
 """What the training loop asks of an engine, whatever shards or replicates the model behind it."""
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mamba_train.checkpoint.pieces import Pieces
 from mamba_train.config import ModelConfig, OptimConfig
 from mamba_train.model.observe import ScanArguments
+from mamba_train.ranks import Ranks
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -23,25 +28,19 @@ class StepResult:
     skipped: bool
 
 
-@dataclass
-class EngineState:
-    """Weights and optimiser state, whole, fp32, on the CPU, keyed by parameter name.
+class Engine(Protocol):
+    """Owns the model, its optimiser, and how a step is executed on the devices of this rank.
 
-    optimizer keys are `<parameter>.exp_avg`, `<parameter>.exp_avg_sq` and `<parameter>.step`.
+    All ranks call its methods in the same order.
     """
 
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-
-
-class Engine(Protocol):
-    """Owns the model, its optimiser, and how a step is executed on the devices of this rank."""
-
+    ranks: Ranks
     rank: int
     world_size: int
     device: torch.device
     compute_dtype: torch.dtype  # of the matrix products
     model: nn.Module
+    model_config: ModelConfig  # resolved
 
     def prepare(self, model_config: ModelConfig, optim: OptimConfig, seed: int) -> None:
         """Make the model with its initial weights, and the optimiser with the groups of the contract."""
@@ -49,8 +48,11 @@ class Engine(Protocol):
     def compute(self) -> AbstractContextManager:
         """The precision that forward passes run in."""
 
+    def micro_batches(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The micro-batches of one step; gradients need to be complete only after the last one."""
+
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of `loss`; called once per micro-batch."""
+        """Accumulate gradients of `loss`, once per micro-batch; the step's gradient is the sum over all ranks."""
 
     def step(self, lr: float) -> StepResult:
         """Clip and apply the accumulated gradients, or skip; in both cases leave none behind.
@@ -70,8 +72,11 @@ class Engine(Protocol):
     def observe_forward(self, tokens: Tensor) -> list[ScanArguments]:
         """Run the model on `tokens` (batch, length) without gradients and record what each scan receives."""
 
-    def state(self) -> EngineState:
-        """A copy of weights and optimiser state that later steps do not change."""
+    def pieces(self) -> Pieces:
+        """The live memory of this rank's part of weights and optimiser state, all fp32.
 
-    def load_state(self, state: EngineState) -> None:
-        """Put back what `state` returned; raises KeyError for a missing parameter."""
+        Every tensor of the run has an entry on every rank, which may be empty.
+        """
+
+    def pieces_changed(self) -> None:
+        """To be called after something was written into `pieces`: brings what is derived from them up to date."""

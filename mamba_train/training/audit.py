@@ -6,15 +6,18 @@ on a fresh run also at the initial values themselves.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mamba_train.checkpoint.pieces import Piece, Pieces
 from mamba_train.config import ModelConfig
 from mamba_train.model.contract import Role, rule_for
 from mamba_train.model.observe import ScanArguments
-from mamba_train.parallel.engine import Engine, EngineState
+from mamba_train.parallel.engine import Engine
+from mamba_train.parallel.state import whole
 
 # A draw from the right distribution fails the test on dt_bias once in ten million runs.
 FALSE_ALARM_PROBABILITY = 1e-7
@@ -45,26 +48,38 @@ def audit(engine: Engine, model_config: ModelConfig, *, fresh: bool) -> list[Aud
     """Check every parameter of the contract; return what was seen, one row per role that the model has.
 
     fresh: the parameters have their initial values, so these are checked too.
-    Raises ContractViolation naming the first offending parameter.
+    Raises ContractViolation naming the first offending parameter; on the ranks that saw nothing wrong OtherRankFailed.
     """
-    state = engine.state()
-    parameters = state.model
-    decay = _check_groups(engine, parameters)
-    _check_stored(state)
+    pieces, together = engine.pieces(), engine.ranks.together
+    decay = together(lambda: _check_groups(engine, pieces.model))
+    together(lambda: _check_stored(pieces))
+    ssm = {name: piece for name, piece in pieces.model.items() if rule_for(name).role in ARGUMENT_OF_ROLE}
+    parameters = {name: whole(piece, engine.ranks).cpu() for name, piece in ssm.items()}
     if fresh:
-        _check_initial_values(parameters, model_config)
-    # D starts as 1, which rounding would not change: look at the scan with values that it would.
-    probed = {
-        name: value * PROBE if rule_for(name).role in ARGUMENT_OF_ROLE else value for name, value in parameters.items()
-    }
-    engine.load_state(EngineState(probed, state.optimizer))
-    received = _check_received(probed, engine.observe_forward(torch.zeros(1, 2, dtype=torch.int64)))
-    engine.load_state(state)
+        together(lambda: _check_initial_values(parameters, model_config))
+    probed, records = _observe_probed(engine, ssm, parameters)
+    received = together(lambda: _check_received(probed, records))
     rows = []
     for role in received:
         names = [name for name in parameters if rule_for(name).role is role]
         rows.append(AuditRow(role, len(names), parameters[names[0]].dtype, received[role], decay[names[0]]))
     return rows
+
+
+@torch.no_grad()
+def _observe_probed(
+    engine: Engine, ssm: dict[str, Piece], parameters: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[ScanArguments]]:
+    """The scans of a forward pass with values that rounding would change (D starts as 1, which it would not)."""
+    before = {name: piece.values.clone() for name, piece in ssm.items()}
+    for piece in ssm.values():
+        piece.values.mul_(PROBE)
+    engine.pieces_changed()
+    records = engine.observe_forward(torch.zeros(1, 2, dtype=torch.int64))
+    for name, piece in ssm.items():
+        piece.values.copy_(before[name])
+    engine.pieces_changed()
+    return {name: value * PROBE for name, value in parameters.items()}, records
 
 
 def format_audit(rows: list[AuditRow]) -> str:
@@ -78,7 +93,7 @@ def format_audit(rows: list[AuditRow]) -> str:
     return "\n".join(lines)
 
 
-def _check_groups(engine: Engine, parameters: dict[str, Tensor]) -> dict[str, float]:
+def _check_groups(engine: Engine, parameters: Iterable[str]) -> dict[str, float]:
     """Every parameter is optimised once, with the decay that its rule allows; returns that decay."""
     decay: dict[str, float] = {}
     for weight_decay, names in engine.parameter_groups():
@@ -94,10 +109,10 @@ def _check_groups(engine: Engine, parameters: dict[str, Tensor]) -> dict[str, fl
     return decay
 
 
-def _check_stored(state: EngineState) -> None:
-    for name, value in [*state.model.items(), *state.optimizer.items()]:
-        if value.dtype is not torch.float32:
-            raise ContractViolation(f"{name} is stored in {value.dtype}, the contract says torch.float32")
+def _check_stored(pieces: Pieces) -> None:
+    for name, piece in pieces.all().items():
+        if piece.values.dtype is not torch.float32:
+            raise ContractViolation(f"{name} is stored in {piece.values.dtype}, the contract says torch.float32")
 
 
 def _check_received(parameters: dict[str, Tensor], records: list[ScanArguments]) -> dict[Role, torch.dtype]:

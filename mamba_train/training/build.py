@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from mamba_train import run_folder
 from mamba_train.checkpoint import resume_policy, rng, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
-from mamba_train.config import Config
+from mamba_train.config import Config, ProgressMode
 from mamba_train.data.batches import BatchSource, Corpus, validation_batches, validation_bytes_per_token
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.prepare import prepare
@@ -23,8 +23,10 @@ from mamba_train.model.language_model import resolve_model_config
 from mamba_train.monitor.flops import flops_per_token, peak_flops
 from mamba_train.monitor.progress import Progress
 from mamba_train.parallel.build import build_engine
-from mamba_train.parallel.engine import Engine, EngineState
+from mamba_train.parallel.engine import Engine
+from mamba_train.ranks import join
 from mamba_train.training.audit import audit, format_audit
+from mamba_train.training.forward_check import check_forward_loss
 from mamba_train.training.hooks.base import Hook
 from mamba_train.training.hooks.checkpointing import CheckpointHook
 from mamba_train.training.hooks.health import HealthHook
@@ -43,27 +45,40 @@ Log = Callable[[str], None]
 
 
 def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
-    """Everything up to the first step, the resume included.
+    """Everything up to the first step, the resume included; called by all ranks of the run.
 
-    Raises ValueError for a config, a corpus or a checkpoint that the run cannot go on with.
+    Raises ValueError for a config, a corpus or a checkpoint that the run cannot go on with; what only some ranks
+    find wrong stops all of them.
     """
+    ranks = join()
     run_dir = Path(config.run_dir)
-    progress = Progress(config.logging.progress, config.training.total_steps, config.logging.progress_interval_steps)
-    log = progress.message
-    engine = build_engine(config.engine)  # says at once when this machine cannot run it
-    resumes = config.checkpoint.resume and bool(step_folders(checkpoints_dir(run_dir)))
-    if config.init_from is not None and not resumes:
-        find_initial_weights(config.init_from, log)  # before the data is prepared, which may take hours
+    is_first = ranks.rank == 0
+    mode = config.logging.progress if is_first else ProgressMode.silent
+    progress = Progress(mode, config.training.total_steps, config.logging.progress_interval_steps)
+    log: Log = progress.message if is_first else _say_nothing
+    # Says at once when this machine cannot run it.
+    engine = ranks.together(lambda: build_engine(config.engine, ranks))
 
-    data_folder = prepare(config.data, log)
-    corpus, validation = (Corpus.open(data_folder, split) for split in ("train", "validation"))
-    source = BatchSource(
-        corpus,
-        config.data.sequence_length,
-        config.training.global_batch_size,
-        config.seed,
-        config.data.reset_state_at_documents,
-    )
+    def prepare_data() -> str:
+        resumes = config.checkpoint.resume and bool(step_folders(checkpoints_dir(run_dir)))
+        if config.init_from is not None and not resumes:
+            find_initial_weights(config.init_from, log)  # before the data is prepared, which may take hours
+        return str(prepare(config.data, log))
+
+    data_folder = Path(ranks.first(prepare_data))
+
+    def open_data() -> tuple[Corpus, Corpus, BatchSource]:
+        corpus, validation = (Corpus.open(data_folder, split) for split in ("train", "validation"))
+        source = BatchSource(
+            corpus,
+            config.data.sequence_length,
+            config.training.global_batch_size,
+            config.seed,
+            config.data.reset_state_at_documents,
+        )
+        return corpus, validation, source
+
+    corpus, validation, source = ranks.together(open_data)
     config = dataclasses.replace(config, model=resolve_model_config(config.model, corpus.vocab_size))
     shown_config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
     fingerprints = {
@@ -72,31 +87,42 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
         "config": _hash(json.dumps(shown_config, sort_keys=True).encode()),
     }
 
-    lock = _claim(run_dir, config.checkpoint.resume, log)
-    checkpoint = _find_checkpoint(run_dir, shown_config, fingerprints, log)
-    engine.prepare(config.model, config.optim, config.seed)
+    lock = _HoldLock()
+    ranks.first(lambda: lock.claim(run_dir, config.checkpoint.resume, log))
+    found = ranks.first(lambda: _find_checkpoint(run_dir, shown_config, fingerprints, log))
+    checkpoint = None if found is None else Path(found)
+    ranks.together(lambda: engine.prepare(config.model, config.optim, config.seed))
     state = TrainState()
     if checkpoint is not None:
         state = _resume(checkpoint, engine, source, log)
     elif config.init_from is not None:
-        load_initial_weights(config.init_from, engine, config.model, data_folder, log)
+        source_of_weights = config.init_from
+        ranks.together(lambda: load_initial_weights(source_of_weights, engine, config.model, data_folder, log))
     _describe(config, engine, corpus, log)
     log(format_audit(audit(engine, config.model, fresh=checkpoint is None and config.init_from is None)))
     if state.step >= config.training.total_steps:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
-    _write_run_files(run_dir, config, data_folder, engine)
+    ranks.first(lambda: _write_run_files(run_dir, config, data_folder, engine))
     hooks = _hooks(config, engine, validation, progress, shown_config, fingerprints, log)
-    return Trainer(config, engine, source, state, [*hooks, _HoldLock(lock)], corpus.bytes_per_token, stop)
+    return Trainer(config, engine, source, state, [*hooks, lock], corpus.bytes_per_token, stop)
+
+
+def _say_nothing(text: str) -> None:
+    """The log of all ranks but the first."""
 
 
 class _HoldLock(Hook):
-    """Keeps the run folder for this process until the run is over."""
+    """Keeps the run folder for this run until it is over; rank 0 claims it for all."""
 
-    def __init__(self, lock: TextIO) -> None:
-        self._lock = lock
+    def __init__(self) -> None:
+        self._lock: TextIO | None = None
+
+    def claim(self, run_dir: Path, resume: bool, log: Log) -> None:
+        self._lock = _claim(run_dir, resume, log)
 
     def close(self, failed: bool) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _claim(run_dir: Path, resume: bool, log: Log) -> TextIO:
@@ -120,9 +146,7 @@ def _set_aside(run_dir: Path, log: Log) -> None:
     log(f"checkpoint.resume=false: the earlier run was moved to {aside}")
 
 
-def _find_checkpoint(
-    run_dir: Path, shown_config: dict[str, Any], fingerprints: dict[str, str], log: Log
-) -> storage.Checkpoint | None:
+def _find_checkpoint(run_dir: Path, shown_config: dict[str, Any], fingerprints: dict[str, str], log: Log) -> str | None:
     """The newest complete checkpoint, if the table of what may change lets this config use it."""
     path = storage.newest_complete(checkpoints_dir(run_dir), log)
     if path is None:
@@ -133,7 +157,7 @@ def _find_checkpoint(
                 "restore one, or start over with checkpoint.resume=false (moves the run aside)"
             )
         return None
-    checkpoint = storage.load(path)
+    checkpoint = storage.read_record(path)
     if "imported_from" in checkpoint.state:
         raise ValueError(
             f"run_dir={run_dir}: it holds imported weights, which no run has trained so far; "
@@ -142,16 +166,24 @@ def _find_checkpoint(
     resume_policy.apply(resume_policy.compare(checkpoint.config, shown_config), log)
     if checkpoint.fingerprints.get("code") != fingerprints["code"]:
         log("the code has changed since the checkpoint: the steps may differ in the last bits")
-    return checkpoint
+    return str(path)
 
 
-def _resume(checkpoint: storage.Checkpoint, engine: Engine, source: BatchSource, log: Log) -> TrainState:
-    state = TrainState.from_json(checkpoint.state["train"])
-    source.check_state(checkpoint.state["data"])
-    resume_policy.check_shapes(checkpoint.model, engine.parameter_shapes())
-    engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer))
-    for name in rng.restore(checkpoint.rng):
-        log(f"the random state {name} of the checkpoint has no generator here and was left out")
+def _resume(checkpoint: Path, engine: Engine, source: BatchSource, log: Log) -> TrainState:
+    record = storage.read_record(checkpoint)
+
+    def load() -> None:
+        source.check_state(record.state["data"])
+        resume_policy.check_shapes(storage.model_shapes(checkpoint), engine.parameter_shapes())
+        storage.load_pieces(checkpoint, engine.pieces())
+        for name in rng.restore(storage.load_rng(checkpoint, engine.rank)):
+            log(f"the random state {name} of the checkpoint has no generator here and was left out")
+
+    engine.ranks.together(load)
+    engine.pieces_changed()
+    if "forward_loss" in record.state:
+        check_forward_loss(engine, record.state["forward_loss"], f"checkpoint {checkpoint}")
+    state = TrainState.from_json(record.state["train"])
     log(f"resuming after step {state.step} ({state.tokens:,} tokens)")
     return state
 
@@ -166,8 +198,6 @@ def _describe(config: Config, engine: Engine, corpus: Corpus, log: Log) -> None:
 
 def _write_run_files(run_dir: Path, config: Config, data_folder: Path, engine: Engine) -> None:
     """What the commands that read a run folder need besides checkpoints and metrics."""
-    if engine.rank != 0:
-        return
     OmegaConf.save(OmegaConf.structured(config), run_dir / run_folder.CONFIG)
     # With it the run can be moved, sampled and exported without its data.
     run_folder.write_summary(run_dir, n_parameters=_n_parameters(engine), data_folder=data_folder)
@@ -194,12 +224,16 @@ def _hooks(
         validation, length, training.micro_batch_size, n_sequences, config.data.reset_state_at_documents
     )
     bytes_per_token = validation_bytes_per_token(validation, length, n_sequences)
+    checkpointing = CheckpointHook(
+        checkpoints_dir(run_dir), config.checkpoint, engine.ranks, shown_config, fingerprints, log
+    )
     return [
         HealthHook(config.model, config.logging.ssm_health_interval_steps),
         ValidationHook(list(batches), training.validation_interval_steps, bytes_per_token),
         UtilisationHook(flops_per_token(config.model, length), peak_flops(engine.device, engine.compute_dtype)),
+        checkpointing.hold_up,
         RecordingHook(run_dir, progress, config.logging, shown_config, log),
-        CheckpointHook(checkpoints_dir(run_dir), config.checkpoint, shown_config, fingerprints, log),
+        checkpointing,
     ]
 
 

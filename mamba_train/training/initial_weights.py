@@ -12,7 +12,8 @@ from mamba_train.config import MixerKind, ModelConfig, layer_mixers
 from mamba_train.convert.names import check_shapes
 from mamba_train.convert.source import Pretrained, load_pretrained, locate
 from mamba_train.data.manifest import TOKENIZER_NAME
-from mamba_train.parallel.engine import Engine, EngineState
+from mamba_train.parallel.engine import Engine
+from mamba_train.parallel.state import load_weights
 
 # The keys of `model` that decide what is computed; the others decide how weights are drawn or how fast it goes.
 _OF_EVERY_MODEL = ("n_layer", "d_model", "d_intermediate", "tie_embeddings", "norm_eps")
@@ -53,7 +54,7 @@ def load_initial_weights(
     remedy = "; set model.* (and data.tokenizer, for the vocabulary) to what the weights have"
     check_shapes(shapes, engine.parameter_shapes(), f"init_from={source}", remedy)
     _check_tokenizer(pretrained, data_folder / TOKENIZER_NAME, source, log)
-    engine.load_state(EngineState(pretrained.tensors, {}))
+    load_weights(engine, pretrained.tensors)
     step = "" if pretrained.step is None else f", after step {pretrained.step} of its run"
     log(f"the initial weights are those of {source}{step}; optimiser and schedule begin anew")
 

@@ -62,8 +62,10 @@ class Trainer:
         self.stop = stop or StopRequest()
         self._all_stop = False  # agreed by all ranks
         self._step_seconds = 0.0
-        # Set by a signal handler. Raised between steps only: Python drops what is raised inside a finaliser.
+        # Set by a signal handler, on any rank. All ranks raise at the end of the step that they next begin together,
+        # and between steps only: Python drops what is raised inside a finaliser.
         self.interrupted = False
+        self._stops = False
         self.last_batch: Batch | None = None
 
     def run(self) -> None:
@@ -79,7 +81,7 @@ class Trainer:
                 self._run_hooks(self.state.pending_metrics)
             while not self.finished:
                 self._run_hooks(self._step())
-                if self.interrupted:
+                if self._stops:
                     raise KeyboardInterrupt
                 if self._all_stop and not self.finished:
                     self._stop_here()
@@ -130,11 +132,10 @@ class Trainer:
         """One global step: all micro-batches of this rank, then the update."""
         self.throughput.start()
         batches = self._micro_batches()
-        n_targets = self.engine.sum_over_ranks(
-            torch.tensor(sum(batch.targets.numel() for batch in batches), device=self.engine.device)
-        )
+        counts = [sum(batch.targets.numel() for batch in batches), int(self.interrupted)]
+        n_targets, n_interrupted = self.engine.sum_over_ranks(torch.tensor(counts, device=self.engine.device))
         loss = torch.zeros((), device=self.engine.device)
-        for batch in batches:
+        for batch in self.engine.micro_batches(batches):
             # Divided by the count of all ranks: the mean over the global batch, however it is split.
             micro_loss = summed_loss(self.engine, batch) / n_targets
             self.engine.backward(micro_loss)
@@ -148,6 +149,7 @@ class Trainer:
         request = loss.new_tensor(float(self._wants_stop()))
         mean_loss, n_requests = self.engine.sum_over_ranks(torch.stack([loss, request])).tolist()
         self._all_stop = n_requests > 0
+        self._stops = bool(n_interrupted)
         state.step += 1
         state.samples += training.global_batch_size
         state.tokens += int(n_targets)

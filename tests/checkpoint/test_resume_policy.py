@@ -2,7 +2,6 @@ import dataclasses
 import enum
 
 import pytest
-import torch
 
 from mamba_train.checkpoint import resume_policy
 from mamba_train.checkpoint.resume_policy import Action, Change, apply, check_shapes, compare
@@ -122,10 +121,10 @@ def test_no_change_is_no_news():
 
 
 def test_shapes():
-    tensors = {"a.weight": torch.zeros(2, 3), "b": torch.zeros(4), "c": torch.tensor(1.0)}
-    check_shapes(tensors, {"a.weight": (2, 3), "b": torch.Size([4]), "c": []})
+    saved = {"a.weight": (2, 3), "b": (4,), "c": ()}
+    check_shapes(saved, {"a.weight": (2, 3), "b": [4], "c": []})
     with pytest.raises(ValueError, match="another model") as caught:
-        check_shapes(tensors, {"a.weight": (2, 5), "b": (4,), "d": (1,), "c": ()})
+        check_shapes(saved, {"a.weight": (2, 5), "b": (4,), "d": (1,), "c": ()})
     message = str(caught.value)
     assert "\n" not in message
     assert "2 of 4 parameters differ, first 'a.weight', (2, 3) in the checkpoint and (2, 5) here" in message
@@ -133,6 +132,6 @@ def test_shapes():
 
 def test_missing_and_superfluous_parameters():
     with pytest.raises(ValueError, match=r"1 of 2 .* first 'b', \(absent\) in the checkpoint and \(1,\) here"):
-        check_shapes({"a": torch.zeros(1)}, {"a": (1,), "b": (1,)})
+        check_shapes({"a": (1,)}, {"a": (1,), "b": (1,)})
     with pytest.raises(ValueError, match=r"1 of 1 .* first 'a', \(1,\) in the checkpoint and \(absent\) here"):
-        check_shapes({"a": torch.zeros(1)}, {})
+        check_shapes({"a": (1,)}, {})

@@ -2,6 +2,8 @@ import enum
 import json
 import os
 import pickle
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,13 +16,16 @@ from mamba_train.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
     complete_steps,
-    layout,
     load,
     load_model_only,
     newest_complete,
     save,
+    storage,
     verify,
 )
+from mamba_train.checkpoint.pieces import Piece
+from mamba_train.checkpoint.storage import model_shapes
+from mamba_train.checkpoint.tensors import read_pieces, read_tensors, write_pieces
 
 
 def test_everything_comes_back(folder, make_checkpoint, assert_same):
@@ -51,33 +56,73 @@ def test_tensors_do_not_change_with_the_file(folder, make_checkpoint, assert_sam
     assert_same(loaded, make_checkpoint(1))
 
 
-def test_several_files_per_group_are_read_together(folder, make_checkpoint, assert_same, monkeypatch):
-    """What an engine that writes one file per rank leaves behind."""
-    from mamba_train.checkpoint import storage
+def split(pieces: Mapping[str, Piece], cuts: Sequence[float]) -> list[dict[str, Piece]]:
+    """What ranks would hold whose ranges end at these shares of each tensor."""
+    ranks = []
+    for low, high in pairwise((0.0, *cuts, 1.0)):
+        ranks.append({})
+        for name, piece in pieces.items():
+            start, end = (round(share * piece.values.numel()) for share in (low, high))
+            ranks[-1][name] = Piece(piece.shape, start, piece.values[start:end])
+    return ranks
 
-    def one_file_per_tensor(path, tensors):
-        for rank, (name, tensor) in enumerate(tensors.items()):
-            write_tensors(path.with_name(layout.rank_file(rank)), {name: tensor})
 
-    write_tensors = storage.write_tensors
-    monkeypatch.setattr(storage, "write_tensors", one_file_per_tensor)
-    path = save(folder, make_checkpoint(1), reserve_gib=0)
-    assert len(list((path / "model").iterdir())) == 5
+def save_from_ranks(folder, checkpoint, monkeypatch, cuts=(), twice=False):
+    """Save as ranks would that each hold a part of every tensor."""
+
+    def write(place, rank, pieces):
+        ranks = split(pieces, () if place.name == "rng" else cuts)
+        paths = [path for rank, parts in enumerate(ranks) for path in write_pieces(place, rank, parts)]
+        return [*paths, *(write_pieces(place, len(ranks), pieces) if twice else [])]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_pieces", write)
+        return save(folder, checkpoint, reserve_gib=0)
+
+
+@pytest.mark.parametrize("cuts", [(0.5,), (0.25, 0.5, 0.75), (0.1, 0.11, 0.8), (1 / 3, 2 / 3)])
+def test_the_files_of_several_ranks_are_read_together(folder, make_checkpoint, assert_same, monkeypatch, cuts):
+    path = save_from_ranks(folder, make_checkpoint(1), monkeypatch, cuts)
+    assert len(list((path / "model").iterdir())) > len(cuts)
     assert_same(load(path), make_checkpoint(1))
+    assert model_shapes(path) == {name: tuple(t.shape) for name, t in make_checkpoint(1).model.items()}
 
 
-def test_the_same_name_in_two_files_is_an_error(folder, make_checkpoint, monkeypatch):
-    from mamba_train.checkpoint import storage
-
-    def twice(path, tensors):
-        write_tensors(path, tensors)
-        write_tensors(path.with_name(layout.rank_file(1)), tensors)
-
-    write_tensors = storage.write_tensors
-    monkeypatch.setattr(storage, "write_tensors", twice)
-    path = save(folder, make_checkpoint(1), reserve_gib=0)
-    with pytest.raises(DamagedCheckpoint, match=r"model/rank_00001.safetensors: 'blocks.0.A_log' is also in"):
+def test_the_same_block_in_two_files_is_an_error(folder, make_checkpoint, monkeypatch):
+    path = save_from_ranks(folder, make_checkpoint(1), monkeypatch, twice=True)
+    with pytest.raises(DamagedCheckpoint, match=r"is there twice in the files of .*model"):
         load(path)
+
+
+def test_a_missing_block_is_an_error(folder, make_checkpoint, monkeypatch):
+    path = save_from_ranks(folder, make_checkpoint(1), monkeypatch, (0.3, 0.6))
+    files = sorted((path / "model").glob("rank_00001*"))
+    assert files
+    kept = [file for file in (path / "model").iterdir() if file not in files]
+    with pytest.raises(ValueError, match="is not complete"):
+        read_tensors(kept)
+
+
+@given(
+    rows=st.integers(1, 7),
+    width=st.integers(1, 6),
+    written=st.lists(st.floats(0, 1), max_size=4),
+    wanted=st.lists(st.floats(0, 1), max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_cut_it_any_other_cut_reads_it(tmp_path_factory, rows, width, written, wanted):
+    folder = tmp_path_factory.mktemp("cuts")
+    tensors = {
+        "matrix": torch.arange(rows * width, dtype=torch.float32).view(rows, width),
+        "vector": torch.arange(rows * 3, dtype=torch.float64),
+    }
+    pieces = {name: Piece.whole(tensor) for name, tensor in tensors.items()}
+    ranks = split(pieces, sorted(written))
+    files = [path for rank, parts in enumerate(ranks) for path in write_pieces(folder, rank, parts)]
+    found = {name: torch.full_like(tensor, -1) for name, tensor in tensors.items()}
+    for parts in split({name: Piece.whole(tensor) for name, tensor in found.items()}, sorted(wanted)):
+        read_pieces(files, parts)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_model_only(folder, make_checkpoint):
@@ -180,7 +225,7 @@ def test_a_failed_save_leaves_nothing(folder, make_checkpoint, monkeypatch):
     from mamba_train.checkpoint import storage
 
     save(folder, make_checkpoint(1), reserve_gib=0)
-    monkeypatch.setattr(storage, "describe_files", lambda folder: 1 / 0)
+    monkeypatch.setattr(storage, "describe_files", lambda folder, paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(folder, make_checkpoint(2), reserve_gib=0)
     assert [p.name for p in folder.iterdir()] == ["step_00000001"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import metrics
+from tests.helpers import curve, metrics
 from tests.slurm.cluster import N_NODES, Cluster, wait_for
 from tests.slurm.conftest import Job, Undisturbed, submit, submit_job
 
@@ -28,6 +28,27 @@ def test_it_is_a_real_slurm(cluster: Cluster) -> None:
     assert len(cluster.node_states()) == N_NODES == 4
     hosts = cluster.run("srun", "--nodes=4", "--ntasks=4", "printenv", "SLURMD_NODENAME").split()
     assert sorted(hosts) == ["node1", "node2", "node3", "node4"]
+
+
+def test_a_job_on_two_nodes(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    """Completes; and with one of its ranks killed, it comes back."""
+    overrides = ("training.total_steps=40", "checkpoint.interval_steps=8", "checkpoint.keep_best=false", "engine=ddp")
+    two = ("slurm.nodes=2", "slurm.health_check=true")
+    plain = submit_job(cluster, tmp_path, corpus, *overrides, *two)
+    (tmp_path / "killed").mkdir()
+    killed = submit_job(cluster, tmp_path / "killed", corpus, *overrides, *two)
+    killed.wait_for_steps(12)
+    os.kill(cluster.task_pids(killed.id, rank=1)[0], signal.SIGKILL)
+    killed_at = time.monotonic()
+    wait_for(lambda: len(events(killed)) > 1, "the batch script to notice", 60)
+    assert time.monotonic() - killed_at < 30, "seconds, not the time-out of a collective"
+    plain.wait_for_end()
+    killed.wait_for_end()
+    assert (plain.restarts, killed.restarts) == (0, 1)
+    assert len(set(history(plain)[0]["nodes"].strip("node[]"))) > 1, "two nodes"
+    assert 0 < len(killed.repeated_steps()) <= 8
+    assert curve(killed.run_dir) == curve(plain.run_dir)
+    assert len(curve(plain.run_dir)) == 40
 
 
 def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
@@ -203,8 +224,9 @@ def test_a_bad_node_is_named_and_excluded(cluster: Cluster, tmp_path: Path, corp
     assert entry["event"] == "requeue"
     assert "node1" in entry["reason"]
     assert "fell off the bus" in entry["reason"]
-    wait_for(lambda: cluster.job(job.id)["JobState"] == "PENDING", "the job to wait", 30)
-    assert cluster.job(job.id)["ExcNodeList"] == "node[2-4],node1", "in addition to those that the config excludes"
+    # In addition to those that the config excludes.
+    wait_for(lambda: cluster.job(job.id)["ExcNodeList"] == "node[2-4],node1", "the node to be excluded", 30)
+    assert cluster.job(job.id)["JobState"] == "PENDING"
     cluster.run("scontrol", "update", f"JobId={job.id}", "ExcNodeList=node1")
     job.wait_for_end()
     assert cluster.job(job.id)["NodeList"] != "node1"

@@ -51,23 +51,24 @@ stop = StopRequest()
 stop.listen()
 
 # Only now: torch is imported while we are listening.
-from mamba_train.parallel.single import SingleDeviceEngine  # noqa: E402
+from mamba_train.checkpoint import saving  # noqa: E402
+from mamba_train.parallel.native import NativeEngine  # noqa: E402
 from mamba_train.training import build  # noqa: E402
-from mamba_train.training.hooks import checkpointing, validation  # noqa: E402
+from mamba_train.training.hooks import validation  # noqa: E402
 
 match PHASE:
     case "data_preparation":
         before(build, "prepare", 1, held_in_c)
     case "compilation":
-        before(SingleDeviceEngine, "backward", 1, held_in_c)
+        before(NativeEngine, "backward", 1, held_in_c)
     case "between_micro_batches":  # two of them in a step: the second of step 7
-        before(SingleDeviceEngine, "backward", 14, held_until_asked)
+        before(NativeEngine, "backward", 14, held_until_asked)
     case "validation":  # four batches at step 10: the second
         before(validation, "summed_loss", 2, held_until_asked)
     case "last_validation":
         before(validation, "summed_loss", 6, held_until_asked)
-    case "save":  # that of step 5
-        before(checkpointing, "save", 1, held_until_asked)
+    case "save":  # the thread that writes the checkpoint of step 5, while the training goes on
+        before(saving, "write_rank_files", 1, held_until_asked)
     case _:
         raise ValueError(PHASE)
 

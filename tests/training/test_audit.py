@@ -9,7 +9,9 @@ from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfi
 from mamba_train.model import language_model
 from mamba_train.model.contract import RULES
 from mamba_train.model.selective_ssm import SelectiveSSM
-from mamba_train.parallel.single import SingleDeviceEngine
+from mamba_train.parallel.native import NativeEngine
+from mamba_train.parallel.state import whole_state
+from mamba_train.ranks import join
 from mamba_train.training.audit import ARGUMENT_OF_ROLE, ContractViolation, audit, format_audit
 from tests.model.families import small_config
 
@@ -18,8 +20,8 @@ MODEL = language_model.resolve_model_config(
 )
 
 
-def make_engine(precision: Precision = Precision.fp32, seed: int = 0) -> SingleDeviceEngine:
-    engine = SingleDeviceEngine(EngineConfig(device=DeviceKind.cpu, precision=precision))
+def make_engine(precision: Precision = Precision.fp32, seed: int = 0) -> NativeEngine:
+    engine = NativeEngine(EngineConfig(device=DeviceKind.cpu, precision=precision), join())
     engine.prepare(MODEL, OptimConfig(lr=1e-3), seed=seed)
     return engine
 
@@ -27,7 +29,7 @@ def make_engine(precision: Precision = Precision.fp32, seed: int = 0) -> SingleD
 def make_model_engine(family: str, precision: Precision = Precision.bf16, **changes: object) -> tuple:
     """An engine with a model wide enough for its heads to show a distribution."""
     config = small_config(family, d_model=80, head_dim=4, n_groups=1, **changes)
-    engine = SingleDeviceEngine(EngineConfig(device=DeviceKind.cpu, precision=precision))
+    engine = NativeEngine(EngineConfig(device=DeviceKind.cpu, precision=precision), join())
     engine.prepare(config, OptimConfig(lr=1e-3), seed=0)
     return engine, config
 
@@ -38,7 +40,7 @@ def test_the_models_of_conf_pass(name: str) -> None:
     if name.startswith("transformer"):
         model.n_layer = 2
     config = language_model.resolve_model_config(model, tokenizer_vocab_size=300)
-    engine = SingleDeviceEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.bf16))
+    engine = NativeEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.bf16), join())
     engine.prepare(config, OptimConfig(lr=1e-3), seed=0)
     rows = audit(engine, config, fresh=True)
     n_layers = {"hybrid_tiny": 3, "transformerpp_130m": 0}.get(name, 4)
@@ -87,7 +89,7 @@ def test_a_wrong_a_of_mamba2_is_caught(A: torch.Tensor) -> None:
 
 def test_a_wrong_dt_bias_is_caught_even_in_the_tiny_hybrid() -> None:
     config = language_model.resolve_model_config(compose_config(["model=hybrid_tiny"]).model, tokenizer_vocab_size=300)
-    engine = SingleDeviceEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.fp32))
+    engine = NativeEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.fp32), join())
     engine.prepare(config, OptimConfig(lr=1e-3), seed=0)
     for dt in (torch.full((16,), 0.01), torch.linspace(0.001, 0.1, 16)):
         with torch.no_grad():
@@ -97,7 +99,7 @@ def test_a_wrong_dt_bias_is_caught_even_in_the_tiny_hybrid() -> None:
             audit(engine, config, fresh=True)
 
 
-def ssm(engine: SingleDeviceEngine, layer: int = 1) -> SelectiveSSM:
+def ssm(engine: NativeEngine, layer: int = 1) -> SelectiveSSM:
     return engine.model.layers[layer].mixer.ssm
 
 
@@ -158,11 +160,9 @@ def test_a_cast_on_the_way_to_the_scan_is_caught(name: str, upcast_again: bool, 
 
 def test_the_audit_changes_nothing() -> None:
     engine = make_engine()
-    before = engine.state().model
+    (model, optimizer), state = whole_state(engine), engine.pieces().all()
     audit(engine, MODEL, fresh=True)
-    after = engine.state()
-    assert all(torch.equal(before[name], after.model[name]) for name in before)
-    assert not after.optimizer
+    assert all(torch.equal(value.view(-1), state[name].values) for name, value in {**model, **optimizer}.items())
 
 
 def test_rounded_moments_are_caught() -> None:

@@ -51,6 +51,9 @@ class RecordingEngine:
     def compute(self) -> Any:
         return nullcontext()
 
+    def micro_batches(self, batches: list[Any]) -> list[Any]:
+        return batches
+
     def backward(self, loss: torch.Tensor) -> None:
         pass
 

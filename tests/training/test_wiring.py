@@ -11,7 +11,7 @@ import torch
 from mamba_train.checkpoint.storage import complete_steps, load
 from mamba_train.data.batches import BatchSource
 from mamba_train.model.language_model import MambaLM
-from mamba_train.parallel.single import SingleDeviceEngine
+from mamba_train.parallel.native import NativeEngine
 from mamba_train.training import build
 from mamba_train.training.audit import ContractViolation
 from mamba_train.training.build import build_trainer
@@ -54,15 +54,15 @@ def test_the_model_gets_the_document_of_each_input(
 def test_the_audit_stops_a_run_before_its_first_step(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = SingleDeviceEngine.prepare
+    prepare = NativeEngine.prepare
 
     def broken(value: float, name: str) -> None:
-        def prepare_wrongly(self: SingleDeviceEngine, *args: Any) -> None:
+        def prepare_wrongly(self: NativeEngine, *args: Any) -> None:
             prepare(self, *args)
             with torch.no_grad():
                 getattr(self.model.layers[1].mixer.ssm, name).fill_(value)  # type: ignore[union-attr,index]
 
-        monkeypatch.setattr(SingleDeviceEngine, "prepare", prepare_wrongly)
+        monkeypatch.setattr(NativeEngine, "prepare", prepare_wrongly)
 
     for number, (name, value) in enumerate([("dt_bias", 0.0), ("D", 0.5), ("A_log", 0.0)]):
         broken(value, name)
@@ -98,13 +98,13 @@ def test_a_checkpoint_never_knows_more_than_the_metrics(tmp_path: Path, corpus: 
     run_dir = tmp_path / "run"
     trainer = build_trainer(make_config(run_dir, corpus, "training.total_steps=12"))
     lines_at_save: list[tuple[int, int]] = []
-    state = trainer.engine.state
+    pieces = trainer.engine.pieces
 
-    def state_while_saving() -> Any:
+    def pieces_while_saving() -> Any:
         lines_at_save.append((trainer.state.step, len(metrics(run_dir))))
-        return state()
+        return pieces()
 
-    trainer.engine.state = state_while_saving  # type: ignore[method-assign]
+    trainer.engine.pieces = pieces_while_saving  # type: ignore[method-assign]
     trainer.run()
     assert [step for step, _ in lines_at_save] == [5, 10, 12]
     assert all(step == lines for step, lines in lines_at_save)
@@ -204,8 +204,8 @@ def test_a_first_validation_that_is_nan_is_not_the_best(
 
 def test_each_step_uses_the_rate_of_the_schedule(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[float] = []
-    step = SingleDeviceEngine.step
-    monkeypatch.setattr(SingleDeviceEngine, "step", lambda self, lr: used.append(lr) or step(self, lr))
+    step = NativeEngine.step
+    monkeypatch.setattr(NativeEngine, "step", lambda self, lr: used.append(lr) or step(self, lr))
     config = make_config(tmp_path / "run", corpus, "training.total_steps=12")
     build_trainer(config).run()
     expected = [learning_rate(s, config.optim.lr, config.schedule, 12) for s in range(1, 13)]

@@ -38,8 +38,11 @@ class ValidationHook(Hook):
         """Nats per token over all validation batches of all ranks."""
         engine = trainer.engine
         total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-        for batch in self._batches[engine.rank :: engine.world_size]:
+        for first in range(0, len(self._batches), engine.world_size):
             trainer.check_stop()
+            if first + engine.rank >= len(self._batches):
+                break
+            batch = self._batches[first + engine.rank]
             total[0] += summed_loss(engine, batch)
             total[1] += batch.targets.numel()
         nats, n_tokens = engine.sum_over_ranks(total).tolist()

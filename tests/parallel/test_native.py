@@ -5,20 +5,21 @@ import torch
 
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
 from mamba_train.model.language_model import resolve_model_config
-from mamba_train.parallel.engine import EngineState
-from mamba_train.parallel.single import SingleDeviceEngine
+from mamba_train.parallel.native import NativeEngine
+from mamba_train.parallel.state import load_weights, whole_state
+from mamba_train.ranks import join
 
 MODEL = resolve_model_config(ModelConfig(name="test", n_layer=2, d_model=16, d_state=4), tokenizer_vocab_size=31)
 OPTIM = OptimConfig(lr=1e-2, max_grad_norm=0.5)
 
 
-def make_engine(**settings: object) -> SingleDeviceEngine:
-    engine = SingleDeviceEngine(EngineConfig(device=DeviceKind.cpu, **settings))
+def make_engine(**settings: object) -> NativeEngine:
+    engine = NativeEngine(EngineConfig(device=DeviceKind.cpu, **settings), join())
     engine.prepare(MODEL, OPTIM, seed=0)
     return engine
 
 
-def run_backward(engine: SingleDeviceEngine, seed: int = 0, scale: float = 1.0) -> float:
+def run_backward(engine: NativeEngine, seed: int = 0, scale: float = 1.0) -> float:
     tokens = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(seed))
     with engine.compute():
         loss = engine.model(tokens[:, :-1], tokens[:, 1:]) / 22 * scale
@@ -26,8 +27,10 @@ def run_backward(engine: SingleDeviceEngine, seed: int = 0, scale: float = 1.0) 
     return loss.item()
 
 
-def flat(state: EngineState) -> dict[str, torch.Tensor]:
-    return {**state.model, **state.optimizer}
+def flat(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    """Copies of weights and optimiser state."""
+    model, optimizer = whole_state(engine)
+    return {**model, **optimizer}
 
 
 def test_loss_falls_and_the_norm_is_that_of_all_gradients() -> None:
@@ -48,7 +51,7 @@ def test_clipping_bounds_the_gradient_that_adam_sees() -> None:
     run_backward(engine, scale=100.0)
     norm = engine.step(1e-2).grad_norm
     assert norm > OPTIM.max_grad_norm
-    moments = [v for k, v in engine.state().optimizer.items() if k.endswith(".exp_avg")]
+    moments = [v for k, v in flat(engine).items() if k.endswith(".exp_avg")]
     seen = math.sqrt(sum(m.square().sum().item() for m in moments)) / (1 - OPTIM.beta1)
     assert seen == pytest.approx(OPTIM.max_grad_norm, rel=1e-4)
 
@@ -61,19 +64,19 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float, steps_before: 
         for one in (engine, undisturbed):
             run_backward(one, seed)
             one.step(1e-2)
-    before = flat(engine.state())
+    before = flat(engine)
     run_backward(engine, seed=8)
     next(iter(engine.model.parameters())).grad[0, 0] = poison
     result = engine.step(1e-2)
     assert result.skipped
-    after = flat(engine.state())
+    after = flat(engine)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     # Nothing lingers: the next step is the one that would have come without the bad one.
     for one in (engine, undisturbed):
         run_backward(one, seed=9)
         one.step(1e-2)
-    ours, theirs = flat(engine.state()), flat(undisturbed.state())
+    ours, theirs = flat(engine), flat(undisturbed)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
@@ -82,18 +85,29 @@ def test_state_round_trip_continues_bit_by_bit() -> None:
     for seed in range(3):
         run_backward(engine, seed)
         engine.step(1e-2)
-    saved = engine.state()
-    kept = {key: value.clone() for key, value in flat(saved).items()}
+    saved = flat(engine)
+    kept = {key: value.clone() for key, value in saved.items()}
     other = make_engine()
-    other.load_state(saved)
+    for name, piece in other.pieces().all().items():
+        piece.values.copy_(piece.of(saved[name]))
     for one in (engine, other):
         run_backward(one, seed=5)
         one.step(2e-3)
-    a, b = flat(engine.state()), flat(other.state())
+    a, b = flat(engine), flat(other)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
     # The saved copy is a copy: neither engine's later step reached it.
-    assert all(torch.equal(kept[key], flat(saved)[key]) for key in kept)
+    assert all(torch.equal(kept[key], saved[key]) for key in kept)
+
+
+def test_weights_alone_leave_the_optimiser_as_it_was() -> None:
+    engine, other = make_engine(), make_engine()
+    run_backward(engine)
+    engine.step(1e-2)
+    weights, _ = whole_state(engine)
+    load_weights(other, weights)
+    assert all(torch.equal(flat(other)[name], value) for name, value in weights.items())
+    assert all(not flat(other)[key].any() for key in other.pieces().optimizer)
 
 
 def test_accumulation_equals_the_whole_batch() -> None:
@@ -103,8 +117,8 @@ def test_accumulation_equals_the_whole_batch() -> None:
     for half in tokens.split(2):
         halves.backward(halves.model(half[:, :-1], half[:, 1:]) / 44)
     assert whole.step(1e-2).grad_norm == pytest.approx(halves.step(1e-2).grad_norm, rel=1e-5)
-    for name, value in whole.state().model.items():
-        torch.testing.assert_close(value, halves.state().model[name], rtol=1e-4, atol=1e-5)
+    for name, value in flat(whole).items():
+        torch.testing.assert_close(value, flat(halves)[name], rtol=1e-4, atol=1e-5)
 
 
 def test_bf16_computes_in_bf16_over_fp32_masters() -> None:
@@ -117,10 +131,10 @@ def test_bf16_computes_in_bf16_over_fp32_masters() -> None:
         engine.step(1e-2)
     assert set(seen) == {torch.bfloat16}
     assert last < 3.0
-    assert all(value.dtype is torch.float32 for value in flat(engine.state()).values())
+    assert all(value.dtype is torch.float32 for value in flat(engine).values())
 
 
 def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"engine\.device=cuda"):
-        SingleDeviceEngine(EngineConfig(device=DeviceKind.cuda))
+        NativeEngine(EngineConfig(device=DeviceKind.cuda), join())

@@ -1,0 +1,191 @@
+"""The engines that torch itself brings: what they share, and the one for a single device.
+
+Masters, gradients and moments are fp32. A bf16 run computes its matrix products in bf16 by autocast, which
+`SelectiveSSM` and its twin switch off for themselves.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from mamba_train.checkpoint.pieces import Piece, Pieces
+from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
+from mamba_train.model.contract import decay_split
+from mamba_train.model.language_model import MambaLM
+from mamba_train.model.observe import ScanArguments, observe_scans
+from mamba_train.parallel.engine import Item, StepResult
+from mamba_train.parallel.state import check_drawable, draw_pieces
+from mamba_train.ranks import Ranks
+
+
+class NativeEngine:
+    """One device, or the ground that DDP and FSDP2 stand on."""
+
+    def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.device = choose_device(config.device, ranks.local_rank)
+        self.compute_dtype = choose_dtype(config.precision, self.device)
+        if config.compile and self.device.type == "cpu" and not has_compiler():
+            raise ValueError(
+                "engine.compile=true: compiling for the CPU needs a C++ compiler and none is on the path; "
+                "install g++, or use engine.compile=false"
+            )
+
+    def prepare(self, model_config: ModelConfig, optim: OptimConfig, seed: int) -> None:
+        with torch.device("meta"):
+            model = MambaLM(model_config)
+        check_drawable(model)
+        self._shard(model)
+        model.to_empty(device=self.device)
+        self.model_config = model_config
+        self._max_grad_norm = optim.max_grad_norm
+        self._bare_model = model
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = make_optimizer(self._parameters, optim)
+        draw_pieces(self.pieces().model, model_config, seed)
+        if self.config.compile:
+            for block in model.blocks():
+                block.compile()  # in place, so that parameter names stay as they are
+        self.model: nn.Module = self._wrapped(model)
+
+    def _shard(self, model: MambaLM) -> None:
+        """Cut the parameters, which are still on the meta device."""
+
+    def _wrapped(self, model: MambaLM) -> nn.Module:
+        """What the training calls."""
+        return model
+
+    def compute(self) -> AbstractContextManager:
+        if self.compute_dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def micro_batches(self, batches: Iterable[Item]) -> Iterator[Item]:
+        items = list(batches)
+        for number, item in enumerate(items, start=1):
+            self._before_micro_batch(is_last=number == len(items))
+            yield item
+
+    def _before_micro_batch(self, *, is_last: bool) -> None:
+        """Gradients need to be summed over the ranks after the last micro-batch only."""
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> StepResult:
+        gradients = [_local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        norm = self._global_norm(torch.nn.utils.get_total_norm(gradients))
+        # The host must know before the update: a skipped step may touch nothing.
+        grad_norm = norm.item()
+        skipped = not math.isfinite(grad_norm)
+        if not skipped:
+            if grad_norm > self._max_grad_norm:
+                torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(grad_norm, skipped)
+
+    def _global_norm(self, local: Tensor) -> Tensor:
+        """The norm over all ranks from that of the gradients that this rank has; the same bits on all ranks."""
+        return local
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self.ranks.sum(value)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+
+    def parameter_groups(self) -> list[tuple[float, list[str]]]:
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        return [
+            (group["weight_decay"], [names[id(parameter)] for parameter in group["params"]])
+            for group in self._optimizer.param_groups
+        ]
+
+    @torch.no_grad()
+    def observe_forward(self, tokens: Tensor) -> list[ScanArguments]:
+        # A compiled call would hide its operators from the observer.
+        with self.compute(), observe_scans() as records, torch.compiler.set_stance("force_eager"):
+            self._bare_model(tokens.to(self.device))
+        return records
+
+    def pieces(self) -> Pieces:
+        pieces = Pieces({})
+        for number, (name, parameter) in enumerate(self._parameters.items()):
+            pieces.model[name] = self._piece(parameter, number)
+            for key, value in self._optimizer.state[parameter].items():
+                pieces.optimizer[f"{name}.{key}"] = self._piece(value, number)
+        return pieces
+
+    def _piece(self, tensor: Tensor, number: int) -> Piece:
+        """This rank's part of a tensor of parameter `number`; where every rank has all, they take turns to save."""
+        return Piece.whole(tensor, saved_here=number % self.world_size == self.rank)
+
+    def pieces_changed(self) -> None:
+        pass  # the pieces are the parameters themselves
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101, algorithm 2) with the decay groups of the contract and a state of zeros."""
+    optimizer = adamw(parameters, optim)
+    for parameter in parameters.values():
+        # torch makes it at the first step; a checkpoint has something to fill before that.
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def adamw(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with the decay groups of the contract."""
+    decayed, undecayed = decay_split(parameters)
+    groups = [
+        {"params": [parameters[name] for name in decayed], "weight_decay": optim.weight_decay},
+        {"params": [parameters[name] for name in undecayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+
+def choose_device(kind: DeviceKind, local_rank: int) -> torch.device:
+    """The device of this rank; raises ValueError when there is none for it."""
+    has_cuda = torch.cuda.is_available()
+    if kind is DeviceKind.cuda and not has_cuda:
+        raise ValueError("engine.device=cuda: torch finds no CUDA device; use engine.device=auto or cpu")
+    if kind is DeviceKind.cpu or not has_cuda:
+        return torch.device("cpu")
+    n_devices = torch.cuda.device_count()
+    if local_rank >= n_devices:
+        raise ValueError(
+            f"engine.device={kind}: {local_rank + 1} or more processes on a machine with {n_devices} GPUs; "
+            "start one process per GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Of the matrix products."""
+    if precision is Precision.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler on the path."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return any(shutil.which(name) for name in names)
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """The part of a gradient that this rank has, as a view."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient

@@ -1,0 +1,79 @@
+"""FSDP2: weights, gradients and moments are cut over the ranks; HSDP: cut within groups of ranks, replicated between.
+
+A layer is two units. The norms and the SSM, which compute with their parameters themselves, are gathered in fp32
+(contract C1); the matrices of the layer in the dtype of the matrix products. Embedding, last norm and head, which the
+whole forward pass holds, are fp32 as well: the gradient of the embedding is a sum over tokens. So the arithmetic is
+that of one device under autocast.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mamba_train.checkpoint.pieces import Piece
+from mamba_train.config import EngineConfig, Precision
+from mamba_train.model.language_model import MambaLM
+from mamba_train.parallel.native import NativeEngine
+from mamba_train.ranks import Ranks, lone_group
+
+
+class ShardedEngine(NativeEngine):
+    """`fully_shard` over all ranks, or over `world_size / engine.replicas` of them."""
+
+    def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        if ranks.world_size % config.replicas:
+            raise ValueError(
+                f"engine.replicas={config.replicas}: expected a divisor of the number of processes ({ranks.world_size})"
+            )
+        lone_group()
+        self._mesh = _mesh(self.device.type, config.replicas, ranks.world_size)
+
+    def _shard(self, model: MambaLM) -> None:
+        reduce_dtype = torch.bfloat16 if self.config.reduce_precision is Precision.bf16 else torch.float32
+        # Inputs are never cast: the residual stream is fp32, and autocast does the rest.
+        in_fp32 = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
+        in_compute_dtype = MixedPrecisionPolicy(self.compute_dtype, reduce_dtype, cast_forward_inputs=False)
+        reshard = self.config.reshard_after_forward
+        for block in model.blocks():
+            sensitive = [m for name, m in block.named_modules() if name in ("norm", "mixer.ssm", "mlp_norm")]
+            fully_shard(sensitive, mesh=self._mesh, reshard_after_forward=reshard, mp_policy=in_fp32)
+            fully_shard(block, mesh=self._mesh, reshard_after_forward=reshard, mp_policy=in_compute_dtype)
+        fully_shard(model, mesh=self._mesh, mp_policy=in_fp32)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # Sums, where FSDP2 by itself takes the mean.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+    def _before_micro_batch(self, *, is_last: bool) -> None:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(is_last or self.config.reduce_each_micro_batch)
+        self.model.set_is_last_backward(is_last)
+
+    def _global_norm(self, local: Tensor) -> Tensor:
+        # Squares of fp32 norms can leave the range of fp32. Each shard is there once per replica.
+        total = local.double().square()
+        dist.all_reduce(total)
+        return (total / self.config.replicas).sqrt().float()
+
+    def _piece(self, tensor: Tensor, number: int) -> Piece:
+        if not isinstance(tensor, DTensor):  # the step count, which every rank has
+            return Piece.whole(tensor, saved_here=self.rank == 0)
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        local = tensor.to_local().detach()
+        row = tensor.shape[1:].numel()  # cut along the first dimension: a contiguous range
+        return Piece(tuple(tensor.shape), offsets[0] * row, local.view(-1), saved_here=self._is_first_replica())
+
+    def _is_first_replica(self) -> bool:
+        return self._mesh.ndim == 1 or self._mesh.get_local_rank("replica") == 0
+
+
+def _mesh(device_type: str, replicas: int, world_size: int) -> DeviceMesh:
+    if replicas == 1:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (replicas, world_size // replicas), mesh_dim_names=("replica", "shard"))

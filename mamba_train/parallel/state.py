@@ -1,0 +1,65 @@
+"""Initial values, whole tensors and copies of what the ranks of an engine hold, whatever cuts it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mamba_train.checkpoint.pieces import Piece, Pieces
+from mamba_train.config import ModelConfig
+from mamba_train.model.initialise import draw
+from mamba_train.parallel.engine import Engine
+from mamba_train.ranks import Ranks
+
+
+@torch.no_grad()
+def draw_pieces(pieces: Mapping[str, Piece], config: ModelConfig, seed: int) -> None:
+    """Fill parts of parameters with their initial values: each parameter is drawn whole, one at a time, then cut.
+
+    So no rank ever holds more than its part and one whole parameter (contract C2).
+    """
+    for name, piece in pieces.items():
+        piece.values.copy_(piece.of(draw(name, torch.Size(piece.shape), config, seed)))
+
+
+def check_drawable(model: nn.Module) -> None:
+    """Raise RuntimeError when a model has a buffer: no rule would fill it."""
+    for name, _ in model.named_buffers():
+        raise RuntimeError(f"buffer {name} has no initialisation rule")
+
+
+@torch.no_grad()
+def load_weights(engine: Engine, weights: Mapping[str, Tensor]) -> None:
+    """Put whole weights, which each rank has, into an engine; raises KeyError for a missing parameter."""
+    for name, piece in engine.pieces().model.items():
+        piece.values.copy_(piece.of(weights[name]))
+    engine.pieces_changed()
+
+
+@torch.no_grad()
+def whole(piece: Piece, ranks: Ranks) -> Tensor:
+    """The whole tensor of which each rank has a piece, on the device of the pieces, on every rank."""
+    tensor = piece.values.new_zeros(piece.shape)
+    if piece.saved_here:
+        piece.of(tensor).copy_(piece.values)
+    # Every element comes from the one rank that saves it: the sum adds zeros only.
+    return ranks.sum(tensor)
+
+
+def whole_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All weights and all optimiser state, copied to the CPU of every rank: for small models."""
+    pieces = engine.pieces()
+    model, optimizer = (
+        {name: whole(piece, engine.ranks).to("cpu", copy=True) for name, piece in part.items()}
+        for part in (pieces.model, pieces.optimizer)
+    )
+    return model, optimizer
+
+
+def copy_of(pieces: Pieces) -> Pieces:
+    """The same pieces in memory of their own."""
+    model, optimizer = (
+        {name: Piece(p.shape, p.start, p.values.clone(), p.saved_here) for name, p in part.items()}
+        for part in (pieces.model, pieces.optimizer)
+    )
+    return Pieces(model, optimizer)

@@ -1,0 +1,196 @@
+"""DeepSpeed ZeRO: what is cut over the ranks is the optimiser's state (stage 1), gradients too (2), weights too (3).
+
+Weights are fp32 and a bf16 run computes by `torch_autocast`, as the native engines do; DeepSpeed's own bf16 mode casts
+all weights, `A_log` among them, and is not reachable from here. Its optimiser sees flat tensors, one per group or
+sub-group of parameters; the addresses of a parameter's part in them are what this module translates into pieces.
+"""
+
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamba_train.checkpoint.pieces import Piece, Pieces
+from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
+from mamba_train.model.initialise import initialise_
+from mamba_train.model.language_model import MambaLM
+from mamba_train.model.observe import ScanArguments, observe_scans
+from mamba_train.parallel.engine import Item, StepResult
+from mamba_train.parallel.native import adamw, choose_device, choose_dtype
+from mamba_train.parallel.state import check_drawable, draw_pieces
+from mamba_train.ranks import Ranks, lone_group
+
+
+class ZeroEngine:
+    """A DeepSpeed engine with torch's AdamW over the groups of the contract."""
+
+    def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.device = choose_device(config.device, ranks.local_rank)
+        self.compute_dtype = choose_dtype(config.precision, self.device)
+        self._deepspeed = _import_deepspeed(self.device)
+        lone_group()
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # srun does not set it
+        self._deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+    def prepare(self, model_config: ModelConfig, optim: OptimConfig, seed: int) -> None:
+        settings = self._settings(optim)
+        if self.config.zero_stage == 3:
+            # Each parameter is cut as soon as its module is made. No dtype here: what is given is not always what is
+            # taken, and weights that began as bf16 stay rounded. Without one the config decides, which says fp32.
+            with self._deepspeed.zero.Init(config_dict_or_path=settings):
+                model = MambaLM(model_config)
+            check_drawable(model)
+            draw_pieces({name: self._stage_3_piece(p) for name, p in model.named_parameters()}, model_config, seed)
+            if model.lm_head is None:  # the root uses a weight of one of its modules
+                self._deepspeed.zero.register_external_parameter(model, model.embedding.weight)
+        else:
+            with torch.device("meta"):
+                model = MambaLM(model_config)
+            model.to_empty(device=self.device)
+            initialise_(model, model_config, seed)
+        self.model_config = model_config
+        self._parameters = dict(model.named_parameters())
+        optimizer = adamw(self._parameters, optim)
+        self._engine, self._zero, _, _ = self._deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self._optimizer: torch.optim.Optimizer = self._zero.optimizer
+        for flat in self._flat_partitions():
+            # torch makes it at the first step; a checkpoint has something to fill before that.
+            zeros = {key: torch.zeros_like(flat, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            self._optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
+        self.model: nn.Module = self._engine
+
+    def _settings(self, optim: OptimConfig) -> dict[str, Any]:
+        autocast: dict[str, Any] = {"enabled": self.compute_dtype is torch.bfloat16, "dtype": "bfloat16"}
+        if self.config.reduce_precision is Precision.fp32:
+            # By default the gradients of matrices travel in the dtype of the computation.
+            autocast["lower_precision_safe_modules"] = []
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # the loop counts, not DeepSpeed
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": optim.max_grad_norm,
+            "zero_optimization": {"stage": self.config.zero_stage, "stage3_param_persistence_threshold": 0},
+            "torch_autocast": autocast,
+            "steps_per_print": 2**62,
+        }
+
+    def compute(self) -> AbstractContextManager:
+        return nullcontext()  # DeepSpeed's forward enters autocast by itself
+
+    def micro_batches(self, batches: Iterable[Item]) -> Iterator[Item]:
+        items = list(batches)
+        for number, item in enumerate(items, start=1):
+            self._engine.set_gradient_accumulation_boundary(number == len(items))
+            yield item
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed takes the mean over the ranks.
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> StepResult:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        grad_norm = float(self._zero._global_grad_norm)
+        # With fp32 weights it makes no update when the norm of all gradients is not finite.
+        return StepResult(math.nan if self._zero.overflow else grad_norm, bool(self._zero.overflow))
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self.ranks.sum(value)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: _shape(parameter) for name, parameter in self._parameters.items()}
+
+    def parameter_groups(self) -> list[tuple[float, list[str]]]:
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        groups = self._optimizer.param_groups
+        if self.config.zero_stage < 3:
+            members = list(enumerate(self._zero.bit16_groups))
+        else:
+            members = [(self._zero.sub_group_to_group_id[i], group) for i, group in enumerate(self._zero.fp16_groups)]
+        return [(groups[number]["weight_decay"], [names[id(p)] for p in part]) for number, part in members]
+
+    @torch.no_grad()
+    def observe_forward(self, tokens: Tensor) -> list[ScanArguments]:
+        with observe_scans() as records:
+            self._engine(tokens.to(self.device))
+        return records
+
+    def pieces(self) -> Pieces:
+        pieces = Pieces({})
+        for name, parameter in self._parameters.items():
+            flat, address, start, n = self._address(parameter)
+            shape = _shape(parameter)
+            pieces.model[name] = Piece(shape, start, flat.detach()[address : address + n])
+            state = self._optimizer.state[flat]
+            for key in ("exp_avg", "exp_avg_sq"):
+                pieces.optimizer[f"{name}.{key}"] = Piece(shape, start, state[key][address : address + n])
+            # One count for all parameters of a group: every step updates all of them.
+            pieces.optimizer[f"{name}.step"] = Piece.whole(state["step"], saved_here=self.rank == 0)
+        return pieces
+
+    def pieces_changed(self) -> None:
+        if self.config.zero_stage < 3:
+            self._zero.update_lp_params()
+            return
+        self._zero._partition_all_parameters()  # what is still gathered from a forward pass is out of date
+        for number in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(number)
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """The fp32 tensors that this rank's optimiser updates."""
+        if self.config.zero_stage < 3:
+            return list(self._zero.single_partition_of_fp32_groups)
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    def _address(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
+        """(flat tensor, offset in it, offset in the parameter, elements) of this rank's part of a parameter."""
+        if self.config.zero_stage == 3:
+            group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            piece = self._stage_3_piece(parameter)
+            return self._zero.fp32_partitioned_groups_flat[group], offset, piece.start, piece.values.numel()
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:  # all of it is on other ranks
+            group = next(i for i, group in enumerate(self._zero.bit16_groups) if any(p is parameter for p in group))
+            return self._zero.single_partition_of_fp32_groups[group], 0, 0, 0
+        flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        return flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment.numel()
+
+    def _stage_3_piece(self, parameter: nn.Parameter) -> Piece:
+        """This rank's part of a parameter of stage 3; the last part is filled up to the size of the others."""
+        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        shape = _shape(parameter)
+        start = self.rank * part.numel()
+        n = max(0, min(part.numel(), math.prod(shape) - start))
+        return Piece(shape, start if n else 0, part.detach()[:n])
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    # Under stage 3 the parameter itself is empty.
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """The package, told to be quiet and to compile nothing; raises ValueError when it is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("engine=deepspeed: DeepSpeed is not installed; pip install -e '.[deepspeed]', or engine=fsdp")
+    if device.type == DeviceKind.cpu.value:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+        from deepspeed.utils import logger
+    except Exception as error:  # it looks for compilers and drivers while it is imported
+        raise ValueError(f"engine=deepspeed: DeepSpeed cannot be imported ({error}); use engine=fsdp") from error
+    logger.setLevel(logging.WARNING)
+    if device.type == DeviceKind.cpu.value:
+        # Otherwise it would build a C++ extension for collectives in shared memory; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,246 @@
+"""The processes of one run: who they are, how they find each other, and how they decide together.
+
+torchrun and srun tell each process its rank by environment variables. Importing this module does not import torch, so
+that a process knows whether it is the one that speaks before anything slow happens. A decision that could differ
+between ranks (a file that only one of them sees, a disk that is full) is taken by `first` or `together`: all ranks go
+on, or all of them raise.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import Store
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.02
+# Jobs of one cluster that share a node must not meet at one port.
+FIRST_PORT, N_PORTS = 20000, 20000
+
+
+class OtherRankFailed(ValueError):
+    """Another rank raised in a step that all ranks take together; that rank says why.
+
+    kind: name of the class that it raised.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("another rank of this run failed; its message says why")
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those of the run; address: where rank 0 listens, None for a single process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: tuple[str, int] | None = None
+
+
+def launch() -> Launch:
+    """What torchrun or srun say about this process; one process when neither started it.
+
+    Raises ValueError when the environment names no rank 0 to meet.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, world_size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a batch script, too, has SLURM_PROCID, but no step
+        rank, world_size = int(env["SLURM_PROCID"]), int(env.get("SLURM_NTASKS", 1))
+        local_rank = int(env.get("SLURM_LOCALID", 0))
+    else:
+        return Launch()
+    if world_size == 1:
+        return Launch()
+    return Launch(rank, world_size, local_rank, _address())
+
+
+def _address() -> tuple[str, int]:
+    env = os.environ
+    host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
+    if not host:
+        raise ValueError("MASTER_ADDR is not set: set it to the host of rank 0, or start with torchrun or srun")
+    port = env.get("MASTER_PORT") or str(FIRST_PORT + int(env.get("SLURM_JOB_ID", 0)) % N_PORTS)
+    return host, int(port)
+
+
+def _first_host(node_list: str) -> str:
+    """`gpu[007-012,020],login` -> `gpu007`."""
+    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", node_list)
+    return "".join(part or "" for part in match.groups()) if match else ""
+
+
+class Ranks:
+    """The process group of the run; for a single process everything here is a no-op.
+
+    `first` and `together` must be called by all ranks in the same order.
+    """
+
+    def __init__(self, here: Launch, store: "Store") -> None:
+        self.rank, self.world_size, self.local_rank = here.rank, here.world_size, here.local_rank
+        self.store = store
+        self.failed = False  # all ranks know of an error of one of them
+        self._n_shared = 0
+
+    def first(self, work: Callable[[], T]) -> T:
+        """The result of `work`, done by rank 0 alone, on all ranks; it must be plain JSON.
+
+        However long it takes, the others wait. When it raises, they raise OtherRankFailed.
+        """
+        if self.world_size == 1:
+            return work()
+        key = self.new_key()
+        if self.rank == 0:
+            try:
+                result = work()
+            except BaseException as error:
+                self.failed = True
+                self.post(key, {"error": type(error).__name__})
+                raise
+            self.post(key, {"result": result})
+            return result
+        answer = self.await_post(key)
+        if "error" in answer:
+            self.failed = True
+            raise OtherRankFailed(answer["error"])
+        shared: T = answer["result"]
+        return shared
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of `work` of this rank, when it raised on none.
+
+        Otherwise the lowest rank on which it raised raises that error, the others OtherRankFailed.
+        """
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        lowest = self._lowest(self.rank if error is not None else self.world_size)
+        if lowest == self.world_size:
+            return result
+        self.failed = True
+        if lowest == self.rank and error is not None:
+            raise error
+        raise OtherRankFailed("Exception")
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on some rank."""
+        return self._lowest(0 if flag else 1) == 0
+
+    def sum(self, value: "Tensor") -> "Tensor":
+        """The sum of `value` over all ranks, on all ranks; `value` itself stays as it is."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def new_key(self) -> str:
+        """A name in the store that all ranks agree on and that is used once."""
+        self._n_shared += 1
+        return f"mamba_train/{self._n_shared}"
+
+    def post(self, key: str, value: Any) -> None:
+        """Leave a JSON value for other ranks; may be called from any thread."""
+        self.store.set(key, json.dumps(value))
+
+    def await_post(self, key: str, give_up: Callable[[], bool] = lambda: False) -> Any:
+        """The value that some rank posts, whenever that is; None when `give_up()` becomes true before."""
+        # Asking again and again, as a blocking wait could neither be interrupted nor shared between threads.
+        while not self.store.check([key]):
+            if give_up():
+                return None
+            time.sleep(POLL_SECONDS)
+        return json.loads(self.store.get(key))
+
+    def _lowest(self, value: int) -> int:
+        if self.world_size == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        lowest = torch.tensor(value)
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+        return int(lowest)
+
+
+_joined: Ranks | None = None
+
+
+def join() -> Ranks:
+    """Meet the other processes of the run; a second call returns the same object.
+
+    CPU tensors travel by gloo, CUDA tensors by NCCL. Imports torch.
+    """
+    global _joined
+    if _joined is not None:
+        return _joined
+    import torch
+    import torch.distributed as dist
+
+    here = launch()
+    if here.address is None:
+        _joined = Ranks(here, dist.HashStore())
+        return _joined
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
+    host, port = here.address
+    # torchrun itself listens at that port, so its workers do not.
+    started_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listens = here.rank == 0 and not started_by_torchrun
+    tcp = dist.TCPStore(host, port, is_master=listens, timeout=timedelta(minutes=10))
+    # A restart by torchrun finds the keys of the attempt before it.
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size)
+    _joined = Ranks(here, store)
+    return _joined
+
+
+def lone_group() -> None:
+    """Give a single process the process group that engines for several ranks ask for."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def leave() -> None:
+    """Take down the process group after a run that went well; after an error it is left to die with the process."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def fail_together(error: Exception) -> Exception:
+    """The error that this rank ends with when it cannot take part in the run: `error`, or OtherRankFailed.
+
+    So that an error which all ranks have is said once.
+    """
+    if launch().world_size == 1 or (_joined is not None and _joined.failed):
+        return error
+
+    def raise_it() -> None:
+        raise error
+
+    try:
+        join().together(raise_it)
+    except Exception as agreed:
+        return agreed
+    return error
