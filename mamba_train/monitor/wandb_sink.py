@@ -18,6 +18,7 @@ import netrc
 import os
 import queue
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from mamba_train.monitor.redact import redact_credentials
 INIT_TIMEOUT_SECONDS = 20.0
 FINISH_TIMEOUT_SECONDS = 20.0  # must fit into the time between a warning and the end of a preempted job
 STALL_SECONDS = 30.0  # after so long without an answer it is said that wandb hangs
+FULL_DISK_BYTES = 2**16  # wandb writes blocks of 32 KiB
 QUEUED_RECORDS = 100_000  # that wait at most; about as many steps, and less than 100 MB
 
 _ENVIRONMENT_MODES = {
@@ -60,7 +62,7 @@ class WandbSink:
         warn: Callable[[str], None] = print,
     ) -> None:
         self.run_id = run_id
-        self.mode = _without_login(logging_cfg.wandb)
+        self.mode = _from_environment(logging_cfg.wandb)
         self._warn = warn
         self._run_dir = Path(run_dir)
         self._warned = False
@@ -113,18 +115,20 @@ class WandbSink:
         """The thread: start the run, log what comes, finish."""
         try:
             with self._busy():
-                self._run_dir.mkdir(parents=True, exist_ok=True)
+                (self._run_dir / "wandb").mkdir(parents=True, exist_ok=True)
                 run = self._start(start)
                 run.define_metric("step")
                 run.define_metric("*", step_metric="step")
             while isinstance(item := self._queue.get(), dict):
                 with self._busy():
                     _log(run, item)
+                self._look_at_disk()
             with self._busy():
                 run.finish(exit_code=item)
         except Exception as error:  # whatever a tracker does wrong, training goes on
             self.mode = WandbMode.disabled
             self._warn_once(f"{_one_line(error)}; tracking is off for the rest of this run")
+            _abandon_service()
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:
@@ -135,8 +139,7 @@ class WandbSink:
             self._busy_since = None
 
     def _start(self, start: dict[str, Any]) -> Any:
-        if self.mode is WandbMode.auto:
-            self.mode = WandbMode.online if _logged_in() else WandbMode.offline
+        self.mode = resolve_mode(self.mode)
         if self.mode is WandbMode.online:
             if not _logged_in():
                 self._warn_once("not logged in, recording offline; run `wandb login` to track online")
@@ -150,14 +153,27 @@ class WandbSink:
                     _forget_failed_start()
         return _init(start, "offline")
 
+    def _look_at_disk(self) -> None:
+        """wandb itself says nothing when its file cannot be written any more."""
+        if shutil.disk_usage(self._run_dir / "wandb").free < FULL_DISK_BYTES:
+            self._warn_once(f"the disk is full at {self._run_dir / 'wandb'}, its records are lost")
+
     def _warn_once(self, text: str) -> None:
         if not self._warned:
             self._warned = True
             self._warn(f"wandb: {text}; training goes on, and every record is in metrics.jsonl")
 
 
-def _without_login(mode: WandbMode) -> WandbMode:
-    """What can be said without asking wandb: WANDB_MODE decides when `auto` is chosen, else it stays `auto`."""
+def resolve_mode(mode: WandbMode) -> WandbMode:
+    """Turn `auto` into what it means here: WANDB_MODE if set, else online when logged in, else offline."""
+    mode = _from_environment(mode)
+    if mode is WandbMode.auto:
+        return WandbMode.online if _logged_in() else WandbMode.offline
+    return mode
+
+
+def _from_environment(mode: WandbMode) -> WandbMode:
+    """What can be said without importing wandb."""
     if mode is WandbMode.auto:
         return _ENVIRONMENT_MODES.get(os.environ.get("WANDB_MODE", "").lower(), WandbMode.auto)
     return mode
@@ -191,7 +207,7 @@ def _forget_failed_start() -> None:
 
 
 def _abandon_service() -> None:
-    """wandb's exit handler would wait for its service without end: end the service, and take the handler away."""
+    """wandb's exit handler would wait for a service that hangs, and complain of one that died: end both."""
     with contextlib.suppress(Exception):  # not wandb's public interface
         from wandb.sdk import wandb_setup
 

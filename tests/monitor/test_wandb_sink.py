@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ def no_wandb_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    # The service of this process serves all tests of this file.
+    monkeypatch.setattr(wandb_sink, "_abandon_service", lambda: None)
 
 
 @pytest.fixture
@@ -98,6 +102,8 @@ def test_the_x_axis_is_step_and_the_config_has_no_credentials(tmp_path: Path, wa
 def test_disabled_does_not_import_wandb_and_keeps_the_run_id(tmp_path: Path) -> None:
     code = """
 import sys
+import threading
+import time
 from pathlib import Path
 from mamba_train.config import LoggingConfig, WandbMode
 from mamba_train.monitor.wandb_sink import WandbSink
@@ -152,6 +158,66 @@ def test_an_exception_is_one_warning_and_then_silence(
     assert sink.run_id == "abc"
 
 
+@pytest.mark.parametrize("hangs", ["define_metric", "log", "finish"])
+def test_a_tracker_that_hangs_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str], hangs: str
+) -> None:
+    release = threading.Event()
+
+    class Hanging(Failing):
+        def _call(self, name: str) -> None:
+            if name == hangs:
+                release.wait(60)
+
+    run = Hanging("nothing")
+    monkeypatch.setattr(wandb_sink, "_init", lambda start, mode: run)
+    monkeypatch.setattr(wandb_sink, "FINISH_TIMEOUT_SECONDS", 0.5)
+    abandoned: list[bool] = []
+    monkeypatch.setattr(wandb_sink, "_abandon_service", lambda: abandoned.append(True))
+    sink = WandbSink(tmp_path, OFFLINE, CONFIG, "abc", warnings.append)
+    for step in range(1, 1001):
+        sink.log({"step": step})
+    sink.finish(0)
+    assert len(warnings) == 1
+    assert "has not finished" in warnings[0]
+    assert abandoned == [True]
+    release.set()
+
+
+def test_a_hang_is_said_while_the_training_goes_on_and_nothing_is_lost_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    release = threading.Event()
+
+    class Slow(Failing):
+        def log(self, *args: Any, **kwargs: Any) -> None:
+            release.wait(60)
+            super().log()
+
+    run = Slow("nothing")
+    monkeypatch.setattr(wandb_sink, "_init", lambda start, mode: run)
+    monkeypatch.setattr(wandb_sink, "STALL_SECONDS", 0.1)
+    sink = WandbSink(tmp_path, OFFLINE, CONFIG, "abc", warnings.append)
+    sink.log({"step": 1})
+    while not warnings:
+        sink.log({"step": 2})
+        time.sleep(0.05)
+    n_records = sink._queue.qsize() + 1
+    assert "has not answered" in warnings[0]
+    release.set()
+    sink.finish(0)
+    assert len(warnings) == 1
+    assert run.calls.count("log") == n_records
+
+
+def test_the_command_that_uploads(tmp_path: Path, warnings: list[str]) -> None:
+    sink = WandbSink(tmp_path, OFFLINE, CONFIG, None, warnings.append)
+    assert len(sink.run_id or "") == 8, "known at once, for the checkpoint"
+    sink.finish(0)
+    assert sink.upload_command == f"wandb sync {tmp_path}/wandb/offline-run-*"
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
 def test_wandb_that_cannot_be_imported_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
@@ -169,9 +235,9 @@ def test_an_unreachable_server_means_recording_offline(
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)  # the server of these tests is a closed port
     monkeypatch.setattr(wandb_sink, "INIT_TIMEOUT_SECONDS", 1.0)
     sink = WandbSink(tmp_path, LoggingConfig(wandb=WandbMode.auto), CONFIG, "abc", warnings.append)
-    assert sink.mode is WandbMode.offline
     sink.log({"step": 7})
     sink.finish(0)
+    assert sink.mode is WandbMode.offline
     assert len(warnings) == 1
     assert "cannot start online" in warnings[0]
     assert sink.run_id == "abc"
@@ -183,7 +249,7 @@ def test_online_without_a_login_never_asks_but_records_offline(
 ) -> None:
     modes = []
     monkeypatch.setattr(wandb_sink, "_init", lambda start, mode: modes.append(mode) or Failing("nothing"))
-    WandbSink(tmp_path, LoggingConfig(wandb=WandbMode.online), CONFIG, None, warnings.append)
+    WandbSink(tmp_path, LoggingConfig(wandb=WandbMode.online), CONFIG, None, warnings.append).finish()
     assert modes == ["offline"]
     assert "wandb login" in warnings[0]
 

@@ -67,5 +67,7 @@ class RecordingHook(Hook):
         self._progress.__exit__(None, None, None)
         if self._wandb is not None:
             self._wandb.finish(int(failed))
+            if command := self._wandb.upload_command:
+                self._log(f"wandb: recorded offline; to upload it, where there is internet: {command}")
         if self._jsonl is not None:
             self._jsonl.close()
