@@ -143,7 +143,7 @@ def explain(error: Exception) -> str:
         return f"{_full_key(text)}=null: a value is needed here"
     if re.search("Config group override must be a string", text):
         return f"{' '.join(text.split())}; the groups {_list(_groups())} are set as GROUP=OPTION"
-    if re.search("parsing override|mismatched input|NoViableAlt|extraneous input|Ambiguous value", text):
+    if re.search("parsing override|mismatched input|[Nn]o ?[Vv]iable ?[Aa]lt|extraneous input|Ambiguous value", text):
         return (
             f"cannot read the command line: {text.splitlines()[0]}; expected KEY=VALUE or GROUP=OPTION, and quotes "
             "around a value with spaces or any of ()[]{}=,: such as \"data.path='my texts (1)'\""

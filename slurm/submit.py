@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -90,7 +91,7 @@ def swept_values(overrides: list[str]) -> list[tuple[str, ...]]:
     return list(itertools.product(*choices))
 
 
-def _parse(overrides: list[str]):  # type: ignore[no-untyped-def]
+def _parse(overrides: list[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:

@@ -1,0 +1,118 @@
+"""What `slurm.status` says of a run, from the files that it left and a queue that is made up."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slurm import status
+from slurm.status import find_runs, show
+from tests.helpers import REPOSITORY
+
+NOW = 1_800_000_000.0
+
+
+def entry(event: str, job: str = "7", step: int = 0, start: int = 0, reason: str = "", **more: object) -> dict:
+    log = more.pop("log", "")
+    return {
+        "event": event, "job": job, "step": step, "start": start, "time": NOW - 60, "nodes": "node[1-2]",
+        "log": str(log), "reason": reason, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    folder = tmp_path / "runs" / "a"
+    (folder / "slurm").mkdir(parents=True)
+    log = folder / "slurm" / "job-7.log"
+    log.write_text("".join(f"line {number}\n" for number in range(100)))
+    events = [
+        entry("start", log=log),
+        entry("requeue", step=40, log=log, reason="stopped after step 40, which is saved (SIGUSR1)"),
+        entry("start", step=40, start=1, log=log, reason="stopped after step 40, which is saved (SIGUSR1)"),
+    ]
+    (folder / "slurm" / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    record = {
+        "step": 57, "tokens": 1000, "loss": 2.5, "bits_per_byte": 1.25, "lr": 3e-4, "tokens_per_second": 123456.0,
+        "mfu": 0.42, "eta_seconds": 7260.0,
+    }  # fmt: skip
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n" + '{"step": 58, "lo')
+    (folder / "config.yaml").write_text("training: {total_steps: 200}\n")
+    for step in (9, 40, 50):
+        (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    os.utime(folder / "checkpoints" / "step_00000050", (NOW - 130, NOW - 130))
+    os.utime(folder / "metrics.jsonl", (NOW - 3, NOW - 3))
+    return folder
+
+
+def queue(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    result = subprocess.CompletedProcess([], 0, stdout=text, stderr="")
+    monkeypatch.setattr(status.subprocess, "run", lambda *args, **kwargs: result)
+
+
+def test_a_run_in_full(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(monkeypatch, "RUNNING|1:00|23:59:00|node[1-2]|None\n")
+    text = show([run_dir], n_lines=3)
+    for expected in (
+        "job     7: RUNNING on node[1-2] for 1:00, 23:59:00 left",
+        "starts  2\n",
+        "after step 40 on node[1-2]: stopped after step 40, which is saved (SIGUSR1)",
+        "step    57 of 200 (28.5%), 0:03 ago",
+        "loss    2.500, 1.250 bits per byte, lr 3.0e-04",
+        "speed   123,456 tokens/s, MFU 42.0%, 2:01:00 to go",
+        "saved   step 50, 2:10 ago",
+        "job-7.log\n  | line 97\n  | line 98\n  | line 99",
+    ):
+        assert expected in text, text
+    assert "line 96" not in text
+
+
+def test_a_job_that_waits_or_has_gone(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(monkeypatch, "PENDING|0:00|1:00:00||Priority\n")
+    assert "job     7: PENDING (Priority)" in show([run_dir], 0)
+    queue(monkeypatch, "")
+    with (run_dir / "slurm" / "history.jsonl").open("a") as file:
+        file.write(json.dumps(entry("gave up", step=50, reason="3 starts without a new checkpoint")) + "\n")
+    text = show([run_dir], 0)
+    assert "job     7: not in the queue" in text
+    assert "last    gave up, 1:00 ago: 3 starts without a new checkpoint" in text
+
+
+def test_a_job_that_was_submitted_and_has_not_started(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(monkeypatch, "PENDING|0:00|1:00:00||Resources\n")
+    waiting = run_dir.with_name("b")
+    (waiting / "slurm" / "submission-001").mkdir(parents=True)
+    (waiting / "slurm" / "submission-001" / "job.json").write_text('{"job": "8"}')
+    text = show([waiting], 0)
+    assert "job     8: PENDING (Resources)" in text
+    assert "starts  0" in text
+
+
+def test_many_runs_are_a_line_each(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(monkeypatch, "RUNNING|1:00|23:59:00|node1|None\n")
+    other = run_dir.with_name("c")
+    (other / "slurm").mkdir(parents=True)
+    (other / "slurm" / "history.jsonl").write_text(json.dumps(entry("start", job="9")) + "\n")
+    lines = show([run_dir.parent], 5).splitlines()
+    assert len(lines) == 2
+    assert "57 of 200" in lines[0]
+    assert "job 9: RUNNING" in lines[1]
+    assert find_runs(run_dir.parent) == [run_dir, other]
+
+
+def test_a_folder_without_runs_is_one_clear_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "slurm.status", str(tmp_path)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "no run there that was submitted" in result.stderr
+
+
+def test_it_needs_no_torch(repository: Path) -> None:
+    script = "import sys, slurm.status, slurm.submit; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=repository).returncode == 0

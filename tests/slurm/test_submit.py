@@ -1,0 +1,241 @@
+"""What is submitted, and what is refused before it is; no cluster needed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mamba_train.composition import compose_config
+from mamba_train.config_checks import seconds_of
+from slurm.script import LINE, TEMPLATE, render
+from slurm.submit import compose_submission, sweep
+from tests.helpers import REPOSITORY, environment
+
+BASE = ["experiment=smoke", "slurm.nodes=2", "slurm.gpus_per_node=2", "engine=ddp", "training.micro_batch_size=1"]
+
+
+def script_of(tmp_path: Path, *overrides: str) -> str:
+    return render(compose_submission([*BASE, "run_dir=run", *overrides], tmp_path))
+
+
+def bash_accepts(script: str) -> bool:
+    return subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_the_script_says_what_the_config_says(tmp_path: Path) -> None:
+    script = script_of(
+        tmp_path,
+        "slurm.time=1-12:00:00",
+        "slurm.partition=gpu",
+        "slurm.account=mine",
+        "slurm.qos=high",
+        "slurm.cpus_per_task=8",
+        "slurm.mem=500G",
+        "slurm.signal_seconds=240",
+        "slurm.sbatch=['--mail-type=END']",
+        "slurm.setup=['module load cuda/13']",
+        "slurm.environment=['NCCL_DEBUG=WARN','NOTE=two words']",
+        "slurm.max_stalled_starts=5",
+    )
+    assert bash_accepts(script)
+    for line in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=2",
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --time=1-12:00:00",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=mine",
+        "#SBATCH --qos=high",
+        "#SBATCH --cpus-per-task=8",
+        "#SBATCH --mem=500G",
+        "#SBATCH --signal=USR1@240",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --mail-type=END",
+        f"#SBATCH --chdir={tmp_path}",
+        f"RUN_DIR={tmp_path}/run",
+        "export NCCL_DEBUG=WARN",
+        "export NOTE='two words'",
+        "module load cuda/13",
+        "MAX_STALLED_STARTS=5",
+    ):
+        assert line in script.splitlines(), line
+    assert "--array" not in script
+    assert "--constraint" not in script
+
+
+def test_a_plain_script_to_type_sbatch_with(tmp_path: Path) -> None:
+    plain = TEMPLATE.read_text()
+    assert bash_accepts(plain)
+    # The settings of the plain file are those that are rendered.
+    head, body = plain[: plain.index(LINE)], plain[plain.index(LINE) :]
+    rendered = script_of(tmp_path)
+    assert rendered.endswith(body)
+
+    def names(text: str) -> set[str]:
+        return {line.split("=")[0] for line in text.splitlines() if "=" in line and not line.startswith("#")}
+
+    assert names(head) == names(rendered[: rendered.index(LINE)])
+
+
+def test_containers(tmp_path: Path) -> None:
+    image = "slurm.container_image=/images/torch.sif"
+    apptainer = script_of(tmp_path, "slurm.container=apptainer", image, "slurm.container_mounts=[/data]")
+    assert bash_accepts(apptainer)
+    line = next(line for line in apptainer.splitlines() if line.startswith("CONTAINER="))
+    assert line.startswith("CONTAINER=(apptainer exec --nv ")
+    assert f"--bind {tmp_path}/run " in line
+    assert "--bind /data " in line
+    assert line.endswith("/images/torch.sif)")
+    assert "PYTHON=python" in apptainer.splitlines()
+    enroot = script_of(tmp_path, "slurm.container=enroot", "slurm.container_image=/images/torch.sqsh")
+    assert bash_accepts(enroot)
+    line = next(line for line in enroot.splitlines() if line.startswith("SRUN="))
+    assert "--container-image=/images/torch.sqsh" in line
+    assert f"{tmp_path}/run:{tmp_path}/run" in line
+
+
+def test_a_sweep_gives_every_run_a_folder_of_its_own(tmp_path: Path) -> None:
+    assert sweep(["a=1", "b=2,3", "c=x,y"]) == [
+        ["a=1", "b=2", "c=x"],
+        ["a=1", "b=2", "c=y"],
+        ["a=1", "b=3", "c=x"],
+        ["a=1", "b=3", "c=y"],
+    ]
+    submission = compose_submission([*BASE, "run_dir=run", "optim.lr=1e-3,2e-3", "seed=range(0,2)"], tmp_path)
+    assert [run.run_dir.name for run in submission.runs] == [
+        "optim.lr-0.001_seed-0",
+        "optim.lr-0.001_seed-1",
+        "optim.lr-0.002_seed-0",
+        "optim.lr-0.002_seed-1",
+    ]
+    assert submission.folder == tmp_path / "run" / "slurm" / "submission-001"
+    script = render(submission)
+    assert bash_accepts(script)
+    assert "#SBATCH --array=0-3" in script
+    for run in submission.runs:
+        config = compose_config(run.overrides)
+        assert tmp_path / config.run_dir == run.run_dir
+        assert f"optim.lr-{config.optim.lr}_seed-{config.seed}" == run.run_dir.name
+    named = compose_submission([*BASE, "seed=0,1", "run_dir='runs/${seed}'"], tmp_path)
+    assert [run.run_dir for run in named.runs] == [tmp_path / "runs" / "0", tmp_path / "runs" / "1"]
+
+
+def test_the_site_of_the_environment_reaches_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAMBA_TRAIN_SITE", "example_site")
+    overrides = [*BASE, "run_dir=run"]
+    submission = compose_submission(overrides, tmp_path)
+    assert submission.slurm.partition == "gpu"
+    assert submission.runs[0].overrides[0] == "slurm=example_site"
+    assert "module load cuda" in render(submission)
+    monkeypatch.delenv("MAMBA_TRAIN_SITE")
+    assert compose_submission(overrides, tmp_path).slurm.partition is None
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("slurm.nodes=null", "slurm.nodes has no value"),
+        ("engine=single", "engine.name=single: it trains on one device"),
+        ("training.global_batch_size=6", "expected a multiple of 4 processes"),
+        ("checkpoint.resume=false", "checkpoint.resume=False"),
+        ("slurm.time=soon", "slurm.time=soon: expected MINUTES"),
+        ("slurm.time=2", "slurm.signal_seconds=180: expected less than slurm.time (2)"),
+        ("slurm.environment=[A]", "slurm.environment=['A']: expected entries of the form NAME=VALUE"),
+        ("slurm.sbatch=[x]", "slurm.sbatch=['x']: expected options of sbatch"),
+        ("slurm.container_image=x", "slurm.container and slurm.container_image go together"),
+        ("slurm.partition=a,b,", "cannot read the command line"),
+        ("slurm.max_stalled_starts=0", "slurm.max_stalled_starts=0: expected more than 0"),
+    ],
+)
+def test_mistakes(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
+        compose_submission([*BASE, "run_dir=run", override], tmp_path)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("24:00:00", 86400),
+        ("2-0", 172800),
+        ("1-12:00:00", 129600),
+        ("1-02:03", 93780),
+        ("x", None),
+        ("", None),
+        ("-5", None),
+    ],
+)
+def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int | None) -> None:
+    assert seconds_of(text) == seconds
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        env = {**environment(), "PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"}
+        command = [sys.executable, "-m", "slurm.submit", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+
+    shown = run("--dry-run", *BASE)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("#!/bin/bash\n#SBATCH")
+    assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
+    refused = run(*BASE, "model.d_modl=3")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "did you mean model.d_model?" in refused.stderr
+
+
+FAKES = {
+    # An srun that ends as the file `ends` says, one line for each time, and a SLURM that says the job runs.
+    "srun": 'line=$(head -n 1 ends); sed -i 1d ends; eval "$line"',
+    "squeue": 'case "$*" in *%T*) cat state;; *%e*) echo 2030-01-01T00:00:00;; esac',
+    "scontrol": 'echo "$@" >>scontrol.log; [ "$1" != show ] || echo node1',
+}
+
+
+@pytest.mark.parametrize(
+    ("ends", "exit_codes", "events", "requeues"),
+    [
+        (["exit 0"], [0], ["start", "finished"], 0),
+        (["exit 2"], [2], ["start", "refused"], 0),
+        (["exit 75"], [75], ["start", "requeue"], 1),
+        (["exit 1", "exit 0"], [1, 0], ["start", "requeue", "start", "finished"], 1),
+        # No new checkpoint in three starts: given up. With one in between, it goes on.
+        (["exit 1"] * 3, [1, 1, 1], ["start", "requeue"] * 3 + ["gave up"], 2),
+        (
+            ["exit 1", "mkdir -p run/checkpoints/step_00000010; exit 1", "exit 1", "exit 1", "exit 0"],
+            [1, 1, 1, 1, 0],
+            ["start", "requeue"] * 4 + ["start", "finished"],
+            4,
+        ),
+        (["echo CANCELLED >state; exit 75"], [75], ["start", "left to SLURM"], 0),
+    ],
+)
+def test_when_a_job_comes_back(
+    tmp_path: Path, ends: list[str], exit_codes: list[int], events: list[str], requeues: int
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, body in FAKES.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "ends").write_text("\n".join(ends) + "\n")
+    (tmp_path / "state").write_text("RUNNING\n")
+    (tmp_path / "scontrol.log").touch()
+    script = script_of(tmp_path, "slurm.health_check=false")
+    for number, code in enumerate(exit_codes):
+        env = {
+            "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node1",
+            **({"SLURM_RESTART_COUNT": str(number)} if number else {}),
+        }
+        result = subprocess.run(["bash"], input=script, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert result.returncode == code, result.stdout + result.stderr
+    history = [json.loads(line) for line in (tmp_path / "run" / "slurm" / "history.jsonl").read_text().splitlines()]
+    assert [entry["event"] for entry in history] == events
+    assert (tmp_path / "scontrol.log").read_text().count("requeue 7") == requeues
