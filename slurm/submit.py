@@ -78,7 +78,7 @@ def compose_submission(overrides: list[str], working_dir: Path) -> Submission:
 
 def sweep(overrides: list[str]) -> list[list[str]]:
     """The overrides of each run: every combination of the keys that have several values."""
-    fixed = [override.input_line for override in _parse(overrides) if not override.is_sweep_override()]
+    fixed = [str(override.input_line) for override in _parse(overrides) if not override.is_sweep_override()]
     return [[*fixed, *swept] for swept in swept_values(overrides)]
 
 
