@@ -38,7 +38,7 @@ from mamba_train.training.preemption import StopRequest
 from mamba_train.training.state import TrainState
 from mamba_train.training.trainer import Trainer
 
-LOST_NODE_PATIENCE_SECONDS = 120.0
+LOST_NODE_PATIENCE_SECONDS = 600.0
 CODE_FOLDERS = ("kernels", "mamba_train")
 
 Log = Callable[[str], None]

@@ -122,6 +122,8 @@ class Trainer:
     def _stop_here(self) -> NoReturn:
         for hook in self.hooks:
             hook.on_stop(self)
+        # Nobody leaves while another rank still needs it to finish the save.
+        self.engine.sum_over_ranks(torch.zeros((), device=self.engine.device))
         reason = self.stop.reason or "another rank was asked to stop"
         raise Stopped(f"stopped after step {self.state.step}, which is saved ({reason})")
 

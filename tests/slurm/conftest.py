@@ -12,8 +12,22 @@ from mamba_train.checkpoint.storage import complete_steps
 from tests.helpers import REPOSITORY, TINY_RUN, curve, environment, metrics, train_command
 from tests.slurm.cluster import N_NODES, Cluster, wait_for, why_not
 
-# Sixteen micro-batches a step: slow enough to be caught in the middle.
-SLOW_STEPS = ["training.global_batch_size=16", "training.micro_batch_size=1", "schedule=constant"]
+# Put into a job's copy of the code: its steps are slow enough to be caught in the middle, and cost no more.
+SLOW_STEPS = """
+
+import time
+
+_step = Trainer._step
+
+
+def _slow_step(self):
+    time.sleep({seconds})
+    return _step(self)
+
+
+Trainer._step = _slow_step
+print("the copy runs")
+"""
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +94,6 @@ def submit(
             f"data.path={corpus}",
             f"data.cache_dir={corpus.parent / 'cache'}",
             *TINY_RUN,
-            *SLOW_STEPS,
             "slurm.nodes=1",
             "slurm.gpus_per_node=0",
             "slurm.time=10",
@@ -96,10 +109,20 @@ def submit(
     )
 
 
-def submit_job(cluster: Cluster, folder: Path, corpus: Path, *overrides: str, env: dict[str, str] | None = None) -> Job:
+def submit_job(
+    cluster: Cluster,
+    folder: Path,
+    corpus: Path,
+    *overrides: str,
+    step_seconds: float = 0.1,
+    env: dict[str, str] | None = None,
+) -> Job:
+    """Submit a run whose steps take at least `step_seconds`."""
     result = submit(cluster, folder, corpus, *overrides, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     job = next(line for line in result.stdout.splitlines() if line.startswith("job ")).split()[1].rstrip(":")
+    copy = folder / "run" / "slurm" / "submission-001" / "code" / "mamba_train" / "training" / "trainer.py"
+    copy.write_text(copy.read_text() + SLOW_STEPS.format(seconds=step_seconds))
     return Job(cluster, job, folder / "run")
 
 
@@ -107,10 +130,9 @@ class Undisturbed:
     """The same run without SLURM, in a process beside the job."""
 
     def __init__(self, folder: Path, corpus: Path, *overrides: str) -> None:
-        folder.mkdir(exist_ok=True)
         self.run_dir = folder / "undisturbed"
         self._process = subprocess.Popen(
-            train_command(self.run_dir, corpus, *SLOW_STEPS, *overrides),
+            train_command(self.run_dir, corpus, *overrides),
             cwd=folder,
             env=environment(),
             stdout=subprocess.DEVNULL,
@@ -118,13 +140,10 @@ class Undisturbed:
             text=True,
         )
 
-    def wait(self) -> None:
-        _, stderr = self._process.communicate(timeout=240)
-        assert self._process.returncode == 0, stderr
-
     def check_equal(self, job: Job) -> None:
         """Steps, tokens, losses, grad norms and learning rates, bit by bit."""
-        self.wait()
+        _, stderr = self._process.communicate(timeout=240)
+        assert self._process.returncode == 0, stderr
         assert curve(job.run_dir) == curve(self.run_dir)
         losses = [record["loss"] for record in metrics(job.run_dir)]
         assert losses[-1] < losses[0] - 0.5, "the loss must fall for the comparison to mean something"
