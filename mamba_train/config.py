@@ -53,6 +53,14 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class Recompute(StrEnum):
+    """What the backward pass computes again instead of having kept it."""
+
+    none = "none"
+    layer = "layer"  # all of a layer but its inputs
+    keep_scan = "keep_scan"  # all of a layer but its inputs and what its scan returns
+
+
 class WandbMode(StrEnum):
     """Whether metrics go to Weights & Biases."""
 
@@ -164,6 +172,7 @@ class EngineConfig:
     device: DeviceKind = DeviceKind.auto
     precision: Precision = Precision.auto
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
+    recompute: Recompute = Recompute.none  # activation checkpointing: less memory, more computation
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
     zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too
     # fsdp

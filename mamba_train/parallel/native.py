@@ -19,6 +19,7 @@ from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.parallel.engine import Item, StepResult
+from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces
 from mamba_train.ranks import Ranks
 
@@ -41,6 +42,7 @@ class NativeEngine:
         with torch.device("meta"):
             model = MambaLM(model_config)
         check_drawable(model)
+        recompute_activations(model, self.config.recompute)
         self._shard(model)
         model.to_empty(device=self.device)
         self.model_config = model_config

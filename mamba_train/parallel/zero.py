@@ -23,8 +23,15 @@ from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.parallel.engine import Item, StepResult
 from mamba_train.parallel.native import adamw, choose_device, choose_dtype
+from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces
 from mamba_train.ranks import Ranks, lone_group
+
+# How much is in flight at once, in numbers of elements; DeepSpeed's own values suit models of tens of billions.
+REDUCED_ELEMENTS = 50_000_000  # gradients that are summed together
+GATHERED_ELEMENTS = 200_000_000  # stages 1 and 2: weights that are gathered together after the update
+PREFETCHED_ELEMENTS = 50_000_000  # stage 3: weights on their way
+LIVE_ELEMENTS = 200_000_000  # stage 3: weights that may stay gathered
 
 
 class ZeroEngine:
@@ -57,6 +64,7 @@ class ZeroEngine:
                 model = MambaLM(model_config)
             model.to_empty(device=self.device)
             initialise_(model, model_config, seed)
+        recompute_activations(model, self.config.recompute)
         self.model_config = model_config
         self._parameters = dict(model.named_parameters())
         optimizer = adamw(self._parameters, optim)
@@ -77,7 +85,15 @@ class ZeroEngine:
             "train_micro_batch_size_per_gpu": 1,  # the loop counts, not DeepSpeed
             "gradient_accumulation_steps": 1,
             "gradient_clipping": optim.max_grad_norm,
-            "zero_optimization": {"stage": self.config.zero_stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": self.config.zero_stage,
+                "reduce_bucket_size": REDUCED_ELEMENTS,
+                "allgather_bucket_size": GATHERED_ELEMENTS,
+                "stage3_prefetch_bucket_size": PREFETCHED_ELEMENTS,
+                "stage3_max_live_parameters": LIVE_ELEMENTS,
+                "stage3_max_reuse_distance": LIVE_ELEMENTS,
+                "stage3_param_persistence_threshold": 0,
+            },
             "torch_autocast": autocast,
             "steps_per_print": 2**62,
         }

@@ -4,6 +4,7 @@ One process start for all of them, because starting is what takes the time.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mamba_train import ranks
 from mamba_train.composition import compose_config
-from mamba_train.config import Config, ModelConfig, OptimConfig
+from mamba_train.config import Config, ModelConfig, OptimConfig, Recompute
 from mamba_train.model import selective_ssm
 from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import resolve_model_config
@@ -75,6 +76,17 @@ def small_gradients_count(engine: Engine) -> list[str]:
         if not abs((ratio - 1) / SMALL - 1) < 0.01:
             lost.append(name)
     return lost
+
+
+def recomputed(config: Config, engine: Engine) -> dict[str, float]:
+    """Largest relative difference of a gradient when activations are computed again in the backward pass."""
+    expected = gradient(engine, 1.0)
+    largest = {}
+    for policy in (Recompute.layer, Recompute.keep_scan):
+        settings = dataclasses.replace(config, engine=dataclasses.replace(config.engine, recompute=policy))
+        found = gradient(make(settings, engine.ranks), 1.0)
+        largest[policy.value] = max(float((found[n] - expected[n]).norm() / expected[n].norm()) for n in expected)
+    return largest
 
 
 def accumulation(engine: Engine) -> float:
@@ -205,6 +217,7 @@ def main() -> None:
     found["clean"] = verdict(engine, fresh=True)
     found["wrong_initial_values"] = wrong_initial_values(engine)
     found["accumulation"] = accumulation(engine)
+    found["recomputed"] = recomputed(exact, engine)
     found["skip"] = skip(engine)
 
     engine = make(mixed, group)

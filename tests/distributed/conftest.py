@@ -1,3 +1,4 @@
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,8 @@ def texts(common: Path) -> Path:
     if not folder.exists():
         # By a rename: another test process may be doing the same.
         made = write_corpus(common / f"corpus.{id(folder)}")
-        try:
+        with contextlib.suppress(OSError):
             made.rename(folder)
-        except OSError:
-            pass
     return folder
 
 

@@ -41,7 +41,13 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     """The command line for a number of processes on this machine; 0: plain Python."""
     if processes == 0:
         return [sys.executable, *arguments]
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=localhost"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        "--master-addr=localhost",
+    ]
     return [*launcher, f"--master-port={free_port()}", *arguments]
 
 
@@ -64,6 +70,7 @@ def overrides(corpus: Path, run_dir: Path, *more: str) -> list[str]:
         "training.global_batch_size=8",
         "training.total_steps=30",
         "checkpoint.interval_steps=15",
+        "checkpoint.keep_last=9",
         "checkpoint.verify_forward=true",
         "engine.device=cpu",
         f"run_dir={run_dir}",
@@ -79,7 +86,9 @@ def drive(
     topology: Topology, corpus: Path, run_dir: Path, *more: str, options: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Train with driver.py to the end; what it noted is in `notes`."""
-    command = torchrun(topology.processes, str(DRIVER), *options, *overrides(corpus, run_dir, *topology.overrides, *more))
+    command = torchrun(
+        topology.processes, str(DRIVER), *options, *overrides(corpus, run_dir, *topology.overrides, *more)
+    )
     return subprocess.run(
         command, cwd=corpus.parent, env=child_environment(), capture_output=True, text=True, timeout=300
     )

@@ -45,6 +45,7 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
     assert "A_log has weight decay" in found["misplaced"]
     assert found["lost"] == [], "gradients are not summed in fp32"
     assert found["accumulation"] < 1e-5
+    assert max(found["recomputed"].values()) < 1e-6
     assert found["clipped_norm"] == pytest.approx(0.5, rel=1e-3)
     for skip in (found["skip"], found["skip in bf16"]):
         assert skip["skipped"]

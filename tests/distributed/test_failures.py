@@ -125,7 +125,7 @@ def test_killed_in_the_middle_of_an_asynchronous_save(
     if name.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
     topology, run_dir = TOPOLOGIES[name], tmp_path / "run"
-    often = ("checkpoint.interval_steps=5", "checkpoint.keep_last=9")
+    often = ("checkpoint.interval_steps=5",)
     command = torchrun(topology.processes, str(DRIVER), "--stall-save-of", "10")
     command += overrides(texts, run_dir, *topology.overrides, *often)
     process = subprocess.Popen(
