@@ -39,6 +39,7 @@ class DeviceKind(StrEnum):
 class EngineKind(StrEnum):
     """Who executes the step."""
 
+    auto = "auto"  # single, ddp or fsdp, as processes and memory suggest
     single = "single"  # one device, one process
     ddp = "ddp"  # the whole model on every rank
     deepspeed = "deepspeed"  # ZeRO-1, 2, 3

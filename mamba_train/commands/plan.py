@@ -48,27 +48,22 @@ def run(args: argparse.Namespace) -> None:
 
     from mamba_train.monitor.flops import datasheet_peak
     from mamba_train.monitor.plan import make_plan
+    from mamba_train.parallel.auto import choose_engine, probable_vocab_size
 
     peak = args.peak_tflops * 1e12 if args.peak_tflops else datasheet_peak(args.device, torch.bfloat16)
     if peak is None:
         raise ValueError(f"--device {args.device}: its peak is not known here; give --peak-tflops")
     device = f"{peak / 1e12:g} TFLOP/s" if args.peak_tflops else f"{args.device} ({peak / 1e12:g} TFLOP/s in bf16)"
-    plan = make_plan(config, _vocab_size(config))
+    plan = make_plan(config, probable_vocab_size(config))
     n_gpus = 1 if config.engine.name is EngineKind.single else args.gpus or DEFAULT_GPUS
     gpu_bytes = GIB * (args.gpu_memory_gib or DEVICE_MEMORY_GIB.get(args.device.upper(), float("inf")))
+    if config.engine.name is EngineKind.auto:
+        config.engine.name, reason = choose_engine(config, n_gpus, gpu_bytes)
+        print(f"engine=auto: {config.engine.name}, {reason}\n")
     memory = _memory(plan, config, n_gpus, gpu_bytes)
     for section in (_model(plan), memory, _disk(plan, config), _time(plan, peak, device, args)):
         print("\n".join(section) + "\n")
     _check_fits(plan, config, n_gpus, gpu_bytes)
-
-
-def _vocab_size(config: Config) -> int:
-    """Of the tokenizer, as far as it can be known before the data is prepared."""
-    if config.data.tokenizer and Path(config.data.tokenizer).is_file():
-        from mamba_train.data.tokenizer import load_tokenizer
-
-        return load_tokenizer(config.data.tokenizer).vocab_size
-    return config.model.vocab_size or config.data.vocab_size
 
 
 def _model(plan: "Plan") -> list[str]:
@@ -91,7 +86,8 @@ def _memory(plan: "Plan", config: Config, n_gpus: int, gpu_bytes: float) -> list
     share = f", {total / gpu_bytes:.0%} of it" if gpu_bytes < float("inf") else ""
     return [
         f"memory of each of {n_gpus} device{'s' if n_gpus > 1 else ''}, engine.name={config.engine.name}, "
-        f"micro-batches of {batch} x {length:,} tokens, engine.recompute={config.engine.recompute}: {_size(total)}{share}",
+        f"micro-batches of {batch} x {length:,} tokens, engine.recompute={config.engine.recompute}: "
+        f"{_size(total)}{share}",
         *(_row(name, _size(size), size / total) for name, size in memory.items()),
         f"  besides about {_size(OVERHEAD_BYTES)} for the CUDA context, NCCL and fragments",
     ]

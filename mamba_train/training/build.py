@@ -21,6 +21,7 @@ from mamba_train.data.prepare import prepare
 from mamba_train.model.language_model import resolve_model_config
 from mamba_train.monitor.flops import flops_per_token, peak_flops
 from mamba_train.monitor.progress import Progress
+from mamba_train.parallel.auto import resolve_auto
 from mamba_train.parallel.build import build_engine
 from mamba_train.parallel.engine import Engine
 from mamba_train.ranks import join
@@ -53,6 +54,7 @@ def build_trainer(config: Config) -> Trainer:
     mode = config.logging.progress if is_first else ProgressMode.silent
     progress = Progress(mode, config.training.total_steps, config.logging.progress_interval_steps)
     log: Log = progress.message if is_first else _say_nothing
+    config = dataclasses.replace(config, engine=resolve_auto(config, ranks, log))
     # Says at once when this machine cannot run it.
     engine = ranks.together(lambda: build_engine(config.engine, ranks))
 
