@@ -10,7 +10,7 @@ import pytest
 from mamba_train.model.initialise import draw
 from tests.distributed.checks import MODEL
 from tests.distributed.launch import TOPOLOGIES, child_environment, torchrun
-from tests.distributed.test_parity import EACH, skip_without
+from tests.distributed.test_parity import OTHERS, skip_without
 
 CHECKS = Path(__file__).with_name("checks.py")
 
@@ -25,7 +25,9 @@ def check(name: str, *overrides: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "fsdp x 2" else pytest.mark.slow) for name in OTHERS]
+)
 def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> None:
     skip_without(name)
     found = check(name)

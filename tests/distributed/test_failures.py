@@ -74,10 +74,10 @@ def test_srun_starts_a_run_too(runs: SharedRuns, texts: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("wrong_on", "override", "said"),
     [
-        ((0, 1), "optim.lr=inf", "optim.lr=inf"),
+        pytest.param((0, 1), "optim.lr=inf", "optim.lr=inf", marks=pytest.mark.slow),
         ((1,), "optim.lr=inf", "optim.lr=inf"),
-        ((0,), "optim.lr=inf", "optim.lr=inf"),
-        ((0, 1), "engine=single", "engine=ddp"),
+        pytest.param((0,), "optim.lr=inf", "optim.lr=inf", marks=pytest.mark.slow),
+        pytest.param((0, 1), "engine=single", "engine=ddp", marks=pytest.mark.slow),
     ],
 )
 def test_an_error_is_said_once_and_all_ranks_exit_with_2(

@@ -39,6 +39,32 @@ def test_the_same_run_under_every_engine(runs: SharedRuns, name: str) -> None:
     assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) < TOLERANCE
 
 
+HYBRID = (
+    "model.mixer=mamba2",
+    "model.head_dim=8",
+    "model.attention_layers=[1]",
+    "model.attention_heads=4",
+    "model.attention_d_conv=3",
+    "model.d_intermediate=40",
+    "model.tie_embeddings=false",
+    "training.total_steps=15",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp x 4", "zero-2 x 2", "zero-3 x 2"])
+def test_mamba2_attention_and_mlps_too(texts: Path, tmp_path: Path, name: str) -> None:
+    skip_without(name)
+    for topology, run_dir in (("one", tmp_path / "one"), (name, tmp_path / "other")):
+        result = drive(TOPOLOGIES[topology], texts, run_dir, *HYBRID)
+        assert result.returncode == 0, result.stderr[-4000:]
+    assert notes(tmp_path / "one")[0]["start"] == notes(tmp_path / "other")[1]["start"]
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "other")
+    assert found[-1] < found[0] - 0.5
+    assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) < TOLERANCE
+
+
+@pytest.mark.slow
 def test_swapped_ranks_are_noticed(runs: SharedRuns, texts: Path, tmp_path: Path) -> None:
     """The sum over the ranks does not see which rank had which rows; the comparison of the rows does."""
     short = ("training.total_steps=2", "schedule.warmup_steps=1")
