@@ -172,6 +172,8 @@ class EngineConfig:
     name: EngineKind = EngineKind.single
     device: DeviceKind = DeviceKind.auto
     precision: Precision = Precision.auto
+    layer_grad_norms: bool = False  # the norm of each layer's gradient among the metrics
+    kernel_cache: str | None = None  # folder for compiled kernels, best on a disk of the node; null: the user's cache
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
     recompute: Recompute = Recompute.none  # activation checkpointing: less memory, more computation
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
@@ -189,6 +191,8 @@ class LoggingConfig:
     progress: ProgressMode = ProgressMode.auto
     progress_interval_steps: int = 10  # plain lines only; the bar moves every step
     ssm_health_interval_steps: int = 20  # 0: never
+    profile_steps: list[int] = field(default_factory=list)  # steps of which every rank writes a trace
+    memory_snapshot: bool = False  # write who held what when a GPU runs out of memory
     wandb: WandbMode = WandbMode.auto
     wandb_project: str = "mamba-train"
     wandb_name: str | None = None  # null: the name of the run folder

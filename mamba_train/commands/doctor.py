@@ -125,9 +125,8 @@ def _bandwidth(engine: "Engine", say: Callable[[str], None]) -> None:
         seconds.append(time.perf_counter() - begin)
     assert float(total[0]) == engine.world_size, "the all-reduce computed a wrong sum"
     moved = 2 * (engine.world_size - 1) / engine.world_size * n_bytes
-    say(
-        f"all-reduce of {n_bytes / 2**20:.0f} MiB over {engine.world_size} ranks: {moved / min(seconds[1:]) / 1e9:.2f} GB/s"
-    )
+    rate = moved / min(seconds[1:]) / 1e9
+    say(f"all-reduce of {n_bytes / 2**20:.0f} MiB over {engine.world_size} ranks: {rate:.2f} GB/s")
 
 
 def _disk(config: Config, say: Callable[[str], None], problems: list[str]) -> None:

@@ -30,6 +30,7 @@ from mamba_train.training.forward_check import check_forward_loss
 from mamba_train.training.hooks.base import Hook
 from mamba_train.training.hooks.checkpointing import CheckpointHook
 from mamba_train.training.hooks.health import HealthHook
+from mamba_train.training.hooks.inspection import MemorySnapshotHook, ProfilerHook
 from mamba_train.training.hooks.recording import RecordingHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
 from mamba_train.training.hooks.validation import ValidationHook
@@ -224,7 +225,12 @@ def _hooks(
     checkpointing = CheckpointHook(
         checkpoints_dir(run_dir), config.checkpoint, engine.ranks, shown_config, fingerprints, log
     )
+    logging = config.logging
+    inspection: list[Hook] = [ProfilerHook(run_dir, logging.profile_steps, engine.rank, log)]
+    if logging.memory_snapshot:
+        inspection.append(MemorySnapshotHook(run_dir, engine.rank, engine.device, log))
     return [
+        *inspection,
         HealthHook(config.model, config.logging.ssm_health_interval_steps),
         ValidationHook(list(batches), training.validation_interval_steps, bytes_per_token),
         UtilisationHook(flops_per_token(config.model, length), peak_flops(engine.device, engine.compute_dtype)),

@@ -132,6 +132,14 @@ def skip(engine: Engine) -> dict[str, Any]:
     }
 
 
+def layer_norms(config: Config, group: Ranks) -> dict[str, float]:
+    """Of the first step, with the norm of all gradients as `all`."""
+    engine = make(dataclasses.replace(config, engine=dataclasses.replace(config.engine, layer_grad_norms=True)), group)
+    backward(engine)
+    result = engine.step(1e-2)
+    return {**result.layer_grad_norms, "all": result.grad_norm}
+
+
 def clipping(engine: Engine) -> float:
     """Norm of what Adam sees of a large gradient when the limit is 0.5."""
     zero_moments(engine)
@@ -242,6 +250,7 @@ def main() -> None:
     engine = build_engine(exact.engine, group)
     engine.prepare(MODEL, clipped, seed=0)
     found["clipped_norm"] = clipping(engine)
+    found["layer_norms"] = layer_norms(exact, group)
     if group.rank == 0:
         print("FOUND " + json.dumps(found))
     ranks.leave()

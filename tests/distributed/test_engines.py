@@ -1,6 +1,7 @@
 """What each engine promises, looked at from inside its ranks (checks.py)."""
 
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
     assert found["accumulation"] < 1e-5
     assert max(found["recomputed"].values()) < 1e-6
     assert found["clipped_norm"] == pytest.approx(0.5, rel=1e-3)
+    norms = found["layer_norms"]
+    assert norms.keys() == {"embedding", "layer_00", "layer_01", "norm", "all"}
+    assert norms["all"] == pytest.approx(math.sqrt(sum(v**2 for k, v in norms.items() if k != "all")), rel=1e-4)
+    assert norms["layer_00"] != pytest.approx(norms["layer_01"], rel=1e-3)
     for skip in (found["skip"], found["skip in bf16"]):
         assert skip["skipped"]
         assert skip["changed"] == []
