@@ -8,6 +8,7 @@ from mamba_train.composition import user_errors_exit
 # Each is a module of mamba_train.commands with `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = {
     "convert": "weights to and from the layouts of transformers and state-spaces",
+    "doctor": "say whether a run would start on this machine",
     "generate": "write text with a trained model",
     "plan": "say what a run needs: parameters, FLOPs, memory, disk, time",
     "report": "draw the curves of one or several runs",

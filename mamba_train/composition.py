@@ -105,11 +105,11 @@ def exit_with_error(error: Exception, code: int = EXIT_USER_ERROR) -> NoReturn:
     When the run has several ranks, all of them exit, and one prints the line.
     """
     error = ranks.fail_together(error)
-    if isinstance(error, ranks.OtherRankFailed):
-        raise SystemExit(code) from None
-    if os.environ.get("MAMBA_TRAIN_TRACEBACK"):
-        traceback.print_exception(error)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if not isinstance(error, ranks.OtherRankFailed):
+        if os.environ.get("MAMBA_TRAIN_TRACEBACK"):
+            traceback.print_exception(error)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    ranks.leave(code)
     # Without `from None` the exception would print itself as the context of SystemExit.
     raise SystemExit(code) from None
 

@@ -39,6 +39,7 @@ class DeviceKind(StrEnum):
 class EngineKind(StrEnum):
     """Who executes the step."""
 
+    auto = "auto"  # single, ddp or fsdp, as processes and memory suggest
     single = "single"  # one device, one process
     ddp = "ddp"  # the whole model on every rank
     deepspeed = "deepspeed"  # ZeRO-1, 2, 3
@@ -51,6 +52,14 @@ class Precision(StrEnum):
     auto = "auto"  # bf16 on CUDA, fp32 on the CPU
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Recompute(StrEnum):
+    """What the backward pass computes again instead of having kept it."""
+
+    none = "none"
+    layer = "layer"  # all of a layer but its inputs
+    keep_scan = "keep_scan"  # all of a layer but its inputs and what its scan returns
 
 
 class WandbMode(StrEnum):
@@ -171,7 +180,10 @@ class EngineConfig:
     name: EngineKind = EngineKind.single
     device: DeviceKind = DeviceKind.auto
     precision: Precision = Precision.auto
+    layer_grad_norms: bool = False  # the norm of each layer's gradient among the metrics
+    kernel_cache: str | None = None  # folder for compiled kernels, best on a disk of the node; null: the user's cache
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
+    recompute: Recompute = Recompute.none  # activation checkpointing: less memory, more computation
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
     zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too
     # fsdp
@@ -187,6 +199,8 @@ class LoggingConfig:
     progress: ProgressMode = ProgressMode.auto
     progress_interval_steps: int = 10  # plain lines only; the bar moves every step
     ssm_health_interval_steps: int = 20  # 0: never
+    profile_steps: list[int] = field(default_factory=list)  # steps of which every rank writes a trace
+    memory_snapshot: bool = False  # write who held what when a GPU runs out of memory
     wandb: WandbMode = WandbMode.auto
     wandb_project: str = "mamba-train"
     wandb_name: str | None = None  # null: the name of the run folder
@@ -225,6 +239,7 @@ class SlurmConfig:
     time: str = "24:00:00"  # limit of one start: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS
     job_name: str | None = None  # null: the name of the run folder
     # what a site decides: best in a file of conf/slurm/
+    gpu: str = "H100"  # what the nodes have, for the plan
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

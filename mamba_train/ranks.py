@@ -6,9 +6,12 @@ between ranks (a file that only one of them sees, a disk that is full) is taken 
 on, or all of them raise.
 """
 
+import atexit
 import json
 import os
 import re
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -220,12 +223,24 @@ def lone_group() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def leave() -> None:
-    """Take down the process group after a run that went well; after an error it is left to die with the process."""
+def leave(code: int = 0) -> None:
+    """End this process in good order when all ranks end; a single process goes on.
+
+    After an error that only one rank has, don't: the others are not there to answer.
+    """
+    if launch().world_size == 1:
+        return
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if _joined is not None and dist.is_initialized():
+        _joined.any(False)  # rank 0 may hold the store that others still ask
         dist.destroy_process_group()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of gloo outlive the process group, and would abort the process while the interpreter takes itself down.
+    os._exit(code)
 
 
 def fail_together(error: Exception) -> Exception:

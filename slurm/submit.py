@@ -141,7 +141,8 @@ def refuse_second_job(submission: Submission) -> None:
 
 def plan(submission: Submission) -> None:
     """Print the plan of the first run; a config that cannot be planned is not submitted."""
-    command = [sys.executable, "-m", "mamba_train", "plan", *submission.runs[0].overrides]
+    command = [sys.executable, "-m", "mamba_train", "plan", "--device", submission.slurm.gpu]
+    command += submission.runs[0].overrides
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(command, cwd=submission.working_dir, env=environment)
     if result.returncode:

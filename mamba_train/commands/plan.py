@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_train.composition import compose_config
-from mamba_train.config import Config
+from mamba_train.config import Config, EngineKind
 
 if TYPE_CHECKING:
     from mamba_train.monitor.plan import Plan
@@ -16,6 +16,9 @@ GIB = 2**30
 DEFAULT_DEVICE = "H100"
 DEFAULT_MFU = 0.3
 DEVICE_COUNTS = (1, 8, 64, 256)
+DEFAULT_GPUS = 8  # whose memory is planned, unless --gpus says another number, when the engine runs on several
+# What torch can allocate on them, in GiB.
+DEVICE_MEMORY_GIB = {"A100": 79.0, "H100": 79.0, "H200": 139.0, "B200": 178.0}
 # Not there yet on the machine where a run is planned.
 MAY_BE_MISSING = ("data.path", "data.tokenizer", "init_from")
 
@@ -27,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus", type=int, metavar="N", help="how many devices share the work (default: slurm.nodes, else several)"
     )
     parser.add_argument("--device", default=DEFAULT_DEVICE, help=f"whose peak counts (default: {DEFAULT_DEVICE})")
+    parser.add_argument("--gpu-memory-gib", type=float, metavar="X", help="of one device (default: the --device's)")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="peak of one device, instead of --device")
     parser.add_argument(
         "--mfu", type=float, default=DEFAULT_MFU, help=f"share of the peak that is reached (default: {DEFAULT_MFU})"
@@ -34,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the plan; raises ValueError, one line, for a wrong config or option."""
+    """Print the plan; raises ValueError, one line, for a wrong config or option, or a run that does not fit."""
     if args.gpus is not None and args.gpus < 1:
         raise ValueError(f"--gpus {args.gpus}: expected at least 1")
     if not 0 < args.mfu <= 1:
@@ -46,23 +50,22 @@ def run(args: argparse.Namespace) -> None:
 
     from mamba_train.monitor.flops import datasheet_peak
     from mamba_train.monitor.plan import make_plan
+    from mamba_train.parallel.auto import choose_engine, probable_vocab_size
 
     peak = args.peak_tflops * 1e12 if args.peak_tflops else datasheet_peak(args.device, torch.bfloat16)
     if peak is None:
         raise ValueError(f"--device {args.device}: its peak is not known here; give --peak-tflops")
     device = f"{peak / 1e12:g} TFLOP/s" if args.peak_tflops else f"{args.device} ({peak / 1e12:g} TFLOP/s in bf16)"
-    plan = make_plan(config, _vocab_size(config))
-    for section in (_model(plan), _memory(plan, config), _disk(plan, config), _time(plan, config, peak, device, args)):
+    plan = make_plan(config, probable_vocab_size(config))
+    n_gpus = 1 if config.engine.name is EngineKind.single else _n_gpus(config, args) or DEFAULT_GPUS
+    gpu_bytes = GIB * (args.gpu_memory_gib or DEVICE_MEMORY_GIB.get(args.device.upper(), float("inf")))
+    if config.engine.name is EngineKind.auto:
+        config.engine.name, reason = choose_engine(config, n_gpus, gpu_bytes)
+        print(f"engine=auto: {config.engine.name}, {reason}\n")
+    memory = _memory(plan, config, n_gpus, gpu_bytes)
+    for section in (_model(plan), memory, _disk(plan, config), _time(plan, config, peak, device, args)):
         print("\n".join(section) + "\n")
-
-
-def _vocab_size(config: Config) -> int:
-    """Of the tokenizer, as far as it can be known before the data is prepared."""
-    if config.data.tokenizer and Path(config.data.tokenizer).is_file():
-        from mamba_train.data.tokenizer import load_tokenizer
-
-        return load_tokenizer(config.data.tokenizer).vocab_size
-    return config.model.vocab_size or config.data.vocab_size
+    _check_fits(plan, config, n_gpus, gpu_bytes)
 
 
 def _model(plan: "Plan") -> list[str]:
@@ -76,15 +79,34 @@ def _model(plan: "Plan") -> list[str]:
     ]
 
 
-def _memory(plan: "Plan", config: Config) -> list[str]:
-    total = sum(plan.memory_bytes.values())
+def _memory(plan: "Plan", config: Config, n_gpus: int, gpu_bytes: float) -> list[str]:
+    from mamba_train.parallel.memory import OVERHEAD_BYTES, memory_per_device
+
+    memory = memory_per_device(config, plan.model, n_gpus)
+    total = sum(memory.values())
     batch, length = config.training.micro_batch_size, config.data.sequence_length
+    share = f", {total / gpu_bytes:.0%} of it" if gpu_bytes < float("inf") else ""
     return [
-        f"memory of one device, engine.name={config.engine.name}, micro-batches of {batch} x {length:,} tokens: "
-        f"{_size(total)}",
-        *(_row(name, _size(size), size / total) for name, size in plan.memory_bytes.items()),
-        f"  activations: {plan.activation_bytes_per_token:,} bytes per token, nothing recomputed",
+        f"memory of each of {n_gpus} device{'s' if n_gpus > 1 else ''}, engine.name={config.engine.name}, "
+        f"micro-batches of {batch} x {length:,} tokens, engine.recompute={config.engine.recompute}: "
+        f"{_size(total)}{share}",
+        *(_row(name, _size(size), size / total) for name, size in memory.items()),
+        f"  besides about {_size(OVERHEAD_BYTES)} for the CUDA context, NCCL and fragments",
     ]
+
+
+def _check_fits(plan: "Plan", config: Config, n_gpus: int, gpu_bytes: float) -> None:
+    from mamba_train.parallel.memory import OVERHEAD_BYTES, fits, memory_per_device, remedy
+
+    if fits(config, plan.model, n_gpus, gpu_bytes):
+        return
+    needed = sum(memory_per_device(config, plan.model, n_gpus).values()) + OVERHEAD_BYTES
+    change = remedy(config, plan.model, n_gpus, gpu_bytes)
+    advice = f"it fits with {change}" if change else "use more GPUs and engine=fsdp, or GPUs with more memory"
+    raise ValueError(
+        f"engine.name={config.engine.name}: the run needs {needed / GIB:.1f} GiB on each of {n_gpus} devices, which "
+        f"have {gpu_bytes / GIB:.1f} GiB; {advice}"
+    )
 
 
 def _disk(plan: "Plan", config: Config) -> list[str]:

@@ -1,6 +1,8 @@
 """Pick the engine that a config names."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 from mamba_train.config import EngineConfig, EngineKind
 from mamba_train.parallel.engine import Engine
@@ -17,6 +19,8 @@ def build_engine(config: EngineConfig, ranks: Ranks) -> Engine:
         raise ValueError(
             f"engine=single: it runs one process, and {ranks.world_size} were started; use engine=ddp or engine=fsdp"
         )
+    if config.kernel_cache is not None:
+        use_kernel_cache(Path(config.kernel_cache).expanduser())
     engines: dict[EngineKind, Callable[[EngineConfig, Ranks], Engine]] = {
         EngineKind.single: NativeEngine,
         EngineKind.ddp: ReplicatedEngine,
@@ -24,3 +28,17 @@ def build_engine(config: EngineConfig, ranks: Ranks) -> Engine:
         EngineKind.deepspeed: ZeroEngine,
     }
     return engines[config.name](config, ranks)
+
+
+def use_kernel_cache(folder: Path) -> None:
+    """Keep what NVRTC, Triton and the inductor compile under one folder; raises ValueError when it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"engine.kernel_cache={folder}: it cannot be made ({error.strerror})") from error
+    for variable, name in (
+        ("MAMBA_TRAIN_KERNEL_CACHE", "mamba_train"),
+        ("TRITON_CACHE_DIR", "triton"),
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+    ):
+        os.environ[variable] = str(folder.absolute() / name)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
@@ -21,11 +21,13 @@ class StepResult:
     """What an optimiser step did; equal on all ranks.
 
     grad_norm: of all gradients together, before clipping. skipped: nothing was changed, because the
-    norm was not finite.
+    norm was not finite. layer_grad_norms: of the gradient of each layer and of what is outside of the layers, before
+    clipping; empty unless engine.layer_grad_norms asks for them.
     """
 
     grad_norm: float
     skipped: bool
+    layer_grad_norms: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -19,7 +19,8 @@ from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.parallel.engine import Item, StepResult
-from mamba_train.parallel.state import check_drawable, draw_pieces
+from mamba_train.parallel.recompute import recompute_activations
+from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks
 
 
@@ -41,6 +42,7 @@ class NativeEngine:
         with torch.device("meta"):
             model = MambaLM(model_config)
         check_drawable(model)
+        recompute_activations(model, self.config.recompute)
         self._shard(model)
         model.to_empty(device=self.device)
         self.model_config = model_config
@@ -81,6 +83,7 @@ class NativeEngine:
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:
         gradients = [_local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        by_layer = self._layer_norms() if self.config.layer_grad_norms else {}
         norm = self._global_norm(torch.nn.utils.get_total_norm(gradients))
         # The host must know before the update: a skipped step may touch nothing.
         grad_norm = norm.item()
@@ -92,7 +95,15 @@ class NativeEngine:
                 group["lr"] = lr
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm, skipped)
+        return StepResult(grad_norm, skipped, by_layer)
+
+    def _layer_norms(self) -> dict[str, float]:
+        gradients = {name: _local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
+        return norms_by_layer(gradients, self.ranks, self._same_gradients())
+
+    def _same_gradients(self) -> int:
+        """How many ranks have the same part of the gradients: where nothing is cut, all."""
+        return self.world_size
 
     def _global_norm(self, local: Tensor) -> Tensor:
         """The norm over all ranks from that of the gradients that this rank has; the same bits on all ranks."""

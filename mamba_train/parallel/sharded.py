@@ -61,6 +61,9 @@ class ShardedEngine(NativeEngine):
         dist.all_reduce(total)
         return (total / self.config.replicas).sqrt().float()
 
+    def _same_gradients(self) -> int:
+        return self.config.replicas
+
     def _piece(self, tensor: Tensor, number: int) -> Piece:
         if not isinstance(tensor, DTensor):  # the step count, which every rank has
             return Piece.whole(tensor, saved_here=self.rank == 0)

@@ -29,6 +29,28 @@ def check_drawable(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def norms_by_layer(gradients: Mapping[str, Tensor], ranks: Ranks, replicas: int = 1) -> dict[str, float]:
+    """Norm of each layer's gradient, and of each parameter outside the layers, from the part that each rank has.
+
+    gradients: by parameter name. replicas: how many ranks have the same part. All ranks have the same parts of the
+    model in the same order, some of them empty.
+    """
+    parts = {name: part_of(name) for name in gradients}
+    order = {part: number for number, part in enumerate(dict.fromkeys(parts.values()))}
+    device = next(iter(gradients.values())).device
+    squares = torch.zeros(len(order), dtype=torch.float64, device=device)
+    for name, gradient in gradients.items():
+        squares[order[parts[name]]] += gradient.double().square().sum()
+    values = (ranks.sum(squares) / replicas).sqrt().tolist()
+    return dict(zip(order, values, strict=True))
+
+
+def part_of(name: str) -> str:
+    """`layers.7.mixer.ssm.D` is of `layer_07`, `embedding.weight` of `embedding`."""
+    first, *rest = name.split(".")
+    return f"layer_{int(rest[0]):02d}" if first == "layers" else first
+
+
 def load_weights(engine: Engine, weights: Mapping[str, Tensor]) -> None:
     """Put whole weights, which each rank has, into an engine; raises KeyError for a missing parameter."""
     for name, piece in engine.pieces().model.items():

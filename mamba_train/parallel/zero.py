@@ -23,8 +23,15 @@ from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.parallel.engine import Item, StepResult
 from mamba_train.parallel.native import adamw, choose_device, choose_dtype
-from mamba_train.parallel.state import check_drawable, draw_pieces
+from mamba_train.parallel.recompute import recompute_activations
+from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks, lone_group
+
+# How much is in flight at once, in numbers of elements; DeepSpeed's own values suit models of tens of billions.
+REDUCED_ELEMENTS = 50_000_000  # gradients that are summed together
+GATHERED_ELEMENTS = 200_000_000  # stages 1 and 2: weights that are gathered together after the update
+PREFETCHED_ELEMENTS = 50_000_000  # stage 3: weights on their way
+LIVE_ELEMENTS = 200_000_000  # stage 3: weights that may stay gathered
 
 
 class ZeroEngine:
@@ -57,6 +64,7 @@ class ZeroEngine:
                 model = MambaLM(model_config)
             model.to_empty(device=self.device)
             initialise_(model, model_config, seed)
+        recompute_activations(model, self.config.recompute)
         self.model_config = model_config
         self._parameters = dict(model.named_parameters())
         optimizer = adamw(self._parameters, optim)
@@ -77,7 +85,15 @@ class ZeroEngine:
             "train_micro_batch_size_per_gpu": 1,  # the loop counts, not DeepSpeed
             "gradient_accumulation_steps": 1,
             "gradient_clipping": optim.max_grad_norm,
-            "zero_optimization": {"stage": self.config.zero_stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": self.config.zero_stage,
+                "reduce_bucket_size": REDUCED_ELEMENTS,
+                "allgather_bucket_size": GATHERED_ELEMENTS,
+                "stage3_prefetch_bucket_size": PREFETCHED_ELEMENTS,
+                "stage3_max_live_parameters": LIVE_ELEMENTS,
+                "stage3_max_reuse_distance": LIVE_ELEMENTS,
+                "stage3_param_persistence_threshold": 0,
+            },
             "torch_autocast": autocast,
             "steps_per_print": 2**62,
         }
@@ -98,10 +114,30 @@ class ZeroEngine:
     def step(self, lr: float) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        by_layer = norms_by_layer(self._gradients(), self.ranks) if self.config.layer_grad_norms else {}
         self._engine.step()
         grad_norm = float(self._zero._global_grad_norm)
         # With fp32 weights it makes no update when the norm of all gradients is not finite.
-        return StepResult(math.nan if self._zero.overflow else grad_norm, bool(self._zero.overflow))
+        return StepResult(math.nan if self._zero.overflow else grad_norm, bool(self._zero.overflow), by_layer)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """This rank's part of the summed gradient of each parameter, between the backward pass and the update."""
+        found = {}
+        for name, parameter in self._parameters.items():
+            if self.config.zero_stage == 3:
+                n = self._stage_3_piece(parameter).values.numel()
+                found[name] = self._deepspeed.utils.safe_get_local_grad(parameter)[:n]
+                continue
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                found[name] = torch.zeros(0, device=self.device)
+                continue
+            index = parameter._index_in_param_group  # type: ignore[attr-defined]
+            gradient = mapping.get_lp_grad_fragment(index).flatten()
+            if gradient.numel() != mapping.lp_fragment.numel():  # the whole gradient, of which a part is this rank's
+                gradient = gradient.narrow(0, mapping.lp_fragment_address.start, mapping.lp_fragment.numel())
+            found[name] = gradient
+        return found
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.ranks.sum(value)

@@ -22,6 +22,7 @@ from mamba_train.data.prepare import prepare
 from mamba_train.model.language_model import resolve_model_config
 from mamba_train.monitor.flops import flops_per_token, peak_flops
 from mamba_train.monitor.progress import Progress
+from mamba_train.parallel.auto import resolve_auto
 from mamba_train.parallel.build import build_engine
 from mamba_train.parallel.engine import Engine
 from mamba_train.ranks import join
@@ -30,6 +31,7 @@ from mamba_train.training.forward_check import check_forward_loss
 from mamba_train.training.hooks.base import Hook
 from mamba_train.training.hooks.checkpointing import CheckpointHook
 from mamba_train.training.hooks.health import HealthHook
+from mamba_train.training.hooks.inspection import MemorySnapshotHook, ProfilerHook
 from mamba_train.training.hooks.recording import RecordingHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
 from mamba_train.training.hooks.validation import ValidationHook
@@ -56,6 +58,7 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     mode = config.logging.progress if is_first else ProgressMode.silent
     progress = Progress(mode, config.training.total_steps, config.logging.progress_interval_steps)
     log: Log = progress.message if is_first else _say_nothing
+    config = dataclasses.replace(config, engine=resolve_auto(config, ranks, log))
     # Says at once when this machine cannot run it.
     engine = ranks.together(lambda: build_engine(config.engine, ranks))
 
@@ -227,7 +230,12 @@ def _hooks(
     checkpointing = CheckpointHook(
         checkpoints_dir(run_dir), config.checkpoint, engine.ranks, shown_config, fingerprints, log
     )
+    logging = config.logging
+    inspection: list[Hook] = [ProfilerHook(run_dir, logging.profile_steps, engine.rank, log)]
+    if logging.memory_snapshot:
+        inspection.append(MemorySnapshotHook(run_dir, engine.rank, engine.device, log))
     return [
+        *inspection,
         HealthHook(config.model, config.logging.ssm_health_interval_steps),
         ValidationHook(list(batches), training.validation_interval_steps, bytes_per_token),
         UtilisationHook(flops_per_token(config.model, length), peak_flops(engine.device, engine.compute_dtype)),

@@ -170,6 +170,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "lr": lr,
             "skipped": result.skipped,
+            **{f"grad_norm/{part}": norm for part, norm in result.layer_grad_norms.items()},
             "step_seconds": timing.step_seconds,
             "tokens_per_second": timing.tokens_per_second,
             "eta_seconds": timing.eta_seconds,

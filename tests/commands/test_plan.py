@@ -62,6 +62,15 @@ def test_the_size_of_the_job_is_that_of_slurm_nodes(capsys: pytest.CaptureFixtur
     assert "cannot be split" not in printed
 
 
+def test_what_cannot_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    call("experiment=mamba_2.8b_pile", "engine=fsdp", "--gpus", "2")
+    assert "engine.name=fsdp" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"needs \d+\.\d GiB on each of 2 devices, .* it fits with engine\.name=fsdp"):
+        call("experiment=mamba_2.8b_pile", "engine=ddp", "--gpus", "2", "--gpu-memory-gib", "40")
+    with pytest.raises(ValueError, match="use more GPUs"):
+        call("experiment=mamba_2.8b_pile", "--gpu-memory-gib", "24")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

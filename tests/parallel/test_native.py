@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
+from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision, Recompute
 from mamba_train.model.language_model import resolve_model_config
+from mamba_train.model.observe import observe_scans
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.parallel.state import load_weights, whole_state
 from mamba_train.ranks import join
@@ -132,6 +133,20 @@ def test_bf16_computes_in_bf16_over_fp32_masters() -> None:
     assert set(seen) == {torch.bfloat16}
     assert last < 3.0
     assert all(value.dtype is torch.float32 for value in flat(engine).values())
+
+
+@pytest.mark.parametrize(("policy", "scans_again"), [("none", 0), ("layer", 2), ("keep_scan", 0)])
+def test_the_scan_is_computed_again_only_where_the_policy_says(policy: str, scans_again: int) -> None:
+    engine = make_engine(recompute=Recompute(policy))
+    tokens = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(0))
+    loss = engine.model(tokens[:, :-1], tokens[:, 1:])
+    with observe_scans() as calls:
+        engine.backward(loss)
+    assert len(calls) == scans_again
+    plain = make_engine()
+    plain.backward(plain.model(tokens[:, :-1], tokens[:, 1:]))
+    expected = dict(plain.model.named_parameters())
+    assert all(torch.equal(p.grad, expected[name].grad) for name, p in engine.model.named_parameters())
 
 
 def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

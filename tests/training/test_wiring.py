@@ -247,3 +247,14 @@ def test_compiling_without_a_compiler_is_one_line(
     result = train(tmp_path / "run", corpus, "engine.compile=true", "engine.device=cpu")
     assert result.returncode == 2
     assert result.stderr.startswith("error: engine.compile=true")
+
+
+def test_how_long_a_save_held_up_the_training_is_a_metric(tmp_path: Path, corpus: Path) -> None:
+    build_trainer(make_config(tmp_path / "run", corpus, "training.total_steps=12")).run()
+    held_up = {
+        r["step"]: r["checkpoint/hold_up_seconds"]
+        for r in metrics(tmp_path / "run")
+        if "checkpoint/hold_up_seconds" in r
+    }
+    assert list(held_up) == [6, 11], "the steps after the saves"
+    assert all(seconds > 0 for seconds in held_up.values())

@@ -1,0 +1,220 @@
+"""What a device will hold under each engine, worked out from the config alone: for `plan` and for `engine=auto`.
+
+The parameters are those of the model itself, built on the meta device, where a tensor has a shape and no memory.
+Masters, gradients and AdamW's two moments are fp32 everywhere; the engines differ in what of them a rank has, and in
+what they gather for a while. The activations are an estimate by the formula of `activation_bytes_per_token`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+
+from kernels.selective_scan.plan import GPU_CHUNK
+from mamba_train.config import (
+    Config,
+    EngineConfig,
+    EngineKind,
+    MixerKind,
+    ModelConfig,
+    Precision,
+    Recompute,
+    layer_mixers,
+)
+from mamba_train.model.contract import rule_for
+from mamba_train.model.language_model import MambaLM, padded_vocab_size
+from mamba_train.parallel.zero import LIVE_ELEMENTS, PREFETCHED_ELEMENTS, REDUCED_ELEMENTS
+
+MASTER_BYTES = 4  # fp32: weights, gradients, and each of AdamW's two moments
+LOGITS_CHUNK = 2**26  # logits that linear_cross_entropy holds at once on a GPU
+GIB = 2**30
+# The CUDA context, NCCL's buffers, and what the allocator cannot use.
+OVERHEAD_BYTES = 3 * GIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters. cast: of all those that autocast computes with in the dtype of the matrix products.
+
+    root: embedding, last norm and head. layer: the largest layer; layer_fp32: what of it is gathered in fp32 by FSDP2.
+    """
+
+    total: int
+    cast: int
+    root: int
+    layer: int
+    layer_fp32: int
+
+
+def memory_per_device(config: Config, model: ModelConfig, world_size: int) -> dict[str, int]:
+    """Bytes by component on one device at the worst moment of a step; `model` is the resolved config of the model."""
+    engine, training = config.engine, config.training
+    sizes = count(model)
+    value_bytes = 4 if engine.precision is Precision.fp32 else 2
+    micro_batch_tokens = training.micro_batch_size * config.data.sequence_length
+    n_micro_batches = max(1, training.global_batch_size // (training.micro_batch_size * world_size))
+    if engine.name is EngineKind.fsdp:
+        memory = _fsdp(sizes, engine, world_size, value_bytes, n_micro_batches)
+    elif engine.name is EngineKind.deepspeed:
+        memory = _zero(sizes, engine.zero_stage, world_size, value_bytes)
+    else:
+        memory = {
+            "weights (fp32 masters)": MASTER_BYTES * sizes.total,
+            "gradients (fp32)": MASTER_BYTES * sizes.total,
+            "AdamW moments (2 x fp32)": 2 * MASTER_BYTES * sizes.total,
+            "copies of the matrices in bf16": 0 if value_bytes == 4 else value_bytes * sizes.cast,
+        }
+    head = padded_vocab_size(model) * model.d_model
+    memory["activations (estimate)"] = activation_bytes(model, value_bytes, engine.recompute, micro_batch_tokens)
+    memory["logits chunk and gradient of the head"] = (4 + value_bytes) * _logits(model, micro_batch_tokens) + 4 * head
+    return {name: round(size) for name, size in memory.items() if size}
+
+
+def _fsdp(
+    sizes: Sizes, engine: EngineConfig, world_size: int, value_bytes: int, n_micro_batches: int
+) -> dict[str, float]:
+    shards = world_size // engine.replicas
+    layer_bytes = value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32
+    # The layer at work, the next one on its way, and the buffer that it arrives in; or all of them.
+    n_gathered = 3.0 if engine.reshard_after_forward else 1 + (sizes.total - sizes.root) / sizes.layer
+    memory = {
+        "weights (fp32 masters, sharded)": MASTER_BYTES * sizes.total / shards,
+        "gradients (fp32, sharded)": MASTER_BYTES * sizes.total / shards,
+        "AdamW moments (2 x fp32, sharded)": 2 * MASTER_BYTES * sizes.total / shards,
+        "gathered weights": 4 * sizes.root + n_gathered * layer_bytes,
+        "gradients being summed over the ranks": 8.0 * max(sizes.root, sizes.layer),
+    }
+    if n_micro_batches > 1 and not engine.reduce_each_micro_batch:
+        memory["whole gradients of accumulation (fp32)"] = float(MASTER_BYTES * sizes.total)
+    return memory
+
+
+def _zero(sizes: Sizes, stage: int, world_size: int, value_bytes: int) -> dict[str, float]:
+    part = MASTER_BYTES * sizes.total / world_size
+    reduced = float(MASTER_BYTES * min(REDUCED_ELEMENTS, sizes.total))
+    memory = {
+        "weights (fp32)": MASTER_BYTES * sizes.total if stage < 3 else part,
+        "gradients (fp32)": MASTER_BYTES * sizes.total if stage == 1 else part,
+        "AdamW moments (2 x fp32, sharded)": 2 * part,
+        "gradients being summed over the ranks": 2 * reduced,
+    }
+    if stage < 3:
+        memory["fp32 copy and flat gradient of the part"] = 2 * part
+        memory["copies of the matrices in bf16"] = 0 if value_bytes == 4 else value_bytes * sizes.cast
+    else:
+        live = min(LIVE_ELEMENTS + PREFETCHED_ELEMENTS, sizes.total) + sizes.root
+        memory["gathered weights (fp32)"] = float(MASTER_BYTES * live)
+        memory["flat gradient of this rank"] = part
+    return memory
+
+
+def count(model: ModelConfig) -> Sizes:
+    """Sizes of the model that a resolved config describes."""
+    with torch.device("meta"):
+        built = MambaLM(model)
+    layers: dict[str, int] = {}
+    fp32_of_layers: dict[str, int] = {}
+    total = cast = root = 0
+    for name, parameter in built.named_parameters():
+        n = parameter.numel()
+        total += n
+        cast += 0 if rule_for(name).fp32_forward else n
+        if not name.startswith("layers."):
+            root += n
+            continue
+        layer = name.split(".")[1]
+        layers[layer] = layers.get(layer, 0) + n
+        if ".ssm." in name or name.endswith("norm.weight"):
+            fp32_of_layers[layer] = fp32_of_layers.get(layer, 0) + n
+    largest = max(layers, key=lambda layer: layers[layer])
+    return Sizes(total, cast, root, layers[largest], fp32_of_layers.get(largest, 0))
+
+
+def activation_bytes(model: ModelConfig, value_bytes: int, recompute: Recompute, n_tokens: int) -> int:
+    """Of one micro-batch: what the backward pass finds of the forward pass, and what it computes again at once."""
+    d, e, n = model.d_model, model.expand * model.d_model, model.d_state
+    whole = activation_bytes_per_token(model, value_bytes)
+    if recompute is Recompute.none:
+        return whole * n_tokens
+    inputs = (4 + value_bytes) * d * model.n_layer  # hidden and residual of each layer
+    if recompute is Recompute.keep_scan:
+        n_ssm = sum(mixer is not MixerKind.attention for mixer in layer_mixers(model))
+        states = 4 * e * n // (GPU_CHUNK if model.mixer is MixerKind.mamba1 else model.chunk_size)
+        inputs += n_ssm * (2 * value_bytes * e + states)
+    return (inputs + whole // model.n_layer) * n_tokens
+
+
+def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
+    """Bytes that the backward pass needs of each token, without recomputation.
+
+    Per layer, with d = d_model, e = d_inner, n = d_state, r = dt_rank, h heads of Mamba-2, g groups,
+    f = d_intermediate, q = width of queries, k = width of keys, and values of `value_bytes`: the residual in fp32
+    (4 d), the normed input (d), and of the mixer
+        Mamba-1    6 e + r + 2 n (x, z, the convolution's output, Δ, y before and after the gate)
+        Mamba-2    5 e + 4 g n + h (z, x B C before and after the convolution, y before and after the gated norm)
+        attention  3 q + 4 k (queries, keys, values; queries and keys rotated; the output)
+    besides the fp32 states the scan goes back to, one every 16 tokens (Mamba-1) or chunk_size (Mamba-2). An MLP adds
+    a residual and a norm of its own and 4 f. After the layers: the last residual, the normed hidden state and its
+    gradient.
+    """
+    d, e, n = model.d_model, model.expand * model.d_model, model.d_state
+    assert model.dt_rank is not None
+    head_width = model.attention_head_dim or (d // model.attention_heads if model.attention_heads else 0)
+    q = (model.attention_heads or 0) * head_width
+    k = (model.attention_kv_heads or model.attention_heads or 0) * head_width
+    of_mixer = {
+        MixerKind.mamba1: value_bytes * (6 * e + model.dt_rank + 2 * n) + 4 * e * n // GPU_CHUNK,
+        MixerKind.mamba2: value_bytes * (5 * e + 4 * model.n_groups * n + e // model.head_dim)
+        + 4 * e * n // model.chunk_size,
+        MixerKind.attention: value_bytes * (3 * q + 4 * k),
+    }
+    norm = (4 + value_bytes) * d
+    mlp = norm + value_bytes * 4 * model.d_intermediate if model.d_intermediate else 0
+    layers = sum(norm + of_mixer[mixer] + mlp for mixer in layer_mixers(model))
+    return layers + norm + value_bytes * d
+
+
+def _logits(model: ModelConfig, n_tokens: int) -> int:
+    """Logits that exist at once."""
+    rows = padded_vocab_size(model)
+    return rows * min(n_tokens, math.ceil(LOGITS_CHUNK / rows))
+
+
+def fits(config: Config, model: ModelConfig, world_size: int, device_bytes: float) -> bool:
+    """Whether a step needs no more than a device has."""
+    return sum(memory_per_device(config, model, world_size).values()) + OVERHEAD_BYTES <= device_bytes
+
+
+def remedy(config: Config, model: ModelConfig, world_size: int, device_bytes: float) -> str | None:
+    """The overrides, as few as possible, that make a run fit on the same number of devices; None: there are none."""
+    for changes in _changes(config, world_size):
+        if fits(_changed(config, changes), model, world_size, device_bytes):
+            return " ".join(f"{key}={value}" for key, value in changes.items())
+    return None
+
+
+def _changes(config: Config, world_size: int) -> Iterable[dict[str, object]]:
+    """From the least to the most that is given up."""
+    engines: list[dict[str, object]] = [{}]
+    if world_size > 1 and config.engine.name is not EngineKind.fsdp:
+        engines.append({"engine.name": EngineKind.fsdp})
+    single_rows: dict[str, object] = {"training.micro_batch_size": 1}
+    for engine in engines:
+        yield engine
+        for recompute in (Recompute.keep_scan, Recompute.layer):
+            yield {**engine, "engine.recompute": recompute}
+        yield {**engine, **single_rows}
+        for recompute in (Recompute.keep_scan, Recompute.layer):
+            yield {**engine, **single_rows, "engine.recompute": recompute}
+    if world_size > 1:
+        last = {"engine.recompute": Recompute.layer, **single_rows, "engine.reduce_each_micro_batch": True}
+        yield {**engines[-1], **last}
+
+
+def _changed(config: Config, changes: dict[str, object]) -> Config:
+    for key, value in changes.items():
+        section, name = key.split(".")
+        part = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config

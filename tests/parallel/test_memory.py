@@ -1,0 +1,104 @@
+"""What a device will hold, against the model, the optimiser and the graph that the figures speak of."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from mamba_train.composition import compose_config
+from mamba_train.config import Config, ModelConfig, Recompute
+from mamba_train.model.initialise import initialise_
+from mamba_train.model.language_model import MambaLM, resolve_model_config
+from mamba_train.parallel.memory import activation_bytes, activation_bytes_per_token, fits, memory_per_device, remedy
+from tests.convert.models import ALL
+
+CONFIG = ["model=mamba_130m", "data.sequence_length=64", "training.total_steps=1000", "training.global_batch_size=8"]
+N_130M = 129_135_360
+GIB = 2**30
+
+
+def planned(*overrides: str) -> tuple[Config, ModelConfig]:
+    config = compose_config([*CONFIG, *overrides])
+    return config, resolve_model_config(config.model, 50277)
+
+
+def fixed_bytes(memory: dict[str, int]) -> int:
+    return sum(memory[name] for name in memory if name.startswith(("weights", "gradients (fp32", "AdamW")))
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size", "bytes_per_parameter"),
+    [
+        ("engine=single", 1, 16),
+        ("engine=ddp", 8, 16),
+        ("engine=fsdp", 8, 2),
+        ("engine=fsdp engine.replicas=2", 8, 4),
+        ("engine=deepspeed engine.zero_stage=1", 8, 8 + 1),
+        ("engine=deepspeed engine.zero_stage=2", 8, 4 + 0.5 + 1),
+        ("engine=deepspeed engine.zero_stage=3", 8, 2),
+    ],
+)
+def test_weights_gradients_and_moments(engine: str, world_size: int, bytes_per_parameter: float) -> None:
+    config, model = planned(*engine.split(), "engine.precision=fp32", "training.micro_batch_size=1")
+    memory = memory_per_device(config, model, world_size)
+    assert fixed_bytes(memory) == pytest.approx(bytes_per_parameter * N_130M, rel=1e-6)
+    assert not any("bf16" in name for name in memory)
+
+
+def test_what_accumulation_under_fsdp_costs() -> None:
+    without, model = planned("engine=fsdp", "training.micro_batch_size=4")
+    accumulating, _ = planned("engine=fsdp", "training.micro_batch_size=1")
+    summing_each, _ = planned("engine=fsdp", "training.micro_batch_size=1", "engine.reduce_each_micro_batch=true")
+    key = "whole gradients of accumulation (fp32)"
+    assert key not in memory_per_device(without, model, 2)
+    assert memory_per_device(accumulating, model, 2)[key] == 4 * N_130M
+    assert key not in memory_per_device(summing_each, model, 2)
+
+
+def test_the_remedy_fits_and_is_the_least_that_does() -> None:
+    config, model = planned("engine=ddp", "training.micro_batch_size=4", "data.sequence_length=2048")
+    needed = sum(memory_per_device(config, model, 2).values())
+    assert fits(config, model, 2, needed + 4 * GIB)
+    assert remedy(config, model, 2, needed + 2 * GIB) == "engine.recompute=keep_scan"
+    assert remedy(config, model, 2, 3.2 * GIB) is None
+    advice = remedy(config, model, 2, 5.5 * GIB)
+    assert advice is not None
+    changed = compose_config([*CONFIG, "engine=ddp", "data.sequence_length=2048", *advice.split()])
+    assert fits(changed, model, 2, 5.5 * GIB)
+
+
+def test_recomputing_keeps_less() -> None:
+    _, model = planned()
+    kept = [activation_bytes(model, 2, policy, 2048) for policy in Recompute]
+    assert kept[0] > kept[2] > kept[1] > 0  # none, layer, keep_scan
+
+
+def saved_bytes_per_token(config: ModelConfig, n_layer: int) -> float:
+    """Bytes that autograd keeps of each token, counted at the graph itself."""
+    batch, length = 2, 256
+    model = MambaLM(config)
+    initialise_(model, config, seed=0)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(0, 300, (batch, length))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, tokens)
+    return sum(storage.nbytes() for storage in storages.values()) / (batch * length)
+
+
+@pytest.mark.parametrize("family", ALL, ids=lambda config: config.name)
+def test_the_activation_estimate_is_near_what_autograd_keeps(family: ModelConfig) -> None:
+    """In fp32 on the CPU, whose operators save more states than the formula's: within a factor of two."""
+    torch.set_num_threads(1)
+    config = resolve_model_config(dataclasses.replace(family, d_model=2 * family.d_model), 300)
+    measured = saved_bytes_per_token(config, config.n_layer)
+    estimate = activation_bytes_per_token(config, value_bytes=4)
+    assert math.log2(measured / estimate) == pytest.approx(0, abs=1)
