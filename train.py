@@ -29,7 +29,7 @@ def run(config: Config, stop: StopRequest) -> None:
         composition.exit_with_error(error, code=1)
     except Stopped as stopped:
         print(f"{stopped}: the same command goes on from there", file=sys.stderr)
-        ranks.leave()
+        ranks.leave(EXIT_RESTART)
         sys.exit(EXIT_RESTART)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the newest checkpoint")

@@ -111,19 +111,16 @@ class Trainer:
     def _run_hooks(self, metrics: Metrics) -> None:
         """All that happens after a step; what a stop leaves undone is done after the restart, from the state."""
         self.state.pending_metrics = None
-        known = dict(metrics)
         try:
             for hook in self.hooks:
                 hook.on_step(self, metrics)
         except StopInsideHook:
-            self.state.pending_metrics = finite(known)
+            self.state.pending_metrics = finite(metrics)
             self._stop_here()
 
     def _stop_here(self) -> NoReturn:
         for hook in self.hooks:
             hook.on_stop(self)
-        # Nobody leaves while another rank still needs it to finish the save.
-        self.engine.sum_over_ranks(torch.zeros((), device=self.engine.device))
         reason = self.stop.reason or "another rank was asked to stop"
         raise Stopped(f"stopped after step {self.state.step}, which is saved ({reason})")
 

@@ -91,6 +91,8 @@ def check_phase(phase: str, signals: str, tmp_path: Path, corpus: Path, undistur
     assert again.returncode == 0, again.stderr
     assert curve(run_dir) == undisturbed
     assert not list(run_dir.glob("metrics.cut-*")), "a step that was saved has been done again"
+    for record in metrics(run_dir):
+        assert ("ssm/layer_01/dt_p50" in record) == (record["step"] == 1 or record["step"] % 10 == 0)
     if saved:
         assert f"resuming after step {saved} " in again.stdout
 
