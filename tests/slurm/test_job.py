@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import curve, metrics
+from tests.helpers import REPOSITORY, curve, metrics
 from tests.slurm.cluster import N_NODES, Cluster, wait_for
 from tests.slurm.conftest import Job, Undisturbed, submit, submit_job
 
@@ -21,6 +23,14 @@ def history(job: Job) -> list[dict]:
 
 def events(job: Job) -> list[str]:
     return [entry["event"] for entry in history(job)]
+
+
+def status(job: Job) -> str:
+    """What `python -m slurm.status` prints."""
+    command = [sys.executable, "-m", "slurm.status", str(job.run_dir)]
+    result = subprocess.run(command, cwd=REPOSITORY, env=job.cluster.env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_it_is_a_real_slurm(cluster: Cluster) -> None:
@@ -62,6 +72,10 @@ def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> Non
     job = submit_job(cluster, tmp_path, corpus, *overrides)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_steps(10)
+    page = status(job)
+    assert f"job     {job.id}: RUNNING on node" in page
+    assert " of 60 (" in page
+    assert "step 10/60" in page, "the tail of the log"
     cluster.run("scontrol", "requeue", job.id)
     job.wait_for_end()
     assert job.restarts == 1
@@ -70,6 +84,10 @@ def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> Non
     undisturbed.check_equal(job)
     assert events(job) == ["start", "left to SLURM", "start", "finished"]
     assert "SIGTERM" in history(job)[1]["reason"]
+    page = status(job)
+    assert "last    finished" in page
+    assert "step    60 of 60 (100.0%)" in page
+    assert "(SIGTERM)" in page, "why it was started again"
 
 
 def test_the_signal_of_slurm(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:

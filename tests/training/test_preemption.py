@@ -229,15 +229,22 @@ from mamba_train.training.preemption import StopRequest
 stop = StopRequest({})
 stop.first_step_done()
 stop.listen()
-child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-child.start()
-time.sleep(0.3)
-os.kill(child.pid, signal.SIGUSR1)
-time.sleep(0.3)
-assert child.is_alive() and stop.reason is None
-child.terminate()
-child.join(10)
-assert child.exitcode == -signal.SIGTERM and stop.reason is None, (child.exitcode, stop.reason)
+def with_a_handler():
+    signal.signal(signal.SIGTERM, lambda *args: sys.exit(3))
+    time.sleep(60)
+def plain():
+    time.sleep(60)
+for target, exit_code in ((plain, -signal.SIGTERM), (with_a_handler, 3)):
+    child = multiprocessing.get_context("fork").Process(target=target)
+    child.start()
+    time.sleep(0.3)
+    os.kill(child.pid, signal.SIGUSR1)
+    time.sleep(0.3)
+    assert child.is_alive() and stop.reason is None
+    child.terminate()
+    child.join(10)
+    time.sleep(0.3)
+    assert child.exitcode == exit_code and stop.reason is None, (child.exitcode, stop.reason)
 os.kill(os.getpid(), signal.SIGUSR1)
 time.sleep(0.3)
 assert stop.reason == "SIGUSR1"
