@@ -153,7 +153,9 @@ class Cluster:
 
     def task_pids(self, job: str, rank: int = 0) -> list[int]:
         """Python processes of a rank of the job's training step, the task itself first."""
-        wanted = {f"SLURM_CONF={self.conf}", f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
+        number, _, task = job.partition("_")
+        name = f"SLURM_ARRAY_TASK_ID={task}" if task else f"SLURM_JOB_ID={number}"
+        wanted = {f"SLURM_CONF={self.conf}", name, f"SLURM_PROCID={rank}"}
         pids = [pid for pid in _all_pids() if wanted <= _environment(pid)]
         return sorted(pid for pid in pids if any(word.endswith("train.py") for word in _read(pid, "cmdline")[1:2]))
 

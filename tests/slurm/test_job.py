@@ -133,23 +133,27 @@ def test_a_killed_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
 
 
 def test_a_lost_node(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
-    """The daemon and everything else on the node dies at once; SLURM finds out and starts the job on another."""
-    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8", "checkpoint.keep_best=false")
-    job = submit_job(cluster, tmp_path, corpus, *overrides)
-    undisturbed = Undisturbed(tmp_path, corpus, *overrides)
+    """The daemon and everything else on one of two nodes dies at once; SLURM starts the job on others."""
+    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8", "checkpoint.keep_best=false", "engine=ddp")
+    for name in ("plain", "lost"):
+        (tmp_path / name).mkdir()
+    job = submit_job(cluster, tmp_path / "lost", corpus, *overrides, "slurm.nodes=2")
+    plain = submit_job(cluster, tmp_path / "plain", corpus, *overrides, "slurm.nodes=2", "slurm.exclude='node[1-2]'")
     job.wait_for_steps(20)
-    node = cluster.job(job.id)["NodeList"]
-    cluster.kill_node(node)
+    before = cluster.run("scontrol", "show", "hostnames", cluster.job(job.id)["NodeList"]).split()
+    cluster.kill_node(before[1])
     try:
         job.wait_for_end()
-        assert job.restarts == 1
-        assert cluster.job(job.id)["NodeList"] != node
+        plain.wait_for_end()
+        assert (plain.restarts, job.restarts) == (0, 1)
+        after = cluster.run("scontrol", "show", "hostnames", cluster.job(job.id)["NodeList"]).split()
+        assert before[1] not in after
         assert 0 < len(job.repeated_steps()) <= 8
-        undisturbed.check_equal(job)
-        assert "node" in history(job)[1]["reason"]
+        assert curve(job.run_dir) == curve(plain.run_dir)
+        assert len(curve(plain.run_dir)) == 60
     finally:
-        cluster.start_node(node)
-        wait_for(lambda: cluster.node_states()[node] == "idle", f"{node} to come back", 60)
+        cluster.start_node(before[1])
+        wait_for(lambda: cluster.node_states()[before[1]] == "idle", f"{before[1]} to come back", 60)
 
 
 def test_a_lost_daemon_whose_processes_live_on(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
@@ -170,6 +174,9 @@ def test_a_lost_daemon_whose_processes_live_on(cluster: Cluster, tmp_path: Path,
         os.kill(pid, signal.SIGKILL)
         job.wait_for_end()
         undisturbed.check_equal(job)
+        assert events(job)[0] == "start"
+        assert events(job)[-1] == "finished"
+        assert "finished" not in events(job)[:-1], "the start that was lost must not look like a success"
     finally:
         cluster.start_node(node)
         wait_for(lambda: cluster.node_states()[node] == "idle", f"{node} to come back", 60)
@@ -209,17 +216,22 @@ def test_a_cancelled_job_is_saved_and_stays_cancelled(cluster: Cluster, tmp_path
 
 
 def test_a_sweep_is_a_job_array(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    """Each run comes back for itself; the last one has the number of the array itself."""
+    lrs = ("0.001", "0.002", "0.004")
     result = submit(
-        cluster, tmp_path, corpus, "training.total_steps=10", "schedule=constant", "optim.lr=1e-3,2e-3,4e-3"
+        cluster, tmp_path, corpus, "training.total_steps=300", "schedule=constant", f"optim.lr={','.join(lrs)}"
     )
     assert result.returncode == 0, result.stderr
     array = result.stdout.split("job ")[1].split(":")[0]
-    run_dirs = {f"0.00{n}": tmp_path / "run" / f"optim.lr-0.00{n}" for n in (1, 2, 4)}
-    for index, (lr, run_dir) in enumerate(run_dirs.items()):
-        assert cluster.wait_for_end(f"{array}_{index}")["JobState"] == "COMPLETED"
-        records = metrics(run_dir)
-        assert len(records) == 10
+    jobs = [Job(cluster, f"{array}_{n}", tmp_path / "run" / f"optim.lr-{lr}") for n, lr in enumerate(lrs)]
+    jobs[2].wait_for_steps(5)
+    os.kill(cluster.task_pids(jobs[2].id)[0], signal.SIGKILL)
+    for job, lr in zip(jobs, lrs, strict=True):
+        job.wait_for_end()
+        records = metrics(job.run_dir)
+        assert len(records) == 300
         assert records[-1]["lr"] == float(lr)
+    assert [job.restarts for job in jobs] == [0, 0, 1]
 
 
 def test_a_bad_node_is_named_and_excluded(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:

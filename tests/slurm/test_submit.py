@@ -193,8 +193,8 @@ def test_the_command_line(tmp_path: Path) -> None:
 FAKES = {
     # An srun that ends as the file `ends` says, one line for each time, and a SLURM that says the job runs.
     "srun": 'line=$(head -n 1 ends); sed -i 1d ends; eval "$line"',
-    "squeue": 'case "$*" in *%T*) cat state;; *%e*) echo 2030-01-01T00:00:00;; esac',
-    "scontrol": 'echo "$@" >>scontrol.log; [ "$1" != show ] || echo node1',
+    "squeue": "echo 2030-01-01T00:00:00",
+    "scontrol": 'echo "$@" >>scontrol.log; echo "JobId=7 JobState=$(cat state) Restarts=${SLURM_RESTART_COUNT:-0} Run"',
 }
 
 
@@ -214,6 +214,13 @@ FAKES = {
             4,
         ),
         (["echo CANCELLED >state; exit 75"], [75], ["start", "left to SLURM"], 0),
+        (["echo COMPLETING >state; exit 0"], [1], ["start", "left to SLURM"], 0),  # srun's 0 when a node is lost
+        (
+            ["export SLURM_RESTART_COUNT=9; echo RUNNING Restarts=1 >state; exit 75"],
+            [75],
+            ["start", "left to SLURM"],
+            0,
+        ),
     ],
 )
 def test_when_a_job_comes_back(
