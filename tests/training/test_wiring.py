@@ -144,6 +144,7 @@ class FakeWandb:
     """In the place of `WandbSink`: gives itself an id unless it is told one."""
 
     asked_for: list[str | None] = []  # noqa: RUF012
+    upload_command = None
 
     def __init__(self, run_dir: Path, logging: Any, config: Any, run_id: str | None, warn: Any) -> None:
         self.asked_for.append(run_id)
