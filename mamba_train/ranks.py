@@ -231,13 +231,12 @@ def leave(code: int = 0) -> None:
 
     After an error that only one rank has, don't: the others are not there to answer.
     """
-    if launch().world_size == 1:
+    if _joined is None or _joined.world_size == 1:
         return
     import torch.distributed as dist
 
-    if _joined is not None and dist.is_initialized():
-        _joined.any(False)  # rank 0 may hold the store that others still ask
-        dist.destroy_process_group()
+    _joined.any(False)  # rank 0 may hold the store that others still ask
+    dist.destroy_process_group()
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -251,14 +250,15 @@ def fail_together(error: Exception) -> Exception:
 
     So that an error which all ranks have is said once.
     """
-    if launch().world_size == 1 or (_joined is not None and _joined.failed):
+    if _joined is not None and _joined.failed:
         return error
 
     def raise_it() -> None:
         raise error
 
     try:
-        join().together(raise_it)
+        if launch().world_size > 1:
+            join().together(raise_it)
     except Exception as agreed:
         return agreed
     return error
