@@ -202,6 +202,8 @@ def _engine(config: Config) -> Iterable[Problem]:
         yield "engine.reduce_precision", engine.reduce_precision, "expected fp32 or bf16"
     if engine.zero_stage not in (1, 2, 3):
         yield "engine.zero_stage", engine.zero_stage, "expected 1, 2 or 3"
+    if engine.compile and engine.name is EngineKind.deepspeed:
+        yield "engine.compile", engine.compile, "expected false with engine=deepspeed; engine=fsdp compiles"
     if engine.replicas != 1 and engine.name is not EngineKind.fsdp:
         yield "engine.replicas", engine.replicas, f"expected 1 with engine={engine.name}; engine=fsdp has replicas"
     world_size = launch().world_size

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-POLL_SECONDS = 0.02
+# Between two questions to the store: often at first, then seldom, as there may be hundreds who ask.
+FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.01, 0.5
 # Jobs of one cluster that share a node must not meet at one port.
 FIRST_PORT, N_PORTS = 20000, 20000
 
@@ -163,10 +164,12 @@ class Ranks:
     def await_post(self, key: str, give_up: Callable[[], bool] = lambda: False) -> Any:
         """The value that some rank posts, whenever that is; None when `give_up()` becomes true before."""
         # Asking again and again, as a blocking wait could neither be interrupted nor shared between threads.
+        pause = FIRST_PAUSE_SECONDS
         while not self.store.check([key]):
             if give_up():
                 return None
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(LAST_PAUSE_SECONDS, 1.2 * pause)
         return json.loads(self.store.get(key))
 
     def _lowest(self, value: int) -> int:
@@ -228,13 +231,12 @@ def leave(code: int = 0) -> None:
 
     After an error that only one rank has, don't: the others are not there to answer.
     """
-    if launch().world_size == 1:
+    if _joined is None or _joined.world_size == 1:
         return
     import torch.distributed as dist
 
-    if _joined is not None and dist.is_initialized():
-        _joined.any(False)  # rank 0 may hold the store that others still ask
-        dist.destroy_process_group()
+    _joined.any(False)  # rank 0 may hold the store that others still ask
+    dist.destroy_process_group()
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -248,14 +250,15 @@ def fail_together(error: Exception) -> Exception:
 
     So that an error which all ranks have is said once.
     """
-    if launch().world_size == 1 or (_joined is not None and _joined.failed):
+    if _joined is not None and _joined.failed:
         return error
 
     def raise_it() -> None:
         raise error
 
     try:
-        join().together(raise_it)
+        if launch().world_size > 1:
+            join().together(raise_it)
     except Exception as agreed:
         return agreed
     return error

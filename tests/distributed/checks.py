@@ -132,6 +132,17 @@ def skip(engine: Engine) -> dict[str, Any]:
     }
 
 
+def share(engine: Engine) -> float:
+    """What of the moments this rank holds, and under engines that cut the weights too, of the weights."""
+    shapes = engine.parameter_shapes()
+    total = sum(math.prod(shape) for shape in shapes.values())
+    moments = sum(p.values.numel() for n, p in engine.pieces().optimizer.items() if n.endswith(".exp_avg"))
+    # Memory behind the pieces of the weights, which may not be a view of something larger than them.
+    storages = [p.values.untyped_storage() for p in engine.pieces().model.values() if p.values.numel()]
+    weights = {storage.data_ptr(): storage.nbytes() // 4 for storage in storages}
+    return max(moments, sum(weights.values())) / total
+
+
 def layer_norms(config: Config, group: Ranks) -> dict[str, float]:
     """Of the first step, with the norm of all gradients as `all`."""
     engine = make(dataclasses.replace(config, engine=dataclasses.replace(config.engine, layer_grad_norms=True)), group)
@@ -222,6 +233,7 @@ def main() -> None:
     mixed = compose_config([*overrides, "engine.precision=bf16"])
     engine = make(exact, group)
     found: dict[str, Any] = {"start": {n: v.double().sum().item() for n, v in whole_state(engine)[0].items()}}
+    found["share"] = share(engine)
     found["clean"] = verdict(engine, fresh=True)
     found["wrong_initial_values"] = wrong_initial_values(engine)
     found["accumulation"] = accumulation(engine)

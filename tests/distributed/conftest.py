@@ -8,7 +8,7 @@ from tests.helpers import write_corpus
 
 
 @pytest.fixture(scope="session")
-def common(tmp_path_factory: pytest.TempPathFactory, worker_id: str = "master") -> Path:
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all test processes of this session share."""
     base = tmp_path_factory.getbasetemp()
     place = base if base.name.startswith("pytest-") else base.parent  # under xdist each process has a folder in it

@@ -39,6 +39,8 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in MambaLM(MODEL).named_parameters()}
     assert found["start"] == {n: draw(n, shape, MODEL, 0).double().sum().item() for n, shape in shapes.items()}
+    parts = {"ddp x 2": 1, "fsdp x 4": 4, "zero-2 x 4": 4}.get(name, 2)
+    assert found["share"] == pytest.approx(1 / parts, rel=0.1), "of weights and moments on one rank"
     assert found["clean"] == found["clean in bf16"] == ""
     for kind, said in found["wrong_initial_values"].items():
         assert "ssm.dt_bias" in said, kind

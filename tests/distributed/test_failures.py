@@ -174,6 +174,15 @@ def test_weights_that_are_not_the_saved_ones_are_noticed(runs: SharedRuns, texts
     assert "a forward pass gives a loss of" in result.stderr
 
 
+def test_ranks_that_cannot_meet_say_so(texts: Path, tmp_path: Path) -> None:
+    environment = child_environment(RANK="0", WORLD_SIZE="2")
+    command = [sys.executable, TRAIN, *overrides(texts, tmp_path / "run", "engine=ddp")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: MASTER_ADDR is not set")
+    assert "Traceback" not in result.stderr
+
+
 def test_the_first_host_of_a_slurm_list(monkeypatch: pytest.MonkeyPatch) -> None:
     from mamba_train.ranks import launch
 

@@ -1,6 +1,7 @@
 """Which engine, and what stops it before anything is made."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def test_replicas_must_divide_the_ranks() -> None:
     config = EngineConfig(name=EngineKind.fsdp, device=DeviceKind.cpu, replicas=3)
     with pytest.raises(ValueError, match=r"engine\.replicas=3: expected a divisor of the number of processes \(4\)"):
         build_engine(config, several)
+
+
+def test_the_training_knows_no_engine(repository: Path) -> None:
+    """What differs between engines is behind the protocol."""
+    may_be_imported = {"engine", "build", "auto", "state"}
+    for path in (repository / "mamba_train" / "training").rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "EngineKind" not in source, path
+        assert set(re.findall(r"mamba_train\.parallel\.(\w+)", source)) <= may_be_imported, path
 
 
 def test_the_kernel_cache_is_where_the_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

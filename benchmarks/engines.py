@@ -1,0 +1,99 @@
+"""One config under several engines: curves, tokens per second, peak memory, the hold-up of a save.
+
+    python benchmarks/engines.py --processes 2 --steps 200 --out docs/engines.png model=mamba_370m ...
+
+Starts train.py by torchrun once for each engine, in folders under --runs, and prints a table from their metrics.jsonl:
+the median rate and its quartiles without the first tenth of the steps, the peak memory that torch allocated on rank 0,
+and how long the longest save held up the training. The curves go to --out. Also says how far the mean of the last
+losses is from that of the first engine of the list.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ENGINES = {
+    "ddp": ["engine=ddp"],
+    "fsdp": ["engine=fsdp"],
+    "hsdp": ["engine=fsdp", "engine.replicas=2"],
+    "zero-1": ["engine=deepspeed", "engine.zero_stage=1"],
+    "zero-2": ["engine=deepspeed", "engine.zero_stage=2"],
+    "zero-3": ["engine=deepspeed", "engine.zero_stage=3"],
+}
+LAST = 50
+
+
+def run(engine: str, args: argparse.Namespace) -> list[dict]:
+    """Train with one engine and return the records of its steps."""
+    run_dir = args.runs / engine
+    shutil.rmtree(run_dir, ignore_errors=True)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={args.processes}", "--standalone"]
+    command += [str(REPOSITORY / "train.py"), *ENGINES[engine], f"training.total_steps={args.steps}"]
+    command += [f"checkpoint.interval_steps={max(1, args.steps // 2)}", "checkpoint.keep_last=1"]
+    command += ["logging.wandb=disabled", f"run_dir={run_dir}", *args.overrides]
+    subprocess.run(command, check=True)
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def row(engine: str, records: list[dict]) -> str:
+    """One line of the table."""
+    steady = [record["tokens_per_second"] for record in records[len(records) // 10 :]]
+    low, median, high = statistics.quantiles(steady, n=4)
+    held_up = max((record.get("checkpoint/hold_up_seconds") or 0.0) for record in records)
+    memory = max(record["memory_gib"] for record in records)
+    last = statistics.fmean(record["loss"] for record in records[-LAST:])
+    return f"| {engine} | {median:,.0f} ({low:,.0f} to {high:,.0f}) | {memory:.2f} | {held_up:.3f} | {last:.4f} |"
+
+
+def draw(curves: dict[str, list[dict]], path: Path) -> None:
+    """The losses over each other, and how far each is from the first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=[2, 1])
+    first = [record["loss"] for record in next(iter(curves.values()))]
+    for engine, records in curves.items():
+        steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+        above.plot(steps, losses, label=engine, linewidth=1)
+        below.plot(steps, [a - b for a, b in zip(losses, first, strict=True)], linewidth=1)
+    above.set_ylabel("loss (nats per token)")
+    above.legend()
+    below.set_ylabel(f"loss minus that of {next(iter(curves))}")
+    below.set_xlabel("step")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="+", default=["fsdp", "zero-2", "zero-3"], choices=list(ENGINES))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--runs", type=Path, default=Path("runs/engines"), help="folder for the runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/engines/engines.png"), help="where the curves go")
+    args, args.overrides = parser.parse_known_args()
+    curves = {engine: run(engine, args) for engine in args.engines}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(
+        f"\n{args.processes} x {device}, torch {torch.__version__}, {args.steps} steps of {' '.join(args.overrides)}\n"
+    )
+    print(f"| engine | tokens/s (quartiles) | peak memory (GiB) | hold-up of a save (s) | mean of last {LAST} losses |")
+    print("|---|---|---|---|---|")
+    for engine, records in curves.items():
+        print(row(engine, records))
+    draw(curves, args.out)
+    print(f"\ncurves: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
