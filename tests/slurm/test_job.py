@@ -256,7 +256,7 @@ def test_a_bad_node_is_named_and_excluded(cluster: Cluster, tmp_path: Path, corp
     assert "fell off the bus" in entry["reason"]
     # In addition to those that the config excludes.
     wait_for(lambda: cluster.job(job.id)["ExcNodeList"] == "node[2-4],node1", "the node to be excluded", 30)
-    assert cluster.job(job.id)["JobState"] == "PENDING"
+    wait_for(lambda: cluster.job(job.id)["JobState"] == "PENDING", "the job to wait", 30)
     cluster.run("scontrol", "update", f"JobId={job.id}", "ExcNodeList=node1")
     job.wait_for_end()
     assert cluster.job(job.id)["NodeList"] != "node1"
