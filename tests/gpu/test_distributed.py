@@ -1,4 +1,4 @@
-"""The engines on two GPUs, over NCCL: the start of one GPU, a curve within bf16 noise, and checkpoints of each other."""
+"""The engines on two GPUs, over NCCL: the start of one GPU, a curve within bf16 noise, checkpoints of each other."""
 
 import shutil
 from pathlib import Path
