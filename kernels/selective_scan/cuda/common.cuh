@@ -14,6 +14,11 @@
 
 typedef unsigned int u32;
 typedef long long i64;
+#if DTYPE == 0
+typedef float scalar;
+#else
+typedef unsigned short scalar;
+#endif
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int STATE_LANES = STATES / PER_LANE;
@@ -22,6 +27,8 @@ constexpr int WARP_CHANNELS = CHANNEL_LANES * CHANNELS;
 constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 constexpr int WARP_TILE = TILE * WARP_CHANNELS;
 // In shared memory a tile of activations is [warp][TILE][WARP_CHANNELS], so that each warp finds its own channels.
+// A gap between the warps' parts puts the pieces of a row, which are copied side by side, in banks of their own.
+constexpr int GAP = 128 / WARPS / sizeof(scalar), WARP_SPAN = WARP_TILE + (WARP_CHANNELS > GAP ? WARP_CHANNELS : GAP);
 // In the phases that concern no states a lane treats VECTOR channels of one row at a time.
 constexpr int VECTOR = WARP_CHANNELS < 4 ? WARP_CHANNELS : 4;
 constexpr int ROW_VECTORS = WARP_CHANNELS / VECTOR;
@@ -30,11 +37,6 @@ constexpr bool EVEN_VECTORS = TILE * ROW_VECTORS % 32 == 0;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float FORGET = -1e30f;  // added to the exponent, makes the decay 0
 
-#if DTYPE == 0
-typedef float scalar;
-#else
-typedef unsigned short scalar;
-#endif
 constexpr int ROW_BYTES = WARP_CHANNELS * sizeof(scalar);
 constexpr int COPY_BYTES = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
 static_assert(STATE_LANES * CHANNEL_LANES == 32 && ROW_BYTES % 4 == 0 && 32 % ROW_VECTORS == 0, "bad shape");
@@ -48,12 +50,6 @@ template <int N> struct alignas(N * sizeof(float)) Floats {
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -134,25 +130,29 @@ __device__ __forceinline__ void store_vector(scalar* to, const Floats<VECTOR>& v
     }
 }
 
-// log(1 + e^x), with a small relative error also where it is tiny.
+// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), the latter by a polynomial: relative error at most 2e-7.
 __device__ __forceinline__ float softplus(float x) {
-    float e = exp2_fast(x * LOG2E);
-#if DTYPE == 0
-    float value = log1pf(e);
-#else
-    float value = e < 0.015625f ? e * (1.f + e * (-0.5f + e * 0.33333333f)) : LN2 * log2_fast(1.f + e);
-#endif
-    return x > 20.f ? x : value;
+    float e = exp2_fast(-fabsf(x) * LOG2E), p = 0.00523269037f;
+    p = fmaf(p, e, -0.0295052286f);
+    p = fmaf(p, e, 0.0782259405f);
+    p = fmaf(p, e, -0.136632457f);
+    p = fmaf(p, e, 0.191060066f);
+    p = fmaf(p, e, -0.24842982f);
+    p = fmaf(p, e, 0.333190978f);
+    p = fmaf(p, e, -0.499994934f);
+    p = fmaf(p, e, 0.99999994f);
+    return fmaf(p, e, fmaxf(x, 0.f));
 }
 
-// The slope of softplus where its value is d: 1 - e^-d.
+// The slope of softplus where its value is d: 1 - e^-d, which cancels where d is small.
 __device__ __forceinline__ float softplus_slope(float d) {
-#if DTYPE == 0
-    float series = d * (1.f - d * 0.5f * (1.f - d * 0.33333333f * (1.f - d * 0.25f * (1.f - d * 0.2f))));
-    return d < 0.1f ? series : 1.f - exp2_fast(-d * LOG2E);
-#else
-    return d < 0.015625f ? d * (1.f + d * (-0.5f + d * 0.16666667f)) : 1.f - exp2_fast(-d * LOG2E);
-#endif
+    float p = -0.000907157431f;
+    p = fmaf(p, d, 0.00782370474f);
+    p = fmaf(p, d, -0.0414065942f);
+    p = fmaf(p, d, 0.166605219f);
+    p = fmaf(p, d, -0.499994576f);
+    p = fmaf(p, d, 0.99999994f);
+    return d < 1.f ? p * d : 1.f - exp2_fast(-d * LOG2E);
 }
 
 __device__ __forceinline__ float sigmoid(float x) {
@@ -187,7 +187,7 @@ template <int LANES> struct Fetch {
     __device__ __forceinline__ Fetch(int index, int channels) {
         int c = index % ROW_PIECES * STEP;
         row = index / ROW_PIECES;
-        to = c / WARP_CHANNELS * WARP_TILE + row * WARP_CHANNELS + c % WARP_CHANNELS;
+        to = c / WARP_CHANNELS * WARP_SPAN + row * WARP_CHANNELS + c % WARP_CHANNELS;
         channel = c < channels;
     }
     // Where the lane's first piece is, given the first row and channel of a tensor.

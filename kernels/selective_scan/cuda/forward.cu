@@ -2,9 +2,9 @@
 // The host also defines SAVE: steps between two saved states, which divides TILE.
 
 struct Shared {
-    alignas(16) scalar x[2][TILE * BLOCK_CHANNELS];
-    alignas(16) scalar dt[2][TILE * BLOCK_CHANNELS];
-    alignas(16) scalar z[2][GATED ? TILE * BLOCK_CHANNELS : 1];
+    alignas(16) scalar x[2][WARPS * WARP_SPAN];
+    alignas(16) scalar dt[2][WARPS * WARP_SPAN];
+    alignas(16) scalar z[2][GATED ? WARPS * WARP_SPAN : 1];
     alignas(16) float delta[TILE * BLOCK_CHANNELS];   // Δ; the walk overwrites it with C·h
     alignas(16) float driven[TILE * BLOCK_CHANNELS];  // Δ·x
     alignas(16) float B[2][TILE * STATES];
@@ -79,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
         C_next += TILE * C_time;
     };
     constexpr int STEPS = TILE < 4 ? TILE : 4, SUMS = STEPS * CHANNELS;
+    constexpr int LANE_SUMS = at_least_one(SUMS / STATE_LANES), TOGETHER = LANE_SUMS % CHANNELS == 0 ? CHANNELS : 1;
     const Spread spread = spread_index<SUMS, CHANNEL_LANES, 32>(lane);
 
     fetch(0);
@@ -88,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     float *delta = shared.delta + warp * WARP_TILE, *driven = shared.driven + warp * WARP_TILE;
     for (int tile = 0; tile < tiles; ++tile) {
         const int buffer = tile & 1, start = tile * TILE, rows = length - start;
-        const scalar *x_tile = shared.x[buffer] + warp * WARP_TILE, *dt_tile = shared.dt[buffer] + warp * WARP_TILE;
+        const scalar *x_tile = shared.x[buffer] + warp * WARP_SPAN, *dt_tile = shared.dt[buffer] + warp * WARP_SPAN;
         copies_wait();
         __syncthreads();
         if (tile + 1 < tiles) fetch(tile + 1);
@@ -156,9 +157,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
             __syncwarp();
             if (spread.writes)
 #pragma unroll
-                for (int i = 0; i < at_least_one(SUMS / STATE_LANES); ++i) {
+                for (int i = 0; i < LANE_SUMS; i += TOGETHER) {
                     int index = spread.first + i;
-                    delta[(t + index / CHANNELS) * WARP_CHANNELS + lane_at + index % CHANNELS] = sums[i];
+                    float* to = delta + (t + index / CHANNELS) * WARP_CHANNELS + lane_at + index % CHANNELS;
+                    Floats<TOGETHER> out;
+#pragma unroll
+                    for (int j = 0; j < TOGETHER; ++j) out[j] = sums[i + j];
+                    *reinterpret_cast<Floats<TOGETHER>*>(to) = out;
                 }
         }
         __syncwarp();
@@ -178,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
             i64 to = out_at + j * (32 / ROW_VECTORS) * i64(channels);
             if constexpr (GATED) {
                 if (ungated != nullptr) store_vector(ungated + to, out, valid);
-                Floats<VECTOR> gate = load_vector(shared.z[buffer] + warp * WARP_TILE + at);
+                Floats<VECTOR> gate = load_vector(shared.z[buffer] + warp * WARP_SPAN + at);
 #pragma unroll
                 for (int k = 0; k < VECTOR; ++k) out[k] *= gate[k] * sigmoid(gate[k]);
             }

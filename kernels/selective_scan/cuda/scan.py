@@ -75,6 +75,18 @@ def _kernel(source: str, name: str, index: int, variant: Variant, dtype: int, ga
     return kernel
 
 
+@functools.cache
+def _blocks_at_once(kernel, threads: int, shared_bytes: int) -> int:
+    """How many blocks of a kernel fit on a multiprocessor."""
+    from cuda.bindings import driver
+
+    function = driver.CUfunction(int(kernel.handle))
+    error, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared_bytes)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the selective scan does not fit on this GPU: {error}")
+    return blocks
+
+
 def _launch(kernel, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Tensor | int | None]) -> None:
     """Launch on the current stream; all parameters of the kernels are 8 bytes wide."""
     from cuda.bindings import driver
@@ -233,12 +245,18 @@ def backward(
         groups = variant.groups(channels)
         part_bytes = batch * length * 2 * variant.padded_states * 4
         workers = min(groups, max(1, max(variants.FREE_PARTS_BYTES, 8 * x.numel()) // part_bytes))
+        group_items = -(-groups // workers)
+        workers = -(-groups // group_items)
+        units, segments = batch * workers, variants.segments(batch * workers, length, states, processors)
         parts = x.new_empty((batch, workers, length, 2 * variant.padded_states), dtype=torch.float32)
+        queue = torch.zeros(2 + units * (group_items * segments - 1), dtype=torch.int32, device=x.device)
+        kernel = _kernel("backward", "scan_backward", *key)
+        shared_bytes = variant.shared_bytes(dtype, gated)
         _launch(
-            _kernel("backward", "scan_backward", *key),
-            batch * workers,
+            kernel,
+            min(units * segments, processors * _blocks_at_once(kernel, variant.threads, shared_bytes)),
             variant.threads,
-            variant.shared_bytes(dtype, gated),
+            shared_bytes,
             (
                 *(argument for tensor in (x, dt, z, B, C) for argument in _strided(tensor)),
                 A,
@@ -257,11 +275,14 @@ def backward(
                 D_parts,
                 bias_parts,
                 initial_grad,
+                queue,
                 length,
                 channels,
                 states,
-                groups,
                 workers,
+                units,
+                group_items,
+                segments,
                 dt_softplus,
             ),
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 SCALAR_BYTES = (4, 2, 2)  # of fp32, fp16, bf16: the order of DTYPE in common.cuh
 MAX_STATES = 256
+SEGMENT_STEPS = 256  # a few microseconds to begin one, a hundred and more to compute it
 FREE_PARTS_BYTES = 2**30  # of the parts of dB and dC that blocks leave to be summed; more only beside large inputs
 
 
@@ -43,19 +44,20 @@ class Variant:
         """The size of `struct Shared` in forward.cu, or backward.cu when there are chunks."""
         block = self.tile * self.block_channels
         scalars = SCALAR_BYTES[dtype]
-        gate = block if gated else 1
+        span = block + self.warps * max(self.warp_channels, 128 // self.warps // scalars)
+        gate = span if gated else 1
         sizes = [4 * self.block_channels] * 2
         if self.chunk:
             chunks = max(1, self.tile // self.chunk - 1)
             vector = min(4, self.warp_channels)
             sizes += [4 * self.tile * self.padded_states] * 2 + [4 * self.tile]
-            sizes += [2 * block * scalars, block * scalars, block * scalars, gate * scalars, gate * scalars]
-            sizes += [4 * block] * 4
+            sizes += [2 * span * scalars, span * scalars, span * scalars, gate * scalars, gate * scalars]
+            sizes += [4 * block] * 3 + [4 * (block + self.warp_channels)]
             sizes += [4 * chunks * self.channels * self.per_lane * self.threads]
-            sizes += [4 * self.warps * self.tile * 2 * self.padded_states, 4 * 2 * self.threads * vector]
+            sizes += [4 * self.warps * self.tile * 2 * self.padded_states, 4 * 2 * self.threads * vector, 4]
         else:
             sizes += [8 * self.tile * self.padded_states] * 2 + [8 * self.tile]
-            sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars, 4 * block, 4 * block]
+            sizes += [2 * span * scalars, 2 * span * scalars, 2 * gate * scalars, 4 * block, 4 * block]
         return sum(-(-size // 16) * 16 for size in sizes)
 
     def macros(self, dtype: int, gated: bool, packed: bool, aligned: bool) -> dict[str, int]:
@@ -84,6 +86,14 @@ def padded(states: int) -> int:
 def tile_steps(states: int) -> int:
     """Time steps between two states that the forward saves, which is the tile of both kernels."""
     return 16 if padded(states) <= 64 else 8
+
+
+def segments(units: int, length: int, states: int, processors: int) -> int:
+    """Into how many segments of time the backward cuts a unit of its work, for blocks to share it evenly."""
+    if units <= processors:
+        return 1
+    tiles = math.ceil(length / tile_steps(states))
+    return math.ceil(tiles * tile_steps(states) / SEGMENT_STEPS)
 
 
 def _shape(states: int, channels: int) -> dict[str, int]:
