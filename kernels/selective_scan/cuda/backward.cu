@@ -8,11 +8,11 @@ constexpr int LANE_STATES = CHANNELS * PER_LANE;
 constexpr int VALUES = 2 * PER_LANE;  // parts of dB and dC that a lane has in one step
 
 struct Shared {
-    alignas(16) scalar x[2][WARPS * WARP_SPAN];
-    alignas(16) scalar dt[WARPS * WARP_SPAN];
-    alignas(16) scalar dy[WARPS * WARP_SPAN];
-    alignas(16) scalar z[GATED ? WARPS * WARP_SPAN : 1];
-    alignas(16) scalar ungated[GATED ? WARPS * WARP_SPAN : 1];
+    alignas(16) scalar x[2][TILE * BLOCK_CHANNELS];
+    alignas(16) scalar dt[TILE * BLOCK_CHANNELS];
+    alignas(16) scalar dy[TILE * BLOCK_CHANNELS];
+    alignas(16) scalar z[GATED ? TILE * BLOCK_CHANNELS : 1];
+    alignas(16) scalar ungated[GATED ? TILE * BLOCK_CHANNELS : 1];
     alignas(16) float delta[TILE * BLOCK_CHANNELS];   // Δ
     alignas(16) float driven[TILE * BLOCK_CHANNELS];  // Δ·x; the walk overwrites it with its gradient
     alignas(16) float dy_core[TILE * BLOCK_CHANNELS]; // gradient of y before the gate
@@ -39,9 +39,6 @@ constexpr bool TENSOR_SUMS = false;  // tf32 is not exact enough
 #endif
 // The tensor cores cut their inputs to 10 bits of mantissa, which makes them smaller by 2^-11 / (2 ln 2) on average.
 constexpr float UNCUT = TENSOR_SUMS ? 1.000352f : 1.f;
-
-// Where it avoids conflicts of banks, half a row of BC_grad is swapped with the other in every second row.
-constexpr int SWAP = TENSOR_SUMS && STATES == 16 ? 8 : 0;
 
 template <bool TENSOR> struct ChannelSums {
     Spread spread;
@@ -93,8 +90,7 @@ template <> struct ChannelSums<true> {
                 float send0 = upper ? sum[0] : sum[1], send1 = upper ? sum[2] : sum[3];
                 keep0 += __shfl_xor_sync(~0u, send0, 4);
                 keep1 += __shfl_xor_sync(~0u, send1, 4);
-                int at = lane / 8 * 4 + (upper ? 2 : 0);
-                *reinterpret_cast<Floats<2>*>(row + (lane % 4 < 2 ? at ^ SWAP : at)) = Floats<2>{keep0, keep1};
+                *reinterpret_cast<Floats<2>*>(row + lane / 8 * 4 + (upper ? 2 : 0)) = Floats<2>{keep0, keep1};
             }
         }
     }
@@ -148,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int state0 = lane / CHANNEL_LANES * PER_LANE;                        // the lane's first state
     const int lane_at = lane % CHANNEL_LANES * CHANNELS;                       // its first channel in the warp
-    const int mine = warp * WARP_TILE, raw = warp * WARP_SPAN;                 // where the warp's part of a tile is
+    const int mine = warp * WARP_TILE;                                         // where the warp's part of a tile is
     const int tiles = (length + TILE - 1) / TILE;
     ChannelSums<TENSOR_SUMS> channel_sums;
     channel_sums.prepare(lane);
@@ -194,8 +190,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 // A segment leaves carry and A_grad where the gradients go, and the next one goes on from there.
                 const float* before = first ? final_grad : initial_grad;
                 i64 at = (batch * channels + channel + k) * states + state0 + s;
-                carry[k][s] = exists && before != nullptr ? before[at] : 0.f;
-                A_grad[k][s] = exists && !first ? A_parts[at] : 0.f;
+                // Adding 0 waits for the loads here and not in the loop, where it would wait for the loop's loads, too.
+                carry[k][s] = (exists && before != nullptr ? before[at] : 0.f) + 0.f;
+                A_grad[k][s] = (exists && !first ? A_parts[at] : 0.f) + 0.f;
             }
 
         const Fetch<THREADS> pieces(threadIdx.x, left + warp * WARP_CHANNELS);
@@ -271,8 +268,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 const int t = i / ROW_VECTORS, at = i * VECTOR;
                 const int valid = t < rows ? left - vector_channel : 0;
                 const i64 to = out_at + j * (32 / ROW_VECTORS) * i64(channels);
-                Floats<VECTOR> d = load_vector(shared.dt + raw + at), value = load_vector(shared.x[buffer] + raw + at);
-                Floats<VECTOR> grad = load_vector(shared.dy + raw + at), bias = vector_at(shared.bias[warp] + vector_channel);
+                Floats<VECTOR> d = load_vector(shared.dt + mine + at), value = load_vector(shared.x[buffer] + mine + at);
+                Floats<VECTOR> grad = load_vector(shared.dy + mine + at), bias = vector_at(shared.bias[warp] + vector_channel);
 #pragma unroll
                 for (int k = 0; k < VECTOR; ++k) {
                     d[k] += bias[k];
@@ -284,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 if (rows < TILE && t >= rows) vector_at(delta + at) = Floats<VECTOR>{};
                 vector_at(driven + at) = value;
                 if constexpr (GATED) {
-                    Floats<VECTOR> gate = load_vector(shared.z + raw + at), core = load_vector(shared.ungated + raw + at);
+                    Floats<VECTOR> gate = load_vector(shared.z + mine + at), core = load_vector(shared.ungated + mine + at);
 #pragma unroll
                     for (int k = 0; k < VECTOR; ++k) {
                         float s = sigmoid(gate[k]);
@@ -389,6 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             copies_wait();
             __syncthreads();  // BC_grad and the next tile's activations are there
 
+            Floats<VECTOR> D_sum{}, bias_sum{};
 #pragma unroll
             for (int j = 0; j < LANE_VECTORS; ++j) {
                 const int i = j * 32 + lane;
@@ -400,9 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 Floats<VECTOR> driven_grad = vector_at(driven + at);
                 Floats<VECTOR> grad = vector_at(dy_core + at);
                 Floats<VECTOR> delta_grad = vector_at(decay_grad + at);
-                Floats<VECTOR> value = load_vector(shared.x[buffer] + raw + at);
-                Floats<VECTOR> D_sum = vector_at(shared.sums[0][threadIdx.x]);
-                Floats<VECTOR> bias_sum = vector_at(shared.sums[1][threadIdx.x]);
+                Floats<VECTOR> value = load_vector(shared.x[buffer] + mine + at);
                 Floats<VECTOR> skip = vector_at(shared.D[warp] + vector_channel), out;
 #pragma unroll
                 for (int k = 0; k < VECTOR; ++k) {
@@ -412,10 +408,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                     D_sum[k] = fmaf(grad[k], value[k], D_sum[k]);
                     bias_sum[k] += delta_grad[k];
                 }
-                vector_at(shared.sums[0][threadIdx.x]) = D_sum;
-                vector_at(shared.sums[1][threadIdx.x]) = bias_sum;
                 store_vector(dx + to, out, valid);
                 store_vector(ddt + to, delta_grad, valid);
+            }
+#pragma unroll
+            for (int k = 0; k < VECTOR; ++k) {  // the sums of a tile first: fewer roundings
+                shared.sums[0][threadIdx.x][k] += D_sum[k];
+                shared.sums[1][threadIdx.x][k] += bias_sum[k];
             }
 #pragma unroll
             for (int j = 0; j < (TILE * STATES / 2 + THREADS - 1) / THREADS; ++j) {
@@ -424,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 Floats<4> sum{};
 #pragma unroll
                 for (int w = 0; w < WARPS; ++w) {
-                    Floats<4> part = *reinterpret_cast<Floats<4>*>(&shared.BC_grad[w][0][0] + (i ^ (i / (2 * STATES) % 2 * SWAP)));
+                    Floats<4> part = *reinterpret_cast<Floats<4>*>(&shared.BC_grad[w][0][0] + i);
 #pragma unroll
                     for (int k = 0; k < 4; ++k) sum[k] += part[k];
                 }

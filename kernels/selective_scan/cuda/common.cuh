@@ -27,8 +27,6 @@ constexpr int WARP_CHANNELS = CHANNEL_LANES * CHANNELS;
 constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 constexpr int WARP_TILE = TILE * WARP_CHANNELS;
 // In shared memory a tile of activations is [warp][TILE][WARP_CHANNELS], so that each warp finds its own channels.
-// A gap between the warps' parts puts the pieces of a row, which are copied side by side, in banks of their own.
-constexpr int GAP = 128 / WARPS / sizeof(scalar), WARP_SPAN = WARP_TILE + (WARP_CHANNELS > GAP ? WARP_CHANNELS : GAP);
 // In the phases that concern no states a lane treats VECTOR channels of one row at a time.
 constexpr int VECTOR = WARP_CHANNELS < 4 ? WARP_CHANNELS : 4;
 constexpr int ROW_VECTORS = WARP_CHANNELS / VECTOR;
@@ -175,31 +173,33 @@ template <int BYTES> __device__ __forceinline__ void copy_async(void* to, const 
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
+constexpr int NO_ROW = 1 << 30;  // past the end of any sequence's tile
+
 // Copies tiles of the channels of LANES / 32 warps from global to shared memory, each lane its pieces of the rows.
 template <int LANES> struct Fetch {
     static constexpr int WIDTH = LANES / 32 * WARP_CHANNELS, STEP = ALIGNED ? COPY_BYTES / int(sizeof(scalar)) : 1;
     static constexpr int ROW_PIECES = WIDTH / STEP, PIECES = TILE * ROW_PIECES, ROWS = LANES / ROW_PIECES;
     static_assert(LANES % ROW_PIECES == 0, "bad shape");
-    int row, to;   // the lane's first piece: its row, and where it goes
-    bool channel;  // whether its channels exist
+    int row, to;  // the lane's first piece: its row (NO_ROW where its channels don't exist), and where it goes
 
     // `index` numbers the lanes; `channels` is how many exist from the first one on.
     __device__ __forceinline__ Fetch(int index, int channels) {
         int c = index % ROW_PIECES * STEP;
         row = index / ROW_PIECES;
-        to = c / WARP_CHANNELS * WARP_SPAN + row * WARP_CHANNELS + c % WARP_CHANNELS;
-        channel = c < channels;
+        to = c / WARP_CHANNELS * WARP_TILE + row * WARP_CHANNELS + c % WARP_CHANNELS;
+        if (c >= channels) row = NO_ROW;
     }
     // Where the lane's first piece is, given the first row and channel of a tensor.
     __device__ __forceinline__ const scalar* place(const scalar* from, i64 stride) const {
-        return from + row * stride + static_cast<int>(threadIdx.x % LANES) % ROW_PIECES * STEP;
+        const int index = threadIdx.x % LANES;
+        return from + index / ROW_PIECES * stride + index % ROW_PIECES * STEP;
     }
     // Copy the tile whose piece of the lane is at `from`. Rows from `rows` on become 0, as do channels that don't exist.
     __device__ __forceinline__ void copy(scalar* tile, const scalar* from, i64 stride, int rows) const {
 #pragma unroll
         for (int k = 0; k < (PIECES + LANES - 1) / LANES; ++k) {
-            if (PIECES % LANES != 0 && k * ROWS + row >= TILE) break;
-            bool valid = channel && k * ROWS + row < rows;
+            if (PIECES % LANES != 0 && k * ROWS + static_cast<int>(threadIdx.x % LANES) / ROW_PIECES >= TILE) break;
+            bool valid = k * ROWS + row < rows;
             scalar* at = tile + to + k * ROWS * WARP_CHANNELS;
             if constexpr (ALIGNED)
                 copy_async<COPY_BYTES>(at, from + k * ROWS * stride, valid);
@@ -221,11 +221,13 @@ struct StateRows {
         return from + threadIdx.x / STATES * stride + threadIdx.x % STATES;
     }
     __device__ __forceinline__ void read(const scalar* from, i64 stride, int rows, int states) {
-        const int t = threadIdx.x / STATES, n = threadIdx.x % STATES;
+        const int n = threadIdx.x % STATES, t = n < states ? threadIdx.x / STATES : NO_ROW;
 #pragma unroll
         for (int k = 0; k < COUNT; ++k) {
             int row = k / PER_ROW * ROWS, state = k % PER_ROW * THREADS;
-            bool valid = t + row < TILE && t + row < rows && n + state < states;
+            bool valid = t + row < rows;
+            if (TILE * STATES % THREADS != 0) valid = valid && t + row < TILE;
+            if (PER_ROW > 1) valid = valid && n + state < states;
             v[k] = valid ? from[row * stride + state] : scalar(0);
         }
     }

@@ -1,10 +1,9 @@
 // Forward: see docs/kernels.md. A block owns BLOCK_CHANNELS channels of one sequence and walks its time in tiles.
-// The host also defines SAVE: steps between two saved states, which divides TILE.
 
 struct Shared {
-    alignas(16) scalar x[2][WARPS * WARP_SPAN];
-    alignas(16) scalar dt[2][WARPS * WARP_SPAN];
-    alignas(16) scalar z[2][GATED ? WARPS * WARP_SPAN : 1];
+    alignas(16) scalar x[2][TILE * BLOCK_CHANNELS];
+    alignas(16) scalar dt[2][TILE * BLOCK_CHANNELS];
+    alignas(16) scalar z[2][GATED ? TILE * BLOCK_CHANNELS : 1];
     alignas(16) float delta[TILE * BLOCK_CHANNELS];   // Δ; the walk overwrites it with C·h
     alignas(16) float driven[TILE * BLOCK_CHANNELS];  // Δ·x
     alignas(16) float B[2][TILE * STATES];
@@ -31,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     const int channel0 = blockIdx.x % groups * BLOCK_CHANNELS, channel = channel0 + local;
     const i64 batch = blockIdx.x / groups;
     const int left = channels - channel0;  // channels of this block that exist, or more
-    const int tiles = (length + TILE - 1) / TILE, saves = (length + SAVE - 1) / SAVE;
+    const int tiles = (length + TILE - 1) / TILE;
 
     x += batch * x_batch + channel0;
     dt += batch * dt_batch + channel0;
@@ -41,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     if constexpr (PACKED) seq_idx += batch * seq_batch;
     const int vector_channel = warp * WARP_CHANNELS + lane % ROW_VECTORS * VECTOR;  // of the phases without states
     i64 out_at = (batch * length + lane / ROW_VECTORS) * channels + channel0 + vector_channel;
-    if (starts != nullptr) starts += (batch * saves * channels + channel) * STATES + state0;
+    if (starts != nullptr) starts += (batch * tiles * channels + channel) * STATES + state0;
 
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
         shared.D[c] = D != nullptr && c < left ? D[channel0 + c] : 0.f;
@@ -55,7 +54,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
             bool exists = channel + k < channels && state0 + s < states;
             a[k][s] = exists ? A[i64(channel + k) * states + state0 + s] * LOG2E : 0.f;
             bool given = exists && initial_state != nullptr;
-            h[k][s] = given ? initial_state[(batch * channels + channel + k) * states + state0 + s] : 0.f;
+            // Adding 0 waits for the load here and not in the loop, where it would wait for the loop's loads, too.
+            h[k][s] = (given ? initial_state[(batch * channels + channel + k) * states + state0 + s] : 0.f) + 0.f;
         }
 
     const Fetch<THREADS> pieces(threadIdx.x, left);
@@ -79,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
         C_next += TILE * C_time;
     };
     constexpr int STEPS = TILE < 4 ? TILE : 4, SUMS = STEPS * CHANNELS;
+    constexpr int UNROLL = CHANNELS == 2 ? TILE / STEPS : 1;  // measured: faster for two channels, slower for one
     constexpr int LANE_SUMS = at_least_one(SUMS / STATE_LANES), TOGETHER = LANE_SUMS % CHANNELS == 0 ? CHANNELS : 1;
     const Spread spread = spread_index<SUMS, CHANNEL_LANES, 32>(lane);
 
@@ -89,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     float *delta = shared.delta + warp * WARP_TILE, *driven = shared.driven + warp * WARP_TILE;
     for (int tile = 0; tile < tiles; ++tile) {
         const int buffer = tile & 1, start = tile * TILE, rows = length - start;
-        const scalar *x_tile = shared.x[buffer] + warp * WARP_SPAN, *dt_tile = shared.dt[buffer] + warp * WARP_SPAN;
+        const scalar *x_tile = shared.x[buffer] + warp * WARP_TILE, *dt_tile = shared.dt[buffer] + warp * WARP_TILE;
         copies_wait();
         __syncthreads();
         if (tile + 1 < tiles) fetch(tile + 1);
@@ -114,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
         }
         __syncwarp();
 
-        auto save = [&] {
+        if (starts != nullptr) {
 #pragma unroll
             for (int k = 0; k < CHANNELS; ++k)
                 if (channel + k < channels) {
@@ -126,11 +127,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
                     }
                 }
             starts += i64(channels) * STATES;
-        };
-        if (SAVE == TILE && starts != nullptr) save();
-#pragma unroll 1
+        }
+#pragma unroll UNROLL
         for (int t = 0; t < TILE; t += STEPS) {
-            if (SAVE < TILE && starts != nullptr && t % SAVE == 0 && t < rows) save();
             float sums[SUMS];
 #pragma unroll
             for (int u = 0; u < STEPS; ++u) {
@@ -183,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
             i64 to = out_at + j * (32 / ROW_VECTORS) * i64(channels);
             if constexpr (GATED) {
                 if (ungated != nullptr) store_vector(ungated + to, out, valid);
-                Floats<VECTOR> gate = load_vector(shared.z[buffer] + warp * WARP_SPAN + at);
+                Floats<VECTOR> gate = load_vector(shared.z[buffer] + warp * WARP_TILE + at);
 #pragma unroll
                 for (int k = 0; k < VECTOR; ++k) out[k] *= gate[k] * sigmoid(gate[k]);
             }

@@ -247,14 +247,15 @@ def backward(
         workers = min(groups, max(1, max(variants.FREE_PARTS_BYTES, 8 * x.numel()) // part_bytes))
         group_items = -(-groups // workers)
         workers = -(-groups // group_items)
-        units, segments = batch * workers, variants.segments(batch * workers, length, states, processors)
+        kernel, shared_bytes = _kernel("backward", "scan_backward", *key), variant.shared_bytes(dtype, gated)
+        units, at_once = batch * workers, _blocks_at_once(kernel, variant.threads, shared_bytes)
+        at_once = min(at_once, -(-units // processors))
+        segments = variants.segments(units, length, states, processors, at_once)
         parts = x.new_empty((batch, workers, length, 2 * variant.padded_states), dtype=torch.float32)
         queue = torch.zeros(2 + units * (group_items * segments - 1), dtype=torch.int32, device=x.device)
-        kernel = _kernel("backward", "scan_backward", *key)
-        shared_bytes = variant.shared_bytes(dtype, gated)
         _launch(
             kernel,
-            min(units * segments, processors * _blocks_at_once(kernel, variant.threads, shared_bytes)),
+            min(units * segments, processors * at_once),
             variant.threads,
             shared_bytes,
             (
