@@ -19,8 +19,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 Inputs = dict[str, Tensor]
-# Relative error of a result in this dtype: for the short ones, of one rounding. More of a few values, where errors don't
-# average out.
+# Relative error of a result in this dtype: for the short ones, of one rounding. More of a few values, where errors
+# don't average out.
 ROUNDING = {torch.float32: 5e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 

@@ -460,25 +460,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     }
 }
 
-// Add the parts of dB and dC of all blocks, in a fixed order.
-extern "C" __global__ void __launch_bounds__(256) sum_BC_parts(
-    const float* parts, scalar* dB, scalar* dC, i64 length, i64 states, i64 workers, i64 rows) {
+// Add the parts of dB and dC of all units, and those of dA, dD and the bias's gradient of all sequences, in a fixed order.
+extern "C" __global__ void __launch_bounds__(256) sum_parts(
+    const float* BC_parts, const float* A_parts, const float* D_parts, const float* bias_parts,
+    scalar* dB, scalar* dC, float* dA, float* dD, float* dbias,
+    i64 batches, i64 length, i64 channels, i64 states, i64 workers) {
     i64 i = blockIdx.x * i64(256) + threadIdx.x;
-    i64 row = i / (2 * STATES), batch = row / length;
-    int n = i % (2 * STATES);
-    if (row >= rows) return;
-    const i64 stride = i64(length) * (2 * STATES);
-    const float* from = parts + i + batch * (workers - 1) * stride;
-    float sum = 0.f;
+    const i64 sequence = length * (2 * STATES);
+    if (i < batches * sequence) {
+        const i64 row = i / (2 * STATES);
+        const int n = i % (2 * STATES);
+        const float* from = BC_parts + i + i / sequence * (workers - 1) * sequence;
+        float sum = 0.f;
 #pragma unroll 8
-    for (int w = 0; w < workers; ++w) sum += from[w * stride];
-    scalar* to = n < STATES ? dB : dC;
-    n %= STATES;
-    if (n < states) {
+        for (int w = 0; w < workers; ++w) sum += from[w * sequence];
+        scalar* to = n < STATES ? dB : dC;
+        if (n % STATES < states) {
 #if DTYPE == 0
-        to[row * states + n] = UNCUT * sum;
+            to[row * states + n % STATES] = UNCUT * sum;
 #else
-        to[row * states + n] = static_cast<scalar>(pack(UNCUT * sum, 0.f));
+            to[row * states + n % STATES] = static_cast<scalar>(pack(UNCUT * sum, 0.f));
 #endif
+        }
+        return;
     }
+    i -= batches * sequence;
+    const i64 width = i < channels * states ? channels * states : channels;
+    const float* from = A_parts;
+    float* to = dA;
+    if (i >= channels * states) {
+        i -= channels * states;
+        from = i < channels ? D_parts : bias_parts;
+        to = i < channels ? dD : dbias;
+        if (i >= channels) i -= channels;
+        if (i >= channels || to == nullptr) return;
+    }
+    float sum = 0.f;
+    for (int b = 0; b < batches; ++b) sum += from[b * width + i];
+    to[i] = sum;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class Variant:
     def threads(self) -> int:
         return 32 * self.warps
 
-    @property
+    @functools.cached_property
     def warp_channels(self) -> int:
         return 32 * self.per_lane // self.padded_states * self.channels
 
@@ -35,10 +36,17 @@ class Variant:
     def block_channels(self) -> int:
         return self.warps * self.warp_channels
 
+    def vectors(self, dtype: int) -> tuple[int, int]:
+        """What the start of a row must be a multiple of to be copied in vectors (COPY_BYTES): bytes, elements."""
+        row = self.warp_channels * SCALAR_BYTES[dtype]
+        size = next(size for size in (16, 8, 4) if row % size == 0)
+        return size, max(size // SCALAR_BYTES[dtype], min(4, self.warp_channels))
+
     def groups(self, channels: int) -> int:
         """Blocks that one sequence needs."""
         return math.ceil(channels / self.block_channels)
 
+    @functools.cache  # noqa: B019  variants are few
     def shared_bytes(self, dtype: int, gated: bool) -> int:
         """The size of `struct Shared` in forward.cu, or backward.cu when there are chunks."""
         block = self.tile * self.block_channels
@@ -118,6 +126,7 @@ def _shape(states: int, channels: int) -> dict[str, int]:
 # Segments of 64, 128, 512 and 1024 steps instead of 256 were up to 11% slower, -1 to 4%, -1 to 6% and 0 to 7%.
 
 
+@functools.cache
 def forward_variant(states: int, batch: int, channels: int, processors: int) -> Variant:
     """The forward kernel for a shape."""
     if padded(states) != 16:
@@ -128,6 +137,7 @@ def forward_variant(states: int, batch: int, channels: int, processors: int) -> 
     return Variant(**_shape(states, 1), min_blocks=5)
 
 
+@functools.cache
 def backward_variant(states: int, batch: int, channels: int, processors: int) -> Variant:
     """The backward kernel for a shape."""
     if padded(states) != 16:
