@@ -4,13 +4,14 @@
 
 Runs train.py: mamba_130m on the sources of the standard library, 8 sequences of 512 tokens a step. A run is cuda-N or
 reference-N with N sequences in a micro-batch: N changes the order in which bf16 gradients are added, so the difference
-of two runs of the same scan is the noise against which the difference of the two scans is judged. Prints the mean loss
-of the last 50 steps and the median speed of the runs in the folder; their metrics.jsonl stay there.
+of two runs of the same scan is the noise against which the difference of the two scans is judged. Prints the losses
+and the median speed of the runs in the folder, and how far apart each two are; their metrics.jsonl stay there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = ["cuda-8", "cuda-4", "reference-8", "reference-4"]
-LAST = 50
+LAST, WINDOW = 50, 25
 OPTIONS = [
     "model=mamba_130m",
     "data=stdlib",
@@ -48,16 +49,22 @@ def run(name: str, folder: Path, options: list[str]) -> None:
 
 
 def report(folder: Path) -> None:
-    means = {}
-    print(f"{'run':12s}  mean loss of the last {LAST} steps  tokens/s")
+    losses = {}
+    print(f"{'run':12s} {'steps':>6s} {f'loss of the last {LAST}':>20s} {'validation loss':>16s} {'tokens/s':>9s}")
     for path in sorted(folder.glob("*/metrics.jsonl")):
         records = [json.loads(line) for line in path.read_text().splitlines()]
-        means[path.parent.name] = statistics.mean(record["loss"] for record in records[-LAST:])
+        losses[path.parent.name] = values = [record["loss"] for record in records]
         speed = statistics.median(record["tokens_per_second"] for record in records[len(records) // 2 :])
-        print(f"{path.parent.name:12s}  {means[path.parent.name]:31.5f}  {speed:8,.0f}   ({len(records)} steps)")
-    for a, b in (("cuda-8", "reference-8"), ("reference-8", "reference-4"), ("cuda-8", "cuda-4")):
-        if a in means and b in means:
-            print(f"{a} - {b}: {means[a] - means[b]:+.5f}")
+        print(
+            f"{path.parent.name:12s} {len(values):6d} {statistics.mean(values[-LAST:]):20.5f}"
+            f" {records[-1]['validation/loss']:16.5f} {speed:9,.0f}"
+        )
+    print(f"differences: of the last {LAST} losses; root mean square of those of {WINDOW} losses each")
+    for a, b in itertools.combinations(losses, 2):
+        steps = [x - y for x, y in zip(losses[a], losses[b], strict=True)]
+        windows = [statistics.mean(steps[i : i + WINDOW]) for i in range(0, len(steps), WINDOW)]
+        scale = statistics.mean(value**2 for value in windows) ** 0.5
+        print(f"{a} - {b}: {statistics.mean(steps[-LAST:]):+.5f}; {scale:.5f}")
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def run_official(scan: Callable[..., Tensor], inputs: Inputs, y_grad: Tensor) ->
 
 
 SHAPES = [  # batch, length, channels, states
-    (2, 1, 320, 16),
+    (64, 1, 320, 16),  # dB of few sequences would be so few numbers that chance decides who rounds them better
     (2, 17, 320, 16),
     (2, 777, 512, 16),
     (3, 150, 50, 16),
