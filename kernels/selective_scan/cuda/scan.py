@@ -21,6 +21,15 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MIN_CAPABILITY = (8, 0)
 
 
+class Kernel(NamedTuple):
+    """A kernel of one device, ready to be launched."""
+
+    function: Any  # driver.CUfunction
+    shared_bytes: int
+    at_once: int  # blocks that fit on a multiprocessor
+    code: Any  # keeps it loaded
+
+
 def unsupported(x: Tensor, states: int) -> str | None:
     """Why these inputs cannot run here, None when they can. Reads only the device, dtypes and sizes."""
     if x.dtype == torch.float64:
@@ -54,15 +63,6 @@ def starts_shape(x: Tensor, states: int) -> tuple[int, int, int, int]:
     """Shape of the fp32 states that the forward saves: (batch, tiles, channel, padded states)."""
     tiles = -(-x.shape[1] // variants.tile_steps(states))
     return x.shape[0], tiles, x.shape[2], variants.padded(states)
-
-
-class Kernel(NamedTuple):
-    """A kernel of one device, ready to be launched."""
-
-    function: Any  # driver.CUfunction
-    shared_bytes: int
-    at_once: int  # blocks that fit on a multiprocessor
-    code: Any  # keeps it loaded
 
 
 @functools.cache
