@@ -85,7 +85,7 @@ def selective_scan(
     Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", equations 2a, 2b, 4.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
-    y, final_state, _, _ = torch.ops.mamba_train.selective_scan(
+    y, final_state, _, _ = torch.ops.mamba_train.selective_scan.default(
         x,
         dt,
         A,

