@@ -32,16 +32,26 @@ class Kernel(NamedTuple):
 
 def unsupported(x: Tensor, states: int) -> str | None:
     """Why these inputs cannot run here, None when they can. Reads only the device, dtypes and sizes."""
-    if x.dtype == torch.float64:
-        return "fp64 runs in the reference"
-    if states > variants.MAX_STATES:
-        return f"{states} states are more than {variants.MAX_STATES}"
-    return device_unsupported(x.device.index or 0)
+    if x.dtype not in _DTYPES:
+        reason: str | None = f"the CUDA kernels do not compute in {x.dtype}"
+    elif states > variants.MAX_STATES:
+        reason = f"{states} states are more than {variants.MAX_STATES}"
+    else:
+        reason = device_unsupported(x.device.index or 0)
+    if reason is not None:
+        _warn(reason)
+    return reason
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Once for each reason."""
+    _log.warning("selective_scan runs in plain PyTorch, much slower: %s", reason)
 
 
 @functools.cache
 def device_unsupported(index: int) -> str | None:
-    """Why no kernel can be compiled for this device, None when it can; says so in the log, once."""
+    """Why no kernel can run on this device, None when one can."""
     reason = None
     if not torch.cuda.is_available() or torch.version.cuda is None:
         reason = "no NVIDIA GPU"
@@ -53,10 +63,19 @@ def device_unsupported(index: int) -> str | None:
         try:
             compiler_version()
         except Exception as error:  # of the loader: which one depends on what is missing
-            reason = f"NVRTC can't be loaded ({error})"
-    if reason is not None:
-        _log.warning("selective_scan runs in plain PyTorch, much slower: %s", reason)
+            cuda = (torch.version.cuda or "").split(".")[0]
+            return f'NVRTC can\'t be loaded ({error}); pip install "cuda-core[cu{cuda}]"'
+        try:
+            _try(index)
+        except Exception as error:  # an NVRTC that does not know the GPU, a driver that does not take its code
+            reason = f"a kernel can't be compiled or loaded for this GPU ({error})"
     return reason
+
+
+def _try(index: int) -> None:
+    """Compile and load a kernel; raises whatever prevents that."""
+    smallest = variants.forward_variant(16, 1, 1, 1000)
+    _kernel("forward", "scan_forward", index, smallest, _DTYPES[torch.float32], False, False, False)
 
 
 def starts_shape(x: Tensor, states: int) -> tuple[int, int, int, int]:
@@ -153,8 +172,8 @@ def _aligned(channels: int, vectors: tuple[int, int], tensors: Sequence[Tensor |
     for tensor in tensors:
         if tensor is None:
             continue
-        (batch, length, _), strides = tensor.shape, tensor.stride()
-        if tensor.data_ptr() % size or (length > 1 and strides[1] % step) or (batch > 1 and strides[0] % step):
+        batch, strides = tensor.shape[0], tensor.stride()
+        if tensor.data_ptr() % size or strides[1] % step or (batch > 1 and strides[0] % step):
             return False
     return True
 

@@ -17,14 +17,21 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     monkeypatch.setattr(scan, "compiler_version", lambda: "13.0")
+    monkeypatch.setattr(scan, "_kernel", lambda *arguments: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     scan.device_unsupported.cache_clear()
+    scan._warn.cache_clear()
     yield
     scan.device_unsupported.cache_clear()
+    scan._warn.cache_clear()
 
 
 def no_nvrtc() -> str:
     raise RuntimeError("libnvrtc.so is missing")
+
+
+def unknown_gpu(*arguments: object) -> None:
+    raise RuntimeError("invalid value for --gpu-architecture")
 
 
 @pytest.mark.parametrize(
@@ -34,9 +41,15 @@ def no_nvrtc() -> str:
         (torch.version, "cuda", None, "no NVIDIA GPU"),  # a build of torch for other GPUs
         (torch.cuda, "get_device_capability", lambda index: (7, 5), "compute capability (7, 5), 8.0 is needed"),
         (importlib.util, "find_spec", lambda name: None, "cuda-core is not installed (pip install cuda-core)"),
-        (scan, "compiler_version", no_nvrtc, "NVRTC can't be loaded (libnvrtc.so is missing)"),
+        (
+            scan,
+            "compiler_version",
+            no_nvrtc,
+            'NVRTC can\'t be loaded (libnvrtc.so is missing); pip install "cuda-core[cu13]"',
+        ),
+        (scan, "_kernel", unknown_gpu, "can't be compiled or loaded for this GPU (invalid value"),
     ],
-    ids=["no GPU", "not NVIDIA's", "old GPU", "no cuda-core", "no NVRTC"],
+    ids=["no GPU", "not NVIDIA's", "old GPU", "no cuda-core", "no NVRTC", "new GPU"],
 )
 def test_the_log_says_once_why(
     owner: object,
@@ -62,6 +75,10 @@ def test_nothing_is_logged_where_they_run(caplog: pytest.LogCaptureFixture) -> N
     assert not caplog.records
 
 
-def test_what_is_computed_elsewhere() -> None:
-    assert scan.unsupported(torch.zeros(1, 2, 3, dtype=torch.float64), 16) == "fp64 runs in the reference"
-    assert scan.unsupported(torch.zeros(1, 2, 3), 257) == "257 states are more than 256"
+def test_what_is_computed_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        for dtype in (torch.float64, torch.float8_e4m3fn):
+            reason = scan.unsupported(torch.zeros(1, 2, 3, dtype=dtype), 16)
+            assert reason == f"the CUDA kernels do not compute in {dtype}"
+        assert scan.unsupported(torch.zeros(1, 2, 3), 257) == "257 states are more than 256"
+    assert len(caplog.records) == 3, "one line for each reason"
