@@ -64,7 +64,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
         value = _get(config, key)
         if not 0 <= value < 1:
             yield key, value, "expected at least 0 and less than 1"
-    for key in ("schedule.min_lr_ratio", "schedule.decay_fraction"):
+    for key in ("schedule.min_lr_ratio", "schedule.decay_fraction", "data.max_bad_share"):
         value = _get(config, key)
         if not 0 <= value <= 1:
             yield key, value, "expected 0 to 1"
@@ -152,7 +152,11 @@ def _data(config: Config) -> Iterable[Problem]:
     data = config.data
     if data.source is DataSource.local:
         if not data.path:
-            yield "data.path", data.path, "expected a folder or file with .txt, .jsonl or .jsonl.zst text"
+            yield (
+                "data.path",
+                data.path,
+                "expected a folder or file with text (.txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet)",
+            )
         elif not Path(data.path).expanduser().exists():
             yield "data.path", data.path, "there is no such file or folder"
     elif data.source is DataSource.shards:

@@ -58,6 +58,8 @@ RULES: tuple[Rule, ...] = (
     Rule("data.source", Action.refuse, _OTHER_TOKENS),
     Rule("data.path", Action.allow, _SAME_TOKENS),
     Rule("data.text_key", Action.refuse, _OTHER_TOKENS),
+    Rule("data.bad_documents", Action.allow, _SAME_TOKENS),
+    Rule("data.max_bad_share", Action.allow, _SAME_TOKENS),
     Rule("data.tokenizer", Action.allow, _SAME_TOKENS),
     Rule("data.vocab_size", Action.refuse, _OTHER_TOKENS),
     Rule("data.validation_fraction", Action.refuse, _OTHER_TOKENS),

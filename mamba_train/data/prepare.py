@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config import BadDocuments, DataConfig, DataSource
 from mamba_train.data.documents import HELD_OUT_HERE, SPLITS, Document, DocumentSource, Log, Split
 from mamba_train.data.local_source import LocalSource
 from mamba_train.data.manifest import (
@@ -56,7 +56,7 @@ def prepare(data: DataConfig, log: Log) -> Path:
         _check_tokenizer(folder, data.tokenizer)
         log(f"data: using {folder}")
         return folder
-    source, tokenizer = open_source(data)
+    source, tokenizer = open_source(data, log)
     settings = _settings(data, tokenizer)
     key = _key(source, settings)
     cache = Path(data.cache_dir).expanduser()
@@ -106,7 +106,7 @@ def _check_tokenizer(folder: Path, path: str | None) -> None:
         )
 
 
-def open_source(data: DataConfig) -> tuple[DocumentSource, TextTokenizer | None]:
+def open_source(data: DataConfig, log: Log) -> tuple[DocumentSource, TextTokenizer | None]:
     """Check what can be checked without reading the text; returns the source and the user's tokenizer.
 
     Raises ValueError that names the key.
@@ -120,14 +120,17 @@ def open_source(data: DataConfig) -> tuple[DocumentSource, TextTokenizer | None]
         if data.path is not None:
             raise ValueError(f"data.path={data.path}: only read with data.source=local; use data=local")
         return StdlibSource(), tokenizer
-    return LocalSource(data.path, data.text_key), tokenizer
+    return LocalSource(data.path, data.text_key, data.bad_documents, data.max_bad_share, log), tokenizer
 
 
 def _settings(data: DataConfig, tokenizer: TextTokenizer | None) -> dict[str, Any]:
     """The settings that determine the shards; the sequence length is chosen when they are read."""
+    is_local = data.source == DataSource.local
     return {
         "source": str(data.source),
-        "text_key": data.text_key if data.source == DataSource.local else None,
+        "text_key": data.text_key if is_local else None,
+        "bad_documents": str(data.bad_documents) if is_local else None,
+        "max_bad_share": data.max_bad_share if is_local and data.bad_documents == BadDocuments.skip else None,
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
         "vocab_size": None if tokenizer else data.vocab_size,
         "validation_fraction": data.validation_fraction,

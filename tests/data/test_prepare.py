@@ -343,7 +343,7 @@ def test_misuse_is_one_line_that_names_the_key(
 def test_too_little_text(local_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="no text for the train split"):
+    with pytest.raises(ValueError, match=r"a\.txt:1: the text is empty"):
         prepare(local_config(tmp_path / "x"), ignore)
     (tmp_path / "x" / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="no text for the validation split"):
