@@ -35,7 +35,7 @@ from mamba_train.data.manifest import (
     find_problem,
     read_manifest,
 )
-from mamba_train.data.shards import ShardWriter, fsync_folder, token_dtype, write_durably
+from mamba_train.data.shards import ShardSeries, fsync_folder, token_dtype, write_durably
 from mamba_train.data.stdlib_source import StdlibSource
 from mamba_train.data.tokenizer import MIN_VOCAB_SIZE, TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -230,30 +230,9 @@ def _train(source: DocumentSource, vocab_size: int, log: Log) -> TextTokenizer:
     return tokenizer
 
 
-class _SplitWriter:
-    """The shards of one split, a new one begun when the last has reached its size."""
-
-    def __init__(self, folder: Path, split: Split, tokenizer: TextTokenizer) -> None:
-        self._folder, self._split, self._tokenizer = folder, split, tokenizer
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self.entries: list[ShardEntry] = []
-        self._writer = self._begin()
-
-    def _begin(self) -> ShardWriter:
-        prefix = self._folder / f"{self._split}-{len(self.entries):05d}"
-        return ShardWriter(prefix, self._dtype, self._tokenizer.eos_id)
-
-    def add(self, ids: Any, n_text_bytes: int) -> None:
-        size = (len(ids) + 1) * self._dtype.itemsize
-        # A document longer than a shard is written whole, alone.
-        if self._writer.size_bytes and self._writer.size_bytes + size > MAX_SHARD_BYTES:
-            self.close()
-            self._writer = self._begin()
-        self._writer.add(ids, n_text_bytes)
-
-    def close(self) -> None:
-        with self._writer as writer:
-            self.entries.append(writer.close())
+def _series(folder: Path, split: Split, tokenizer: TextTokenizer) -> ShardSeries:
+    dtype = token_dtype(tokenizer.vocab_size)
+    return ShardSeries(folder, lambda n: f"{split}-{n:05d}", dtype, tokenizer.eos_id, MAX_SHARD_BYTES)
 
 
 def _encode_groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -273,7 +252,7 @@ def _encode_groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
 def _write_shards(
     folder: Path, documents: Iterator[Document], tokenizer: TextTokenizer, log: Log
 ) -> dict[Split, list[ShardEntry]]:
-    writers = {split: _SplitWriter(folder, split, tokenizer) for split in HELD_OUT_HERE}
+    writers = {split: _series(folder, split, tokenizer) for split in HELD_OUT_HERE}
     began = said = time.monotonic()
     n_documents = n_bytes = n_tokens = 0
     for group in _encode_groups(documents):
