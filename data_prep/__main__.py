@@ -3,8 +3,6 @@
 import argparse
 import importlib
 
-from mamba_train.composition import user_errors_exit
-
 # Each is a module of data_prep with `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = {
     "train-tokenizer": "train a byte-level BPE on a sample of the text",
@@ -17,6 +15,9 @@ COMMANDS = {
 
 def main() -> None:
     """Parse the command line and run one command; a user's mistake is one line and exit code 2."""
+    # Here, because every worker process imports this module again and needs no Hydra.
+    from mamba_train.composition import user_errors_exit
+
     parser = argparse.ArgumentParser(prog="python -m data_prep", description="From raw text to verified token shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():

@@ -20,6 +20,7 @@ from mamba_train.data.manifest import Manifest, read_manifest
 from mamba_train.data.shards import ShardReader
 
 PERCENTILES = (5, 50, 95)
+MAX_CURVES = 10  # drawn, of the largest domains
 EDGES = 2.0 ** np.arange(32)  # of the histogram: lengths in tokens
 
 
@@ -103,7 +104,7 @@ def _table(domains: list[Domain]) -> Table:
 
 
 def draw(domains: list[Domain], output: Path) -> None:
-    """Tokens per domain as bars; tokens by the length of their document, on a logarithmic axis."""
+    """Tokens per domain as bars; of the largest, tokens by the length of their document."""
     # Here, because importing it takes longer than counting.
     from matplotlib.figure import Figure
 
@@ -113,12 +114,12 @@ def draw(domains: list[Domain], output: Path) -> None:
     bars.barh(names, [domain.n_tokens for domain in domains])
     bars.invert_yaxis()
     bars.set_xlabel("tokens")
-    for domain, name in zip(domains, names, strict=True):
+    for domain, name in zip(domains[:MAX_CURVES], names, strict=False):
         tokens, _ = np.histogram(domain.lengths, EDGES, weights=domain.counts * domain.lengths)
         used = np.flatnonzero(tokens)
         if len(used):
-            shown = slice(used[0], used[-1] + 1)
-            curves.plot(EDGES[:-1][shown], tokens[shown] / tokens.sum(), drawstyle="steps-post", label=name)
+            first, last = used[0], used[-1] + 1
+            curves.stairs(tokens[first:last] / tokens.sum(), EDGES[first : last + 1], label=name)
     curves.set_xscale("log", base=2)
     curves.set_xlabel("tokens in the document")
     curves.set_ylabel("share of the tokens")

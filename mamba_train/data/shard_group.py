@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ GROUPS_FOLDER = "groups"
 WORK_FOLDER = ".work"
 BATCH_CHARACTERS = 1_000_000  # encoded at once: enough for a few threads, and some 100 MB
 MAX_LABELS = 256
+LOCK_SECONDS = 5.0  # a worker whose command was killed needs a moment to notice
 Progress = Callable[[int, int, int], None]  # bytes read, documents, tokens since the last call
 
 
@@ -87,11 +89,11 @@ def tokenise_group(group: Group, tokenizer: TextTokenizer, encoder: Encoder, aro
     with _lock(work / f"{group.name}.lock") as locked:
         if locked is False:
             return False
+        if read_entry(around.folder, group) is not None:
+            return True  # another process was faster
         if locked:  # so nobody is writing what lies here
             for leftover in work.glob(f"{group.name}-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        elif read_entry(around.folder, group) is not None:
-            return True
         aside = work / f"{group.name}-{socket.gethostname()}-{os.getpid()}"
         try:
             try:
@@ -113,14 +115,20 @@ def _lock(path: Path) -> Iterator[bool | None]:
     It saves work and nothing more: two processes would write the same bytes.
     """
     with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        except OSError:
-            yield None
-        else:
-            yield True
+        give_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < give_up:
+                    time.sleep(0.1)
+                    continue
+                yield False
+            except OSError:
+                yield None
+            else:
+                yield True
+            return
 
 
 def _write_aside(
@@ -204,6 +212,8 @@ class _Writers:
         folder.mkdir()
 
     def add(self, entry: Input, record: TextRecord, ids: Any) -> None:
+        if (ids == self._tokenizer.eos_id).any():
+            raise ValueError(f"{entry.name}:{record.number}: the encoder made an end-of-document id of the text itself")
         split = entry.split
         fraction = self._settings.validation_fraction
         if split == "train" and fraction and in_validation(fraction, entry.name, record.number):

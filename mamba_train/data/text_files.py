@@ -88,6 +88,8 @@ def record_of(row: Any, fields: Fields) -> tuple[str, int, str]:
     """Text, its size in UTF-8 and label of a row. Raises _Unusable."""
     text = _string(row, fields.text_key, fields.text_option)
     label = "" if fields.label_key is None else _string(row, fields.label_key, fields.label_option)
+    if not label.isascii():
+        _checked(f"x{label}")  # it becomes the name of a folder
     return *_checked(text), label
 
 
