@@ -116,6 +116,14 @@ def positive(text: str) -> int:
     return value
 
 
+def mebibytes(text: str) -> int:
+    """A number of MiB, as bytes."""
+    value = int(float(text) * (1 << 20))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return value
+
+
 def default_workers() -> int:
     """Cores that SLURM or the system gives this process."""
     given = os.environ.get("SLURM_CPUS_PER_TASK")

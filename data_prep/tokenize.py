@@ -26,6 +26,7 @@ from data_prep.options import (
     default_workers,
     fields_of,
     hub_options,
+    mebibytes,
     open_tokenizer,
     positive,
     preset_of,
@@ -42,7 +43,6 @@ from mamba_train.data.shard_manifest import assemble
 from mamba_train.data.tokenizer import TextTokenizer
 
 RECORDS_FOLDER = "records"
-MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,11 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task-index", type=int, help="which of them this is, from 0 (SLURM_ARRAY_TASK_ID or 0)")
     parser.add_argument(
         "--group-mib",
-        type=positive,
-        default=1024,
+        type=mebibytes,
+        default="1024",
         help="stored MiB of input files that one worker takes at once (1024)",
     )
-    parser.add_argument("--shard-mib", type=positive, default=1024, help="a shard is closed at this size (1024)")
+    parser.add_argument("--shard-mib", type=mebibytes, default="1024", help="a shard is closed at this size (1024)")
     parser.add_argument(
         "--validation-fraction", type=share, default=0.0, help="share of the training documents held out by a hash (0)"
     )
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = open_tokenizer(arguments.tokenizer, preset)
     if arguments.encoder == "fastokens":
         fastokens_call(tokenizer)  # says at once if that cannot work
-    job = _plan(arguments, tokenizer, group_inputs(inputs, arguments.group_mib * MIB))
+    job = _plan(arguments, tokenizer, group_inputs(inputs, arguments.group_mib))
     checksums = _checksums(arguments.checksums, list(paths))
     folder: Path = arguments.output.expanduser()
     adopt_folder(folder, job, tokenizer)
@@ -134,8 +134,8 @@ def _plan(arguments: argparse.Namespace, tokenizer: TextTokenizer, groups: tuple
         tokenizer_sha256=tokenizer.sha256,
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
-        group_bytes=arguments.group_mib * MIB,
-        shard_bytes=arguments.shard_mib * MIB,
+        group_bytes=arguments.group_mib,
+        shard_bytes=arguments.shard_mib,
         validation_fraction=arguments.validation_fraction,
         bad_documents=arguments.bad_documents,
         max_bad_share=arguments.max_bad_share,

@@ -31,16 +31,10 @@ def tokenize_arguments(tmp_path: Path, folder: Path, tokenizer_file: Path, *more
     ]  # fmt: skip
 
 
-@pytest.fixture
-def single_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the small files is a group: --group-mib and --shard-mib count bytes."""
-    monkeypatch.setattr(tokenize, "MIB", 1)
+# Each of the small files is a group.
+GROUP_OPTIONS = ("--group-mib", 0.001)
 
 
-GROUP_OPTIONS = ("--group-mib", 1, "--shard-mib", 1 << 30)
-
-
-@pytest.mark.usefixtures("single_files")
 def test_workers_and_tasks_change_nothing(
     tmp_path: Path, pile: MakePile, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -79,21 +73,20 @@ def test_workers_and_tasks_change_nothing(
 @pytest.mark.slow
 def test_killed_at_random_instants_it_goes_on(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
     """kill -9 of the command, its workers included in its fate, ten times; then the same bytes."""
-    pile(12, 400)
-    expected = make_shards(
-        [f"train={tmp_path}/raw/train/*.zst", f"validation={tmp_path}/raw/val.jsonl.zst"],
-        tmp_path / "whole", tokenizer_file, group_bytes=1 << 20,
-    )  # fmt: skip
-    assert expected is not None
+    pile(12, 1200)
     generator = random.Random(5)
     began = time.monotonic()
-    arguments = tokenize_arguments(tmp_path, tmp_path / "timed", tokenizer_file, "--workers", 2, "--group-mib", 1)
-    assert start(*arguments).wait() == 0
+    arguments = tokenize_arguments(tmp_path, tmp_path / "timed", tokenizer_file, "--workers", 2, *GROUP_OPTIONS)
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    whole = contents(tmp_path / "timed")
+    assert len(read_manifest(tmp_path / "timed").source["inputs"]) == 13
     seconds = time.monotonic() - began
     n_killed = 0
     for attempt in range(10):
         folder = tmp_path / f"killed-{attempt}"
-        arguments = tokenize_arguments(tmp_path, folder, tokenizer_file, "--workers", 2, "--group-mib", 1)
+        arguments = tokenize_arguments(tmp_path, folder, tokenizer_file, "--workers", 2, *GROUP_OPTIONS)
         for _ in range(2):
             process = start(*arguments)
             time.sleep(generator.uniform(0.1, seconds))
@@ -102,7 +95,7 @@ def test_killed_at_random_instants_it_goes_on(tmp_path: Path, pile: MakePile, to
         process = start(*arguments)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-        found, whole = contents(folder), contents(tmp_path / "timed")
+        found = contents(folder)
         assert {name: data for name, data in found.items() if not name.startswith(".")} == whole
     assert n_killed >= 10
 
