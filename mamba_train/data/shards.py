@@ -92,11 +92,11 @@ class ShardWriter:
         """Append one document, `ids` without its end-of-document token."""
         if len(ids) + 1 > MAX_DOCUMENT_TOKENS:
             raise ValueError(f"a document of {len(ids)} tokens is too long; the format allows 2^31 - 2")
-        for part in (ids.astype(self._dtype), self._eos):
-            data = part.tobytes()
+        for part in (np.ascontiguousarray(ids, dtype=self._dtype), self._eos):
+            data = part.data  # no copy: a document may be large
             self._bin.write(data)
             self._sha256.update(data)
-            self.size_bytes += len(data)
+            self.size_bytes += data.nbytes
         self._lengths.append(len(ids) + 1)
         self._n_text_bytes += n_text_bytes
 

@@ -52,6 +52,7 @@ class TextTokenizer:
             raise ValueError(f"{where}: no end-of-document token; expected one of {', '.join(END_OF_DOCUMENT_NAMES)}")
         self.eos_id: int = vocabulary[name]
         self.vocab_size: int = max(vocabulary.values()) + 1
+        self._dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.int32)
         self.sha256 = hashlib.sha256(serialised).hexdigest()
         self.serialised = serialised
         definition = json.loads(serialised)
@@ -86,14 +87,19 @@ class TextTokenizer:
                 owners.append(owner)
                 characters += len(piece)
                 if characters >= MAX_CALL_CHARACTERS:
-                    _deal(call(group), owners, parts)
+                    self._deal(call(group), owners, parts)
                     group, owners, characters = [], [], 0
-        _deal(call(group), owners, parts)
+        self._deal(call(group), owners, parts)
         return [ids[0] if len(ids) == 1 else np.concatenate(ids) for ids in parts]
 
     def _encode_call(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _deal(self, found: list[np.ndarray], owners: list[int], parts: list[list[np.ndarray]]) -> None:
+        """Append the ids of pieces to those of the texts that they come from."""
+        for owner, ids in zip(owners, found, strict=True):
+            parts[owner].append(ids.astype(self._dtype))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; ids outside the vocabulary (padding of the embedding) give nothing."""
@@ -102,11 +108,6 @@ class TextTokenizer:
     def n_bytes(self, ids: np.ndarray) -> int:
         """UTF-8 bytes of the text of token ids (n,); end-of-document tokens count nothing."""
         return len(self.decode(ids[ids != self.eos_id]).encode("utf-8"))
-
-
-def _deal(found: list[np.ndarray], owners: list[int], parts: list[list[np.ndarray]]) -> None:
-    for owner, ids in zip(owners, found, strict=True):
-        parts[owner].append(ids)
 
 
 def _pieces(text: str) -> Iterator[str]:
