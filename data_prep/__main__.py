@@ -29,7 +29,10 @@ def main() -> None:
         command.set_defaults(run=module.run)
     arguments = parser.parse_args()
     with user_errors_exit():
-        arguments.run(arguments)
+        try:
+            arguments.run(arguments)
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; the same command goes on where it stopped") from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ does, however that ends, so that a killed command leaves nobody behind who still
 import ctypes
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
@@ -93,6 +94,7 @@ def _receive(pipe: Any, pipes: dict[Any, Any], busy: list[str], log: Callable[[s
 
 def _work(number: int, work: Work, counts: Any, next_group: Any, pipe: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if work.threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(work.threads)
 
@@ -119,8 +121,10 @@ def _work(number: int, work: Work, counts: Any, next_group: Any, pipe: Any) -> N
                 pipe.send(("busy", group.name))
             else:
                 pipe.send(("log", f"{group.name}: {len(group.inputs)} inputs in {time.monotonic() - began:.1f} s"))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         pipe.send(("error", str(error)))
+    except OSError as error:  # such as a full disk, which names no file
+        pipe.send(("error", f"{work.folder}: {error}"))
     except BaseException:
         pipe.send(("error", f"unexpected: {traceback.format_exc()}"))
 

@@ -51,8 +51,13 @@ class CheckedEncoder:
         self._n_documents = 0
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text. Raises EncoderMismatch if the check finds another id."""
-        found = self._tokenizer.encode_batch(texts, self._fast)
+        """Token ids of each text. Raises EncoderMismatch if the check finds another id, or the encoder fails."""
+        try:
+            found = self._tokenizer.encode_batch(texts, self._fast)
+        except Exception as error:  # whatever a young library raises: the reference may still do it
+            raise EncoderMismatch(
+                f"after {self._n_documents} documents of the group, {self.name} fails ({error})"
+            ) from error
         for text, ids in zip(texts, found, strict=True):
             if self._n_documents < CHECKED_FIRST or self._n_documents % CHECKED_EVERY == 0:
                 self._check(text, ids)

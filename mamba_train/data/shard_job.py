@@ -135,7 +135,8 @@ def _files(place: str, suffixes: Sequence[str], log: Log) -> Iterable[Path]:
         except ValueError as error:
             raise ValueError(f"--input {error}") from error
         n_ignored += n_others
-        files.update((file.absolute(), None) for _, file in below)
+        # Two spellings of a path are one file; a link is what it is called.
+        files.update((Path(os.path.abspath(file)), None) for _, file in below)
     if not files:
         raise ValueError(f"--input {place}: no such file or folder, and no file of a supported kind matches")
     if n_ignored:

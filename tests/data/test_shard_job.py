@@ -41,7 +41,7 @@ def test_files_folders_and_globs(raw: Path) -> None:
 
 
 def test_a_file_named_twice_is_read_once(raw: Path) -> None:
-    assert find([f"{raw}/val.jsonl", f"{raw}/*.jsonl"])[0] == [("train", "val.jsonl")]
+    assert find([f"{raw}/val.jsonl", f"{raw}/*.jsonl", f"{raw}/train/../val.jsonl"])[0] == [("train", "val.jsonl")]
     with pytest.raises(ValueError, match=r"--input validation=.*val\.jsonl is already an input of the train split"):
         find([f"{raw}/val.jsonl", f"validation={raw}/val.jsonl"])
 

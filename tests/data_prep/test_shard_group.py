@@ -273,6 +273,21 @@ def test_a_wrong_encoder_is_found_and_replaced(tmp_path: Path, pile: MakePile, t
     assert "wrong 1.0 gives" in warnings[0]
 
 
+def test_an_encoder_that_fails_is_replaced(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
+    pile(1)
+
+    def failing(texts: Sequence[str]) -> list[np.ndarray]:
+        raise RuntimeError("no such thing")
+
+    log: list[str] = []
+    make_shards(
+        pile_inputs(tmp_path), tmp_path / "out", tokenizer_file, log,
+        make_encoder=lambda tokenizer: CheckedEncoder(tokenizer, "failing 1.0", failing),
+    )  # fmt: skip
+    assert find_problem(tmp_path / "out", with_hashes=True) is None
+    assert sum("failing 1.0 fails (no such thing)" in line for line in log) == 2
+
+
 def test_an_end_of_document_id_that_an_encoder_makes_of_text_is_refused(
     tmp_path: Path, pile: MakePile, tokenizer_file: Path
 ) -> None:
