@@ -203,7 +203,7 @@ def test_a_tokenizer_that_marks_the_beginning_of_a_text_gets_it_whole(
 ) -> None:
     pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     loaded = load_tokenizer(changed(tokenizer, tmp_path / "tokenizer.json", pre_tokenizer=pre_tokenizer))
-    text = "".join(TEXTS)
+    text = "def\nreturn\n" * 50
     whole = loaded.encode(text).tolist()
     assert whole != tokenizer.encode(text).tolist()
     monkeypatch.setattr(module, "MAX_PIECE_CHARACTERS", 50)
