@@ -8,7 +8,8 @@ from typing import Any
 from mamba_train.config import BadDocuments
 from mamba_train.data.bad_documents import BadDocumentFilter
 from mamba_train.data.documents import Document, DuplicateFilter, Log, cut_tail, in_validation
-from mamba_train.data.text_files import TEXT_SUFFIXES, Fields, find_text_files, read_texts, readable
+from mamba_train.data.stored_files import find_text_files, readable
+from mamba_train.data.text_files import TEXT_SUFFIXES, Fields, read_texts
 
 MIN_DOCUMENTS_PER_SPLIT = 8  # fewer on one side: the split by document is too coarse
 

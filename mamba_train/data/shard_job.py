@@ -17,7 +17,7 @@ from mamba_train.data.documents import SPLITS, Log, Split
 from mamba_train.data.hub_text import HubText, open_hub
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.shards import fsync_folder, write_durably
-from mamba_train.data.text_files import find_text_files, readable
+from mamba_train.data.stored_files import find_text_files, readable
 from mamba_train.data.tokenizer import TextTokenizer
 
 JOB_NAME = "job.json"

@@ -5,26 +5,21 @@ them (`mamba_train.data.bad_documents`). A file that cannot be read to its end r
 the file and the reason: text that vanished silently would be found, if ever, after the training.
 
 Memory is bounded by the longest document, not by the size of a file (a `.txt` file is one document),
-and a document by `MAX_DOCUMENT_BYTES`.
+and a document by `stored_files.MAX_DOCUMENT_BYTES`.
 """
 
 import json
-import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import zstandard
+from mamba_train.data import stored_files
+from mamba_train.data.stored_files import OnChunk, bounded, content_bytes, lines_of, readable, stored_bytes
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 FASTA_SUFFIXES = tuple(name + packed for name in (".fasta", ".fa", ".fna") for packed in ("", ".gz", ".zst"))
-CHUNK_BYTES = 1 << 17  # small, because a compressed chunk may hold a thousand times as much
-MAX_DOCUMENT_BYTES = 2 << 30
 BASES = "ACGTNRYSWKMBDHVU"  # the four, any, the other ambiguity codes of IUPAC, and uracil
-OnChunk = Callable[[bytes], object]
 
 
 @dataclass(frozen=True)
@@ -76,11 +71,11 @@ def read_texts(file: Path, fields: Fields, on_chunk: OnChunk | None = None) -> I
     if name.endswith(".parquet"):
         yield from _parquet(file, fields, on_chunk)
     elif name.endswith(FASTA_SUFFIXES):
-        yield from _fasta(_chunks(file, on_chunk), file)
+        yield from _fasta(content_bytes(file, on_chunk), file)
     elif name.endswith(".txt"):
-        yield from _convert([(1, b"".join(_bounded(_chunks(file, on_chunk), file)))], _text_record)
+        yield from _convert([(1, b"".join(bounded(content_bytes(file, on_chunk), file)))], _text_record)
     else:
-        lines = enumerate(_lines(_chunks(file, on_chunk), file), start=1)
+        lines = enumerate(lines_of(content_bytes(file, on_chunk), file), start=1)
         yield from _convert(((n, line) for n, line in lines if line.strip()), lambda line: _json_record(line, fields))
 
 
@@ -170,8 +165,8 @@ def _parquet(file: Path, fields: Fields, on_chunk: OnChunk | None) -> Iterator[T
     import pyarrow.parquet
 
     if on_chunk is not None:  # columns are read out of order, so the stored bytes need a reading of their own
-        for chunk in _stored(file):
-            on_chunk(chunk)
+        for _ in stored_bytes(file, on_chunk):
+            pass
     keys = [fields.text_key, *([fields.label_key] if fields.label_key else [])]
     columns = sorted({key.split(".")[0] for key in keys})
     try:
@@ -200,7 +195,7 @@ def _fasta(chunks: Iterator[bytes], file: Path) -> Iterator[TextRecord | BadDocu
     """Each sequence is a document, numbered by the line of its header; case (soft masking) is dropped."""
     header, parts, n_bytes = 1, list[bytes](), 0
     begun = False
-    for number, line in enumerate(_lines(chunks, file), start=1):
+    for number, line in enumerate(lines_of(chunks, file), start=1):
         if line.startswith(b">"):
             if begun:
                 yield _sequence(header, parts)
@@ -209,8 +204,8 @@ def _fasta(chunks: Iterator[bytes], file: Path) -> Iterator[TextRecord | BadDocu
             parts.append(line.strip())
             n_bytes += len(line)
             begun = True
-            if n_bytes > MAX_DOCUMENT_BYTES:
-                raise ValueError(f"{file}:{header}: a sequence of more than {MAX_DOCUMENT_BYTES:,} bytes")
+            if n_bytes > stored_files.MAX_DOCUMENT_BYTES:
+                raise ValueError(f"{file}:{header}: a sequence of more than {stored_files.MAX_DOCUMENT_BYTES:,} bytes")
     if begun:
         yield _sequence(header, parts)
 
@@ -225,119 +220,3 @@ def _sequence(header: int, parts: list[bytes]) -> TextRecord | BadDocument:
     if not data:
         return BadDocument(header, "empty", "the sequence is empty")
     return TextRecord(header, data.decode("ascii"), len(data))
-
-
-@contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Turn a failure to read into a message that begins with the file."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{error.filename or file}: cannot be read ({error.strerror or error})") from error
-
-
-def _stored(file: Path) -> Iterator[bytes]:
-    with readable(file), file.open("rb") as stream:
-        yield from iter(lambda: stream.read(CHUNK_BYTES), b"")
-
-
-def _chunks(file: Path, on_chunk: OnChunk | None) -> Iterator[bytes]:
-    """The contents of a file, decompressed if it is `.zst` or `.gz`."""
-    stored = _stored(file) if on_chunk is None else _told(_stored(file), on_chunk)
-    if file.name.lower().endswith(".zst"):
-        decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        return _decompressed(stored, file, "zstd", decompressor.decompressobj)
-    if file.name.lower().endswith(".gz"):
-        return _decompressed(stored, file, "gzip", lambda: zlib.decompressobj(wbits=31))
-    return stored
-
-
-def _told(chunks: Iterator[bytes], on_chunk: OnChunk) -> Iterator[bytes]:
-    for chunk in chunks:
-        on_chunk(chunk)
-        yield chunk
-
-
-def _decompressed(chunks: Iterator[bytes], file: Path, kind: str, begin: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress one or several frames; `begin` makes the decompression object of one.
-
-    The libraries' stream readers take the end of the file for the end of the text (zstd); only the
-    decompression object says whether the last frame was complete.
-    """
-    frame = None
-    for chunk in chunks:
-        rest = chunk
-        while rest:
-            frame = frame or begin()
-            try:
-                yield frame.decompress(rest)
-            except (zstandard.ZstdError, zlib.error) as error:
-                raise ValueError(f"{file}: damaged {kind} data ({error})") from error
-            rest = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise ValueError(f"{file}: the {kind} data is truncated; copy or download the file again")
-
-
-def _bounded(chunks: Iterator[bytes], file: Path) -> Iterator[bytes]:
-    n_bytes = 0
-    for chunk in chunks:
-        n_bytes += len(chunk)
-        if n_bytes > MAX_DOCUMENT_BYTES:
-            raise ValueError(f"{file}: a document of more than {MAX_DOCUMENT_BYTES:,} bytes")
-        yield chunk
-
-
-def _lines(chunks: Iterator[bytes], file: Path) -> Iterator[bytes]:
-    """Split a stream of bytes at line feeds."""
-    parts: list[bytes] = []
-    n_bytes = 0
-    for chunk in chunks:
-        head, *rest = chunk.split(b"\n")
-        parts.append(head)
-        n_bytes += len(head)
-        if n_bytes > MAX_DOCUMENT_BYTES:
-            raise ValueError(f"{file}: a line of more than {MAX_DOCUMENT_BYTES:,} bytes")
-        if rest:
-            yield b"".join(parts)
-            yield from rest[:-1]
-            parts, n_bytes = [rest[-1]], len(rest[-1])
-    last = b"".join(parts)
-    if last:
-        yield last
-
-
-def find_text_files(path: Path, suffixes: Sequence[str]) -> tuple[list[tuple[str, Path]], int]:
-    """Files below a folder (or the one file) of the given kinds, and the number of other files.
-
-    Files are sorted pairs (name relative to the folder, path); hidden entries are left out. Raises
-    ValueError that begins with the path, or OSError.
-    """
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    supported = ", ".join(suffixes)
-    if not path.is_dir():
-        if not path.name.lower().endswith(tuple(suffixes)):
-            raise ValueError(f"{path}: not a file of a supported kind ({supported})")
-        return [(path.name, path)], 0
-    found, n_ignored = [], 0
-    for folder, subfolders, names in os.walk(path, onerror=_raise):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        n_ignored += sum(os.path.islink(os.path.join(folder, name)) for name in subfolders)
-        for name in names:
-            file = Path(folder) / name
-            if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
-                found.append((file.relative_to(path).as_posix(), file))
-            else:
-                n_ignored += not name.startswith(".")
-    if not found:
-        raise ValueError(
-            f"{path}: no file of a supported kind ({supported}) in this folder"
-            + (f", only {n_ignored} others" if n_ignored else ", it is empty")
-        )
-    return sorted(found), n_ignored
-
-
-def _raise(error: OSError) -> None:
-    raise error

@@ -74,7 +74,7 @@ def test_chunks_do_not_matter(tmp_path_factory: pytest.TempPathFactory, chunk: i
     (folder / "a.jsonl").write_bytes(jsonl(texts))
     (folder / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(texts)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mamba_train.data.text_files.CHUNK_BYTES", chunk)
+        patch.setattr("mamba_train.data.stored_files.CHUNK_BYTES", chunk)
         assert whole_texts(folder) == texts + texts
 
 

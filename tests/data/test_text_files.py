@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from mamba_train.data import text_files as module
+from mamba_train.data import stored_files as module
 from mamba_train.data.text_files import BadDocument, Fields, TextRecord, read_texts
 
 PILE = Fields("text", "meta.pile_set_name", "--text-key", "--label-key")

@@ -99,4 +99,19 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
     """Start a command of data_prep as a process."""
     line = [sys.executable, "-m", "data_prep", *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(line, cwd=REPOSITORY, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        line, cwd=REPOSITORY, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that still run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it has just ended
+            continue
+        if int(of) == session and state != "Z":
+            found.append(int(folder.name))
+    return found

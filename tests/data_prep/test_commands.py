@@ -19,7 +19,7 @@ from data_prep import stats, tokenize
 from data_prep.__main__ import COMMANDS
 from mamba_train.data.manifest import file_sha256, read_manifest
 from tests.data_prep.conftest import LABELS, write_rows
-from tests.data_prep.helpers import REPOSITORY, Row, command, contents, documents, make_shards, start
+from tests.data_prep.helpers import REPOSITORY, Row, command, contents, documents, make_shards, members, start
 
 MakePile = Callable[..., dict[str, list[Row]]]
 
@@ -92,6 +92,10 @@ def test_killed_at_random_instants_it_goes_on(tmp_path: Path, pile: MakePile, to
             time.sleep(generator.uniform(0.1, seconds))
             process.send_signal(signal.SIGKILL)
             n_killed += process.wait() == -signal.SIGKILL
+            give_up = time.monotonic() + 5
+            while members(process.pid):  # the workers notice and end
+                assert time.monotonic() < give_up
+                time.sleep(0.05)
         process = start(*arguments)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
