@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import signal
 import subprocess
@@ -92,16 +93,30 @@ def test_killed_at_random_instants_it_goes_on(tmp_path: Path, pile: MakePile, to
             time.sleep(generator.uniform(0.1, seconds))
             process.send_signal(signal.SIGKILL)
             n_killed += process.wait() == -signal.SIGKILL
-            give_up = time.monotonic() + 5
-            while members(process.pid):  # the workers notice and end
-                assert time.monotonic() < give_up
-                time.sleep(0.05)
         process = start(*arguments)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
         found = contents(folder)
         assert {name: data for name, data in found.items() if not name.startswith(".")} == whole
     assert n_killed >= 10
+
+
+def test_a_killed_command_leaves_no_worker_behind(tmp_path: Path, tokenizer_file: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    os.mkfifo(tmp_path / "raw" / "a.jsonl")  # whoever reads it waits for ever
+    process = start(
+        "tokenize", "--input", tmp_path / "raw", "--tokenizer", tokenizer_file, "--output", tmp_path / "out"
+    )
+    give_up = time.monotonic() + 30
+    while not (tmp_path / "out" / ".work" / "train-00000.lock").exists():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    assert len(members(process.pid)) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while members(process.pid):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
 
 
 def test_a_worker_that_dies_ends_the_command(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
