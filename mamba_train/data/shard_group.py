@@ -139,43 +139,46 @@ def _write_aside(
         BadDocuments(settings.bad_documents), settings.max_bad_share, around.log, "--bad-documents", "--max-bad-share"
     )
     writers = _Writers(aside, group, tokenizer, settings)
-    inputs = []
-    for entry in group.inputs:
-        sha256 = hashlib.sha256()
-
-        def on_chunk(chunk: bytes, sha256: Any = sha256) -> None:
-            sha256.update(chunk)
-            around.progress(len(chunk), 0, 0)
-
-        where = around.paths.get(entry.name, entry.name)
-        before = writers.n_documents, writers.n_bytes
-        records = read_hub(entry.hub, around.fields) if entry.hub else read_texts(Path(where), around.fields, on_chunk)
-        for batch in _batches(bad.usable(entry.name, where, records)):
-            n_tokens = 0
-            for record, ids in zip(batch, encoder.encode([record.text for record in batch]), strict=True):
-                if not len(ids):
-                    bad.n_good[entry.name] -= 1
-                    bad.reject(entry.name, where, BadDocument(record.number, "no tokens", "the tokenizer drops it all"))
-                    continue
-                writers.add(entry, record, ids)
-                n_tokens += len(ids) + 1
-            around.progress(0, len(batch), n_tokens)
-        digest = None if entry.hub else sha256.hexdigest()
-        _check_input(entry, digest, around)
-        inputs.append(
-            {
-                "name": entry.name,
-                "split": entry.split,
-                "size": entry.size,
-                "sha256": digest,
-                "n_documents": writers.n_documents - before[0],
-                "n_bytes": writers.n_bytes - before[1],
-                "skipped": dict(sorted(bad.counts.get(entry.name, {}).items())),
-                "skipped_first": bad.places.get(entry.name, []),
-            }
-        )
+    inputs = [_tokenise_input(entry, bad, encoder, writers, around) for entry in group.inputs]
     bad.check_share(f"group {group.name}")
     return GroupEntry(group.name, inputs, writers.close(), encoder.name)
+
+
+def _tokenise_input(
+    entry: Input, bad: BadDocumentFilter, encoder: Encoder, writers: "_Writers", around: Surroundings
+) -> dict[str, Any]:
+    """Read, encode and write all documents of one input; returns its record for the manifest."""
+    sha256 = hashlib.sha256()
+
+    def on_chunk(chunk: bytes) -> None:
+        sha256.update(chunk)
+        around.progress(len(chunk), 0, 0)
+
+    where = around.paths.get(entry.name, entry.name)
+    records = read_hub(entry.hub, around.fields) if entry.hub else read_texts(Path(where), around.fields, on_chunk)
+    n_documents = n_bytes = 0
+    for batch in _batches(bad.usable(entry.name, where, records)):
+        n_tokens = 0
+        for record, ids in zip(batch, encoder.encode([record.text for record in batch]), strict=True):
+            if not len(ids):
+                bad.n_good[entry.name] -= 1
+                bad.reject(entry.name, where, BadDocument(record.number, "no tokens", "the tokenizer drops it all"))
+                continue
+            writers.add(entry, record, ids)
+            n_documents, n_bytes, n_tokens = n_documents + 1, n_bytes + record.n_bytes, n_tokens + len(ids) + 1
+        around.progress(0, len(batch), n_tokens)
+    digest = None if entry.hub else sha256.hexdigest()
+    _check_input(entry, digest, around)
+    return {
+        "name": entry.name,
+        "split": entry.split,
+        "size": entry.size,
+        "sha256": digest,
+        "n_documents": n_documents,
+        "n_bytes": n_bytes,
+        "skipped": dict(sorted(bad.counts.get(entry.name, {}).items())),
+        "skipped_first": bad.places.get(entry.name, []),
+    }
 
 
 def _check_input(entry: Input, digest: str | None, around: Surroundings) -> None:
@@ -208,7 +211,6 @@ class _Writers:
         self._folder, self._group, self._tokenizer, self._settings = folder, group, tokenizer, settings
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._series: dict[tuple[Split, str], ShardSeries] = {}
-        self.n_documents = self.n_bytes = 0
         folder.mkdir()
 
     def add(self, entry: Input, record: TextRecord, ids: Any) -> None:
@@ -222,8 +224,6 @@ class _Writers:
         if key not in self._series:
             self._series[key] = self._begin(split, record.label)
         self._series[key].add(ids, record.n_bytes)
-        self.n_documents += 1
-        self.n_bytes += record.n_bytes
 
     def _begin(self, split: Split, label: str) -> ShardSeries:
         if len(self._series) == MAX_LABELS:

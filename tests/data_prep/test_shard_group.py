@@ -288,6 +288,27 @@ def test_an_encoder_that_fails_is_replaced(tmp_path: Path, pile: MakePile, token
     assert sum("failing 1.0 fails (no such thing)" in line for line in log) == 2
 
 
+def test_a_text_without_tokens_is_a_bad_document(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
+    rows = pile()
+
+    class Dropping(ReferenceEncoder):
+        def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+            return [ids[:0] if text == "x" else ids for text, ids in zip(texts, super().encode(texts), strict=True)]
+
+    inputs, folder = pile_inputs(tmp_path), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"00\.jsonl\.zst:1: the tokenizer drops it all; --bad-documents=skip"):
+        make_shards(inputs, tmp_path / "no", tokenizer_file, make_encoder=Dropping)
+    manifest = make_shards(
+        inputs, folder, tokenizer_file, make_encoder=Dropping, bad_documents="skip", max_bad_share=0.2
+    )
+    assert manifest is not None
+    n_dropped = sum(text == "x" for listed in rows.values() for text, _ in listed)
+    assert manifest.dropped == {"no tokens": n_dropped}
+    n_all = sum(map(len, rows.values()))
+    assert manifest.total("train", "n_documents") + manifest.total("validation", "n_documents") == n_all - n_dropped
+    assert sum(read["n_documents"] for read in manifest.source["inputs"]) == n_all - n_dropped
+
+
 def test_an_end_of_document_id_that_an_encoder_makes_of_text_is_refused(
     tmp_path: Path, pile: MakePile, tokenizer_file: Path
 ) -> None:
