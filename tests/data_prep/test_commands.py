@@ -101,6 +101,19 @@ def test_killed_at_random_instants_it_goes_on(tmp_path: Path, pile: MakePile, to
     assert n_killed >= 10
 
 
+@pytest.mark.slow
+def test_an_array_whose_tasks_run_at_the_same_time(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
+    """Three tasks, and each of them twice, as when a scheduler starts one again too early."""
+    pile(12, 300)
+    command(*tokenize_arguments(tmp_path, tmp_path / "one", tokenizer_file, *GROUP_OPTIONS, "--workers", 1))
+    arguments = tokenize_arguments(tmp_path, tmp_path / "array", tokenizer_file, *GROUP_OPTIONS, "--workers", 1)
+    processes = [start(*arguments, "--tasks", 3, "--task-index", index) for index in (0, 1, 2, 0, 1, 2)]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 6, outputs
+    assert any("complete: " in output for output in outputs)
+    assert contents(tmp_path / "array") == contents(tmp_path / "one")
+
+
 def test_a_killed_command_leaves_no_worker_behind(tmp_path: Path, tokenizer_file: Path) -> None:
     (tmp_path / "raw").mkdir()
     os.mkfifo(tmp_path / "raw" / "a.jsonl")  # whoever reads it waits for ever
