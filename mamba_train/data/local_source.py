@@ -97,6 +97,7 @@ class LocalSource:
         bad.check_share(f"data.path={self._path}")
         self._skipped = {name: dict(counts) for name, counts in bad.counts.items()}
         dropped.update(bad.totals())
+        self._log = lambda line: None  # all of it was said: another reading finds the same
 
     def _filter(self, log: Log) -> BadDocumentFilter:
         return BadDocumentFilter(self._bad_documents, self._max_bad_share, lambda line: log(f"data: {line}"))

@@ -159,7 +159,7 @@ def _tokenise_input(
     n_documents = n_bytes = 0
     for batch in _batches(bad.usable(entry.name, where, records)):
         n_tokens = 0
-        for record, ids in zip(batch, encoder.encode([record.text for record in batch]), strict=True):
+        for record, ids in zip(batch, encoder.encode(batch), strict=True):
             if not len(ids):
                 bad.n_good[entry.name] -= 1
                 bad.reject(entry.name, where, BadDocument(record.number, "no tokens", "the tokenizer drops it all"))

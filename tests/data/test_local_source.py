@@ -220,6 +220,7 @@ def test_bad_documents_are_skipped_where_that_is_asked_for(tmp_path: Path) -> No
     assert [document.text for document in source.documents(dropped)] == texts
     assert dropped == {"empty": 2, "invalid JSON": 1}
     assert source.record()["skipped"] == {"a.jsonl": {"empty": 2, "invalid JSON": 1}}
+    assert len(list(source.documents(Counter()))) == len(texts)
     assert sum("left out" in line and "a.jsonl:303: invalid JSON" in line for line in log) == 1
     source = LocalSource(str(tmp_path), "text", BadDocuments.skip, 0.009, log.append)
     with pytest.raises(ValueError, match=r"3 of 303 documents cannot be used .* data\.max_bad_share=0\.009"):

@@ -16,11 +16,11 @@ import zstandard
 from mamba_train.config import DataConfig, DataSource
 from mamba_train.data import shard_group
 from mamba_train.data.corpus import Corpus
-from mamba_train.data.encoders import CheckedEncoder, ReferenceEncoder, fastokens_call
+from mamba_train.data.encoders import CHECKED_FIRST, CheckedEncoder, ReferenceEncoder, fastokens_call
 from mamba_train.data.manifest import file_sha256, find_problem, read_manifest
 from mamba_train.data.prepare import prepare
 from mamba_train.data.shards import ShardReader
-from mamba_train.data.text_files import FASTA_SUFFIXES
+from mamba_train.data.text_files import FASTA_SUFFIXES, TextRecord
 from mamba_train.data.tokenizer import dna_tokenizer, load_tokenizer
 from tests.data_prep.conftest import LABELS, write_rows
 from tests.data_prep.helpers import REPOSITORY, Row, contents, documents, make_shards
@@ -273,6 +273,23 @@ def test_a_wrong_encoder_is_found_and_replaced(tmp_path: Path, pile: MakePile, t
     assert "wrong 1.0 gives" in warnings[0]
 
 
+def test_the_check_looks_at_each_domain_and_far_into_the_group(tokenizer_file: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_file)
+    seen: list[str] = []
+
+    class Noting(CheckedEncoder):
+        def _check(self, text: str, ids: np.ndarray) -> None:
+            seen.append(text)
+            super()._check(text, ids)
+
+    encoder = Noting(tokenizer, "fast", tokenizer.encode_batch)
+    records = [TextRecord(n, f"text {n}", 1, "A" if n < 900 else "B") for n in range(1100)]
+    for first in range(0, 1100, 100):
+        encoder.encode(records[first : first + 100])
+    checked = [*range(CHECKED_FIRST), 512, *range(900, 900 + CHECKED_FIRST), 1024]
+    assert seen == [f"text {n}" for n in checked]
+
+
 def test_an_encoder_that_fails_is_replaced(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
     pile(1)
 
@@ -292,8 +309,9 @@ def test_a_text_without_tokens_is_a_bad_document(tmp_path: Path, pile: MakePile,
     rows = pile()
 
     class Dropping(ReferenceEncoder):
-        def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-            return [ids[:0] if text == "x" else ids for text, ids in zip(texts, super().encode(texts), strict=True)]
+        def encode(self, records: Sequence[TextRecord]) -> list[np.ndarray]:
+            pairs = zip(records, super().encode(records), strict=True)
+            return [ids[:0] if record.text == "x" else ids for record, ids in pairs]
 
     inputs, folder = pile_inputs(tmp_path), tmp_path / "out"
     with pytest.raises(ValueError, match=r"00\.jsonl\.zst:1: the tokenizer drops it all; --bad-documents=skip"):
@@ -315,8 +333,8 @@ def test_an_end_of_document_id_that_an_encoder_makes_of_text_is_refused(
     pile()
 
     class Careless(ReferenceEncoder):
-        def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-            return [np.append(ids, 0) for ids in super().encode(texts)]
+        def encode(self, records: Sequence[TextRecord]) -> list[np.ndarray]:
+            return [np.append(ids, 0) for ids in super().encode(records)]
 
     with pytest.raises(ValueError, match=r"00\.jsonl\.zst:1: the encoder made an end-of-document id"):
         make_shards(pile_inputs(tmp_path), tmp_path / "out", tokenizer_file, make_encoder=Careless)
@@ -338,7 +356,8 @@ def test_the_neox_tokenizer_by_both_encoders(materials: Path) -> None:
     found = tokenizer.encode_batch(texts, fastokens_call(tokenizer))
     for text, a, b in zip(texts, found, expected, strict=True):
         assert np.array_equal(a, b), text[:50]
-    checked = CheckedEncoder(tokenizer, "fastokens", fastokens_call(tokenizer)).encode(texts)
+    records = [TextRecord(number, text, 0) for number, text in enumerate(texts)]
+    checked = CheckedEncoder(tokenizer, "fastokens", fastokens_call(tokenizer)).encode(records)
     assert all(np.array_equal(a, b) for a, b in zip(checked, expected, strict=True))
 
 
