@@ -17,7 +17,15 @@ class DataSource(StrEnum):
     """Where the text comes from."""
 
     stdlib = "stdlib"  # the Python standard library of this machine
-    local = "local"  # a folder (or one file) of .txt, .jsonl, .jsonl.zst
+    local = "local"  # a folder (or one file) of .txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet
+    shards = "shards"  # a folder of token shards that data_prep made
+
+
+class BadDocuments(StrEnum):
+    """What happens to a document that cannot be used: an invalid line, an empty text, bytes that are not UTF-8."""
+
+    error = "error"  # stop, with the file, the line and the reason
+    skip = "skip"  # leave it out, count it
 
 
 class ScheduleKind(StrEnum):
@@ -121,14 +129,17 @@ class DataConfig:
 
     name: str = MISSING
     source: DataSource = MISSING
-    path: str | None = None  # folder or file, for source=local
-    text_key: str = "text"  # field of a JSON line that holds the text
+    path: str | None = None  # for source=local a folder or file, for source=shards a folder
+    text_key: str = "text"  # field of a JSON line or column that holds the text
+    bad_documents: BadDocuments = BadDocuments.error
+    max_bad_share: float = 0.01  # with bad_documents=skip, stop if more than this share is left out
     tokenizer: str | None = None  # a tokenizer.json; null: train one on the training split
     vocab_size: int = 4096  # of the tokenizer that is trained
     validation_fraction: float = 0.05
     sequence_length: int = 256  # tokens the model sees at once
     reset_state_at_documents: bool = True
     cache_dir: str = ".cache/data"
+    check_hashes: bool = False  # read all shards at the start and compare them with the manifest
 
 
 @dataclass

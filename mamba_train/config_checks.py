@@ -64,7 +64,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
         value = _get(config, key)
         if not 0 <= value < 1:
             yield key, value, "expected at least 0 and less than 1"
-    for key in ("schedule.min_lr_ratio", "schedule.decay_fraction"):
+    for key in ("schedule.min_lr_ratio", "schedule.decay_fraction", "data.max_bad_share"):
         value = _get(config, key)
         if not 0 <= value <= 1:
             yield key, value, "expected 0 to 1"
@@ -101,7 +101,8 @@ def _model(config: Config) -> Iterable[Problem]:
         yield from _mamba2(model)
     if MixerKind.attention in mixers:
         yield from _attention(model)
-    if model.vocab_size is not None and config.data.tokenizer is None and model.vocab_size < config.data.vocab_size:
+    trains_tokenizer = config.data.tokenizer is None and config.data.source is not DataSource.shards
+    if model.vocab_size is not None and trains_tokenizer and model.vocab_size < config.data.vocab_size:
         yield (
             "model.vocab_size",
             model.vocab_size,
@@ -151,9 +152,16 @@ def _data(config: Config) -> Iterable[Problem]:
     data = config.data
     if data.source is DataSource.local:
         if not data.path:
-            yield "data.path", data.path, "expected a folder or file with .txt, .jsonl or .jsonl.zst text"
+            yield (
+                "data.path",
+                data.path,
+                "expected a folder or file with text (.txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet)",
+            )
         elif not Path(data.path).expanduser().exists():
             yield "data.path", data.path, "there is no such file or folder"
+    elif data.source is DataSource.shards:
+        if not data.path or not Path(data.path).expanduser().is_dir():
+            yield "data.path", data.path, "expected a folder of token shards, made by `python -m data_prep tokenize`"
     elif data.path:
         yield "data.path", data.path, f"data.source={data.source} reads no path; use data=local"
     if not 0 < data.validation_fraction < 1:
