@@ -18,6 +18,7 @@ class DataSource(StrEnum):
 
     stdlib = "stdlib"  # the Python standard library of this machine
     local = "local"  # a folder (or one file) of .txt, .jsonl, .jsonl.zst
+    shards = "shards"  # a folder of token shards that data_prep made
 
 
 class ScheduleKind(StrEnum):
@@ -121,7 +122,7 @@ class DataConfig:
 
     name: str = MISSING
     source: DataSource = MISSING
-    path: str | None = None  # folder or file, for source=local
+    path: str | None = None  # for source=local a folder or file, for source=shards a folder
     text_key: str = "text"  # field of a JSON line that holds the text
     tokenizer: str | None = None  # a tokenizer.json; null: train one on the training split
     vocab_size: int = 4096  # of the tokenizer that is trained
@@ -129,6 +130,7 @@ class DataConfig:
     sequence_length: int = 256  # tokens the model sees at once
     reset_state_at_documents: bool = True
     cache_dir: str = ".cache/data"
+    check_hashes: bool = False  # read all shards at the start and compare them with the manifest
 
 
 @dataclass

@@ -101,7 +101,8 @@ def _model(config: Config) -> Iterable[Problem]:
         yield from _mamba2(model)
     if MixerKind.attention in mixers:
         yield from _attention(model)
-    if model.vocab_size is not None and config.data.tokenizer is None and model.vocab_size < config.data.vocab_size:
+    trains_tokenizer = config.data.tokenizer is None and config.data.source is not DataSource.shards
+    if model.vocab_size is not None and trains_tokenizer and model.vocab_size < config.data.vocab_size:
         yield (
             "model.vocab_size",
             model.vocab_size,
@@ -154,6 +155,9 @@ def _data(config: Config) -> Iterable[Problem]:
             yield "data.path", data.path, "expected a folder or file with .txt, .jsonl or .jsonl.zst text"
         elif not Path(data.path).expanduser().exists():
             yield "data.path", data.path, "there is no such file or folder"
+    elif data.source is DataSource.shards:
+        if not data.path or not Path(data.path).expanduser().is_dir():
+            yield "data.path", data.path, "expected a folder of token shards, made by `python -m data_prep tokenize`"
     elif data.path:
         yield "data.path", data.path, f"data.source={data.source} reads no path; use data=local"
     if not 0 < data.validation_fraction < 1:

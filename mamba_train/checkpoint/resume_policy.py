@@ -64,6 +64,7 @@ RULES: tuple[Rule, ...] = (
     Rule("data.sequence_length", Action.refuse, "samples are counted in sequences of this length"),
     Rule("data.reset_state_at_documents", Action.refuse, "the model would see another context than so far"),
     Rule("data.cache_dir", Action.allow, _SAME_TOKENS),
+    Rule("data.check_hashes", Action.allow, _SAME_TOKENS),
     Rule("optim.*", Action.warn, _OTHER_OPTIMISER),
     Rule("schedule.*", Action.warn, _OTHER_SCHEDULE),
     Rule("engine.*", Action.warn, _OTHER_ARITHMETIC),

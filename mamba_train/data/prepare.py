@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_train.config import DataConfig, DataSource
-from mamba_train.data.documents import SPLITS, Document, DocumentSource, Log, Split
+from mamba_train.data.documents import HELD_OUT_HERE, SPLITS, Document, DocumentSource, Log, Split
 from mamba_train.data.local_source import LocalSource
 from mamba_train.data.manifest import (
     FORMAT_VERSION,
@@ -33,6 +33,7 @@ from mamba_train.data.manifest import (
     Manifest,
     ShardEntry,
     find_problem,
+    read_manifest,
 )
 from mamba_train.data.shards import ShardWriter, fsync_folder, token_dtype, write_durably
 from mamba_train.data.stdlib_source import StdlibSource
@@ -50,18 +51,23 @@ def prepare(data: DataConfig, log: Log) -> Path:
     there. A folder whose files are missing or have another size is made again. Raises ValueError with
     one line that names the key, the file or the line of the file that is wrong.
     """
+    if data.source == DataSource.shards:
+        folder = check_prepared(Path(data.path or "").expanduser(), f"data.path={data.path}", data.check_hashes)
+        _check_tokenizer(folder, data.tokenizer)
+        log(f"data: using {folder}")
+        return folder
     source, tokenizer = open_source(data)
     settings = _settings(data, tokenizer)
     key = _key(source, settings)
     cache = Path(data.cache_dir).expanduser()
     folder = cache / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', data.name)}-{key}"
-    if folder.exists() and find_problem(folder) is None:
+    if folder.exists() and find_problem(folder, data.check_hashes) is None:
         log(f"data: using {folder}")
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _lock(cache / f".{folder.name}.lock", log) as locked:
-            problem = find_problem(folder) if folder.exists() else "not there"
+            problem = find_problem(folder, data.check_hashes) if folder.exists() else "not there"
             if problem is None:  # another process made it while this one waited
                 log(f"data: using {folder}")
                 return folder
@@ -73,6 +79,31 @@ def prepare(data: DataConfig, log: Log) -> Path:
     except OSError as error:
         raise ValueError(f"data.cache_dir={data.cache_dir}: cannot be written ({error})") from error
     return folder
+
+
+def check_prepared(folder: Path, key: str, with_hashes: bool = False) -> Path:
+    """Check a folder that `data_prep` made: its manifest, the sizes of its files, and their hashes if asked to.
+
+    Returns the folder. Raises ValueError that begins with `key`, which says where the folder was named.
+    """
+    problem = find_problem(folder, with_hashes)
+    if problem is not None:
+        raise ValueError(
+            f"{key}: {problem}; `python -m data_prep verify` checks everything, running `tokenize` again repairs it"
+        )
+    return folder
+
+
+def _check_tokenizer(folder: Path, path: str | None) -> None:
+    """A tokenizer that is named beside finished shards has to be theirs."""
+    if path is None:
+        return
+    given, found = load_tokenizer(path).sha256, read_manifest(folder).tokenizer_sha256
+    if given != found:
+        raise ValueError(
+            f"data.tokenizer={path}: the shards in {folder} were made with another tokenizer "
+            f"(SHA-256 {found:.12}, this one's is {given:.12}); leave data.tokenizer out"
+        )
 
 
 def open_source(data: DataConfig) -> tuple[DocumentSource, TextTokenizer | None]:
@@ -175,7 +206,7 @@ def _build(
         _publish(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for split in SPLITS:
+    for split in HELD_OUT_HERE:
         log(
             f"data: {split}: {manifest.total(split, 'n_documents'):,} documents, "
             f"{manifest.total(split, 'n_bytes'):,} bytes, {manifest.total(split, 'n_tokens'):,} tokens"
@@ -239,7 +270,7 @@ def _encode_groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
 def _write_shards(
     folder: Path, documents: Iterator[Document], tokenizer: TextTokenizer, log: Log
 ) -> dict[Split, list[ShardEntry]]:
-    writers = {split: _SplitWriter(folder, split, tokenizer) for split in SPLITS}
+    writers = {split: _SplitWriter(folder, split, tokenizer) for split in HELD_OUT_HERE}
     began = said = time.monotonic()
     n_documents = n_bytes = n_tokens = 0
     for group in _encode_groups(documents):
@@ -254,11 +285,11 @@ def _write_shards(
             log(f"data: tokenised {n_documents:,} documents, {n_tokens:,} tokens ({rate:.1f} MB/s)")
     for writer in writers.values():
         writer.close()
-    return {split: writer.entries for split, writer in writers.items()}
+    return {split: writers[split].entries if split in writers else [] for split in SPLITS}
 
 
 def _check_not_empty(manifest: Manifest) -> None:
-    for split in SPLITS:
+    for split in HELD_OUT_HERE:
         if manifest.total(split, "n_documents") == 0:
             raise ValueError(
                 f"data: no text for the {split} split; give more text (data.path) or change data.validation_fraction"
