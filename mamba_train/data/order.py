@@ -15,9 +15,10 @@ ORDER_VERSION = "permuted-windows-1"  # change it when this file gives another o
 ROUNDS = 8
 
 
-def epoch_key(seed: int, epoch: int) -> bytes:
-    """The key of an epoch's permutation."""
-    return hashlib.blake2b(f"{ORDER_VERSION}/{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest()
+def epoch_key(seed: int, epoch: int, source: str = "") -> bytes:
+    """The key of the permutation of an epoch, of one source of a mixture or ("") of all windows there are."""
+    text = f"{ORDER_VERSION}/{seed}/{epoch}" + (f"/{source}" if source else "")
+    return hashlib.blake2b(text.encode(), digest_size=8 * ROUNDS).digest()
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
