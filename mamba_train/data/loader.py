@@ -13,7 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -25,8 +27,7 @@ from mamba_train.data.corpus import ReadError
 # What ends a job or a run: the trainer decides what to do about it, its workers just go on reading.
 SHIELDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENDLESS = 2**62  # items of the dataset: the trainer says when it is over
-# Between two items all workers have been waiting for the trainer, unless a read hangs.
-SHUTDOWN_SECONDS = 5.0
+GRACE_SECONDS = 1.0  # for a worker to end by itself, which takes no time unless a read hangs
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class BatchLoader:
         self._workers, self._prefetch_batches, self._pin_memory = workers, prefetch_batches, pin_memory
         self._items: Iterator[Batch | ReadError] | None = None
         self._processes: set[multiprocessing.process.BaseProcess] = set()
+        self._alive: Connection | None = None  # the workers see when it is closed, also by the end of this process
         self._next_sample = -1
         self._n_micro_batches = 0
 
@@ -101,12 +103,13 @@ class BatchLoader:
     def close(self) -> None:
         """End the workers, also one that hangs in a read."""
         atexit.unregister(self.close)
-        self._items = None  # asks them to end and waits a few seconds
+        if self._alive is not None:
+            self._alive.close()
+        self._items = None  # the DataLoader asks them to end, too, and waits for them
         for process in self._processes:
-            # They ignore the SIGTERM by which Python would end them at its exit, and it would wait for them.
+            # Whoever is still here ignores the SIGTERM of Python's exit, which would wait for it for ever.
             process.kill()
-            process.join(SHUTDOWN_SECONDS)
-        self._processes = set()
+        self._alive, self._processes = None, set()
 
     def _start(self, first_sample: int) -> None:
         self.close()
@@ -115,10 +118,12 @@ class BatchLoader:
         options: dict[str, Any] = {}
         if self._workers:
             # Not a fork: it would inherit the locks of other threads, the lock of the run folder and the GPU.
+            context = multiprocessing.get_context("spawn")
+            watched, self._alive = context.Pipe(duplex=False)
             options = {
-                "multiprocessing_context": "spawn",
+                "multiprocessing_context": context,
                 "prefetch_factor": self._prefetch_batches,
-                "worker_init_fn": _begin_worker,
+                "worker_init_fn": partial(_begin_worker, watched),
             }
         loader: DataLoader = DataLoader(
             dataset,
@@ -158,15 +163,14 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_worker(number: int) -> None:
+def _begin_worker(watched: Connection, number: int) -> None:
     for shielded in SHIELDED_SIGNALS:
         signal.signal(shielded, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_when_closed, args=(watched,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A trainer that was killed cannot end its workers, and they must not outlive it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _end_when_closed(watched: Connection) -> None:
+    """A trainer that was killed cannot end its workers, and one that ends must not wait for a read that hangs."""
+    watched.poll(None)
+    time.sleep(GRACE_SECONDS)
+    os._exit(0)
