@@ -29,16 +29,15 @@ def pile_file(folder: Path, materials: Path) -> Path:
 def stdlib_documents() -> dict[str, list[str]]:
     """Functions and classes of the standard library, as documents of three domains."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    packages = {"StdLib (asyncio)": "asyncio", "StdLib-Email": "email", "Unit tests of StdLib": "unittest"}
+    packages = {"StdLib (asyncio)": "asyncio", "StdLib-Email": "email", "JSON of StdLib": "json"}
     found: dict[str, list[str]] = defaultdict(list)
     for label, package in packages.items():
         for path in sorted((library / package).rglob("*.py")):
             source = path.read_text(encoding="utf-8")
+            lines = source.splitlines(keepends=True)
             for node in ast.walk(ast.parse(source)):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                    text = ast.get_source_segment(source, node)
-                    if text is not None:
-                        found[label].append(text)
+                    found[label].append("".join(lines[node.lineno - 1 : node.end_lineno]))
     return found
 
 
