@@ -7,13 +7,14 @@ worker or micro-batch asks for a sample makes no difference to what it gets (con
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.mixture import Mixture, Stage
-from mamba_train.data.order import epoch_key, permute
+from mamba_train.data.order import epoch_key, permute_each
 
 IGNORE_INDEX = -100  # a target that counts for nothing, as the loss has it
 
@@ -63,6 +64,22 @@ class Batch:
         """The same batch in memory that a GPU can copy from while it computes (the DataLoader calls this)."""
         seq_idx = None if self.seq_idx is None else self.seq_idx.pin_memory()
         return Batch(self.tokens.pin_memory(), seq_idx, self.unpredictable_after)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes as few plain bytes: a tensor would go by shared memory, of which containers have little and
+        # which costs the receiver a millisecond to open; and what fits into a pipe is there when it is asked for.
+        tokens = self.tokens.numpy()
+        narrow = tokens.astype(np.uint16 if tokens.size and tokens.max() < 2**16 else np.int32)
+        starts = None if self.seq_idx is None else np.packbits(np.diff(self.seq_idx.numpy(), axis=-1, prepend=0) > 0)
+        return _unpack, (narrow, starts, self.unpredictable_after)
+
+
+def _unpack(narrow: np.ndarray, starts: np.ndarray | None, unpredictable_after: int | None) -> Batch:
+    tokens = torch.from_numpy(narrow.astype(np.int64))
+    if starts is None:
+        return Batch(tokens, None, unpredictable_after)
+    begins = np.unpackbits(starts, count=narrow.size).reshape(narrow.shape)
+    return Batch(tokens, torch.from_numpy(np.cumsum(begins, axis=-1, dtype=np.int32)), unpredictable_after)
 
 
 @dataclass(frozen=True)
@@ -141,12 +158,11 @@ class BatchSource:
     def windows(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source (an index into `names`) and the window in it of each sample number, all int64 (n,)."""
         sources, ordinals = self.mixture.locate(np.asarray(samples, dtype=np.int64))
-        epochs, windows = np.divmod(ordinals, self.n_windows[sources])
-        for number, epoch in set(zip(sources.tolist(), epochs.tolist(), strict=True)):
-            chosen = (sources == number) & (epochs == epoch)
-            key = epoch_key(self.seed, epoch, self.names[number])
-            windows[chosen] = permute(windows[chosen], int(self.n_windows[number]), key)
-        return sources, windows
+        n_windows = self.n_windows[sources]
+        epochs, places = np.divmod(ordinals, n_windows)
+        names_and_epochs = zip(sources.tolist(), epochs.tolist(), strict=True)
+        keys = [epoch_key(self.seed, epoch, self.names[number]) for number, epoch in names_and_epochs]
+        return sources, permute_each(places, n_windows.tolist(), keys) if keys else places
 
     def places(self, samples: np.ndarray) -> list[tuple[Corpus, int]]:
         """The corpus of each sample and the token in it with which its window begins."""
