@@ -200,4 +200,4 @@ class BatchSource:
             # A document's first token, which may be masked, is taken to be as long as any other.
             n_bytes += share * corpus.n_bytes / n_tokens * (1 - masked / max(1, tokens_of_bytes))
             n_targets += share * (n_tokens - masked) / n_tokens
-        return n_bytes / n_targets
+        return n_bytes / n_targets if n_targets else 1.0

@@ -25,13 +25,13 @@ MIN_SHARE = Fraction(1, 1_000_000)
 def shares_of(weights: Mapping[str, float]) -> dict[str, Fraction]:
     """Exact shares that sum to 1, in the order of the names; sources of weight 0 are left out.
 
-    Raises ValueError for weights that cannot be shares, without saying where they were written.
+    Raises ValueError (`data.mixture`) for weights that cannot be shares.
     """
     # By way of its text, 0.1 is a tenth and not the nearest binary fraction.
     exact = {name: Fraction(str(weights[name])) for name in sorted(weights) if weights[name]}
     total = sum(exact.values())
     if total <= 0 or min(exact.values()) < 0:
-        raise ValueError("expected weights of 0 or more, at least one of them above 0")
+        raise ValueError("data.mixture: expected weights of 0 or more, at least one of them above 0")
     shares = {name: weight / total for name, weight in exact.items()}
     for name, share in shares.items():
         if share < MIN_SHARE:
