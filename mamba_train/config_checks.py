@@ -13,10 +13,10 @@ from mamba_train.config import Config, DataConfig, DataSource, MixerKind, ModelC
 def check_config(config: Config, ignore: Collection[str] = ()) -> None:
     """Raise ValueError for the first value that cannot work, naming its key and what is accepted.
 
-    ignore: keys that nobody will read this time.
+    ignore: keys, with all below them, that nobody will read this time.
     """
     for key, value, problem in _problems(config):
-        if key not in ignore:
+        if not any(key == name or key.startswith(f"{name}.") for name in ignore):
             raise ValueError(f"{key}={value}: {problem}")
 
 

@@ -99,6 +99,7 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
             ["data=shards", "data.path=null", "+data.sources.a=/", "data.mixture=[{from_step:0,weights:{a:1,a/x:1}}]"],
             ["data.mixture[0].weights=a/x", "a is there as well, which contains it"],
         ),
+        (["data=mixture"], ["data.sources.pile=PATH_TO/pile", "token shards"]),
         (["data.workers=-1"], ["data.workers=-1", "0 or more"]),
         (["data.prefetch_batches=0"], ["data.prefetch_batches=0", "more than 0"]),
     ],

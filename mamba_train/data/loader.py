@@ -144,7 +144,9 @@ class BatchLoader:
         assert self._items is not None
         try:
             item = next(self._items)
-        except RuntimeError as error:  # of the DataLoader: a worker is gone
+        except RuntimeError as error:
+            if all(process.is_alive() for process in self._processes):
+                raise
             raise ReadError(f"a process that loads data has died ({' '.join(str(error).split())})") from error
         if isinstance(item, ReadError):
             raise item

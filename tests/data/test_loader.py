@@ -84,10 +84,17 @@ def test_workers_give_the_same_batches_and_survive_what_ends_a_job(source: Batch
         assert not any(process.is_alive() for process in processes)
         # A shard that is cut short in the middle of the run.
         path = source.corpora["b"].folder / "train-00000.bin"
-        path.write_bytes(path.read_bytes()[:100])
+        content = path.read_bytes()
+        path.write_bytes(content[:100])
         with pytest.raises(ReadError, match=r"train-00000\.bin: ends at token \d+ of 500") as caught:
             collections.deque((loader.step(12 * step) for step in range(101, 140)), maxlen=0)
         assert "\n" not in str(caught.value)
+        # A worker that is gone, as for want of memory.
+        path.write_bytes(content)
+        loader.step(0)
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        with pytest.raises((ReadError, RuntimeError), match="killed by signal|has died"):
+            collections.deque((loader.step(12 * step) for step in range(1, 3)), maxlen=0)
     finally:
         loader.close()
     assert not multiprocessing.active_children()
