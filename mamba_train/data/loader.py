@@ -75,7 +75,12 @@ class BatchLoader:
         prefetch_batches: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        """The global batch of `source` is divided by world_size and micro_batch_size without a rest."""
+        """Raises ValueError (`training.global_batch_size`) when ranks and micro-batches do not divide it."""
+        if source.global_batch_size % (world_size * micro_batch_size):
+            raise ValueError(
+                f"training.global_batch_size={source.global_batch_size}: expected a multiple of "
+                f"training.micro_batch_size times the number of ranks ({micro_batch_size} * {world_size})"
+            )
         self.source = source
         self.wait_seconds = 0.0
         self._rank, self._world_size, self._micro_batch_size = rank, world_size, micro_batch_size

@@ -9,7 +9,7 @@ import numpy as np
 
 from mamba_train.data.documents import SPLITS, Split
 from mamba_train.data.manifest import FORMAT_VERSION, MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardEntry
-from mamba_train.data.shards import ShardWriter
+from mamba_train.data.shards import ShardWriter, token_dtype
 from mamba_train.data.tokenizer import TextTokenizer
 
 # A shard: its domain, and documents as token ids without the end of document, which is 0.
@@ -28,7 +28,7 @@ def write_folder(
     entries: dict[Split, list[ShardEntry]] = {split: [] for split in SPLITS}
     for split, of_split in shards.items():
         for number, (label, documents) in enumerate(of_split):
-            with ShardWriter(folder / f"{split}-{number:05d}", np.dtype(np.uint16), 0) as writer:
+            with ShardWriter(folder / f"{split}-{number:05d}", token_dtype(vocab_size), 0) as writer:
                 for document in documents:
                     writer.add(np.array(document, dtype=np.int64), bytes_per_token * len(document))
                 entries[split].append(dataclasses.replace(writer.close(), label=label))

@@ -1,3 +1,4 @@
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from mamba_train.data.batches import IGNORE_INDEX, BatchSource, WindowForm, document_numbers
 from mamba_train.data.corpus import Corpus, ReadError
@@ -237,3 +239,20 @@ def test_no_more_files_are_open_than_allowed(make_corpus: MakeCorpus, monkeypatc
         assert out.tolist() == [start // 3 + 1] * 2 + [0]
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
     assert corpus.place(4) == (str(corpus.folder / "train-00001.bin"), 1)
+
+
+def test_a_batch_survives_the_way_to_the_device(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between processes, and into pinned memory as the DataLoader asks for it."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    for vocab_size, boundaries, mask in ((60_000, True, True), (60_000, False, False), (200_000, True, False)):
+        corpus = make_corpus([[[vocab_size - 1] * 5, [], [7]]], vocab_size)
+        batch = WindowForm(7, boundaries, mask).read([(corpus, 0), (corpus, 1)])
+        for copy in (pickle.loads(pickle.dumps(batch)), torch_pin_memory(batch)):
+            assert copy.unpredictable_after == batch.unpredictable_after
+            assert copy.tokens.dtype is torch.int64
+            assert torch.equal(copy.tokens, batch.tokens)
+            assert torch.equal(copy.targets, batch.targets)
+            assert (copy.seq_idx is None) == (not boundaries)
+            if boundaries:
+                assert copy.seq_idx.dtype is torch.int32
+                assert torch.equal(copy.seq_idx, batch.seq_idx)

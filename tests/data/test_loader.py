@@ -48,6 +48,12 @@ def test_ranks_and_micro_batches_divide_the_global_batch(
     assert loaders[0].wait_seconds > 0
 
 
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(5, 1), (2, 12), (3, 8)])
+def test_what_does_not_divide_is_refused(source: BatchSource, world_size: int, micro_batch_size: int) -> None:
+    with pytest.raises(ValueError, match=rf"training\.global_batch_size=12: .*\({micro_batch_size} \* {world_size}\)"):
+        BatchLoader(source, 0, world_size, micro_batch_size)
+
+
 def shoot_at_children(n: int) -> None:
     """Send them what ends a job as soon as they exist, which is long before they run code of ours."""
     while len(multiprocessing.active_children()) < n:
