@@ -22,8 +22,8 @@ from mamba_train.data.shards import ShardReader
 MAX_OPEN_FILES = 256  # per process; a limit of 1,024 is common
 
 
-class ReadError(Exception):
-    """Tokens cannot be read while the run is going on; the message is one line that names shard and offset."""
+class ReadError(ValueError):
+    """Tokens cannot be read from shards that were opened; the message is one line that names shard and offset."""
 
 
 class _OpenFiles:
@@ -41,6 +41,11 @@ class _OpenFiles:
         if len(self._descriptors) > MAX_OPEN_FILES:
             os.close(self._descriptors.popitem(last=False)[1])
         return descriptor
+
+    def forget(self, path: str) -> None:
+        """Another file may have this name by now."""
+        if path in self._descriptors:
+            os.close(self._descriptors.pop(path))
 
 
 _OPEN_FILES = _OpenFiles()  # of this process: a corpus is sent to loader processes without them
@@ -152,4 +157,5 @@ def _open(prefix: Path, n_tokens: int) -> _Shard:
     reader = ShardReader(prefix)  # raises for an index or a size that is wrong
     if len(reader.tokens) != n_tokens:
         raise ValueError(f"{prefix}.bin: {len(reader.tokens)} tokens, the manifest says {n_tokens}")
+    _OPEN_FILES.forget(f"{prefix}.bin")
     return _Shard(f"{prefix}.bin", reader.tokens.dtype, n_tokens)

@@ -62,6 +62,7 @@ def build_trainer(config: Config) -> Trainer:
     fingerprints = {
         "code": _code_fingerprint(),
         "data": data.everything.fingerprint,
+        "validation": _hash("".join(corpus.fingerprint for corpus in data.validation.values()).encode()),
         "config": _hash(json.dumps(shown_config, sort_keys=True).encode()),
     }
 
@@ -140,6 +141,8 @@ def _find_checkpoint(
     resume_policy.apply(resume_policy.compare(checkpoint.config, shown_config), log)
     if checkpoint.fingerprints.get("code") != fingerprints["code"]:
         log("the code has changed since the checkpoint: the steps may differ in the last bits")
+    if checkpoint.fingerprints.get("validation") != fingerprints["validation"]:
+        log("warning: the held-out text has changed since the checkpoint: validation losses do not compare")
     return checkpoint
 
 

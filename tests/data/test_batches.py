@@ -1,4 +1,5 @@
 import pickle
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 from mamba_train.data.batches import IGNORE_INDEX, BatchSource, WindowForm, document_numbers
 from mamba_train.data.corpus import Corpus, ReadError
 from mamba_train.data.validation import validation_sets
+from tests.data.folders import write_folder
 
 MakeCorpus = Callable[..., Corpus]
 
@@ -227,6 +229,13 @@ def test_a_shard_that_is_damaged_while_it_is_read_is_named(make_corpus: MakeCorp
     (other.folder / "train-00000.bin").unlink()
     with pytest.raises(ReadError, match=r"train-00000\.bin: cannot be read at token 3: No such file"):
         other.read(3, out[:5])
+
+
+def test_a_folder_made_anew_is_read_anew(tmp_path: Path) -> None:
+    for token in (5, 6):
+        corpus = Corpus.open(write_folder(tmp_path / "x", {"train": [("", [[token]])]}), "train")
+        assert corpus.tokens().tolist() == [token, 0]
+        shutil.rmtree(tmp_path / "x")
 
 
 def test_no_more_files_are_open_than_allowed(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:

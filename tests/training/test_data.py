@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from mamba_train.checkpoint.storage import load
+from mamba_train.commands.report import ensure_baseline
 from mamba_train.config import Config
 from mamba_train.data.batches import IGNORE_INDEX, Batch, WindowForm
 from mamba_train.data.corpus import Corpus
@@ -128,6 +130,35 @@ def test_what_a_resume_refuses_and_what_it_records(
     state = load(tmp_path / "run" / "checkpoints" / "step_00000010").state["data"]
     assert state["changes"] == [{"samples": 32, "sources": ["prose"]}]
     go_on(11, mixture(from_step=6))
+
+
+def test_the_bigram_baseline_of_a_mixture_is_scored_on_all_domains(tmp_path: Path, folders: dict[str, Path]) -> None:
+    run(shards_config(tmp_path / "run", folders, "training.total_steps=1"))
+    assert ensure_baseline(tmp_path / "run") is None
+    baseline = json.loads((tmp_path / "run" / "baseline.json").read_text())
+    n_tokens = sum(Corpus.open(folder, "train").n_tokens for folder in folders.values())
+    assert baseline["bigram"]["n_train_tokens"] == n_tokens
+    assert len(baseline["scored_on"]["data"]) == 1 + 2  # what it is trained on, and two domains
+    run(shards_config(tmp_path / "masked", folders, "training.total_steps=1", "data.mask_loss_at_documents=true"))
+    assert "first token of a document" in str(ensure_baseline(tmp_path / "masked"))
+
+
+def test_other_held_out_text_is_mentioned_at_a_resume(
+    tmp_path: Path, folders: dict[str, Path], tokenizer: TextTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "held_out"
+
+    def go_on(steps: int) -> str:
+        paths = f"+data.validation_paths.held_out={held_out}"
+        run(shards_config(tmp_path / "run", folders, f"training.total_steps={steps}", paths))
+        return capsys.readouterr().out
+
+    write_text_folder(held_out, {"validation": [("", ["one text " * 50])]}, tokenizer)
+    warning = "warning: the held-out text has changed since the checkpoint"
+    assert warning not in go_on(1) + go_on(2)
+    shutil.rmtree(held_out)
+    write_text_folder(held_out, {"validation": [("", ["another text " * 50])]}, tokenizer)
+    assert warning in go_on(3)
 
 
 def test_a_shard_that_breaks_under_way_is_one_line(tmp_path: Path, corpus: Path, folders: dict[str, Path]) -> None:
