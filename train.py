@@ -11,6 +11,7 @@ def run(config: Config) -> None:
     """Build the trainer and run it; torch is imported only here, after the config has been checked."""
     with composition.user_errors_exit():
         from mamba_train.checkpoint import NotEnoughDiskSpace
+        from mamba_train.data.corpus import ReadError
         from mamba_train.training.build import build_trainer
 
         trainer = build_trainer(config)
@@ -22,7 +23,7 @@ def run(config: Config) -> None:
     signal.signal(signal.SIGINT, interrupt)
     try:
         trainer.run()
-    except NotEnoughDiskSpace as error:
+    except (NotEnoughDiskSpace, ReadError) as error:
         composition.exit_with_error(error, code=1)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the newest checkpoint")

@@ -124,8 +124,16 @@ class ModelConfig:
 
 
 @dataclass
+class MixtureStage:
+    """The weights by which samples are drawn after so many steps; they need not sum to 1."""
+
+    from_step: int = MISSING
+    weights: dict[str, float] = MISSING  # of SOURCE or SOURCE/LABEL; of LABEL where the source is data.path
+
+
+@dataclass
 class DataConfig:
-    """The text, how it is tokenised, and how it is cut into sequences."""
+    """The text, how it is tokenised, how it is cut into sequences and in which proportions these are mixed."""
 
     name: str = MISSING
     source: DataSource = MISSING
@@ -140,6 +148,14 @@ class DataConfig:
     reset_state_at_documents: bool = True
     cache_dir: str = ".cache/data"
     check_hashes: bool = False  # read all shards at the start and compare them with the manifest
+    # Several folders in the place of `path`, each by a name, for source=shards
+    sources: dict[str, str] = field(default_factory=dict)
+    mixture: list[MixtureStage] = field(default_factory=list)  # empty: all windows once, then again in another order
+    validation_paths: dict[str, str] = field(default_factory=dict)  # by name; empty: the sources' validation splits
+    mask_loss_at_documents: bool = False  # no loss on the first token of a document
+    workers: int | None = None  # processes that read ahead; null: 2 on a GPU, none on the CPU
+    prefetch_batches: int = 4  # micro-batches that each of them holds ready
+    allow_changed: bool = False  # go on from a checkpoint that was trained on other tokens
 
 
 @dataclass

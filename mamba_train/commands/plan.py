@@ -17,7 +17,7 @@ DEFAULT_DEVICE = "H100"
 DEFAULT_MFU = 0.3
 DEVICE_COUNTS = (1, 8, 64, 256)
 # Not there yet on the machine where a run is planned.
-MAY_BE_MISSING = ("data.path", "data.tokenizer", "init_from")
+MAY_BE_MISSING = ("data.path", "data.sources", "data.validation_paths", "data.tokenizer", "init_from")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -39,6 +39,11 @@ def test_every_experiment_can_be_planned(experiment: str, capsys: pytest.Capture
         assert "are 300 billion tokens" in printed
 
 
+def test_a_mixture_can_be_planned_before_its_shards_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    call("data=mixture", "model=mamba_130m")
+    assert "parameters" in capsys.readouterr().out
+
+
 def test_the_sections_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     call("experiment=mamba_2.8b_pile", "--gpus", "64", "--mfu", "0.4", "--peak-tflops", "1000")
     printed = capsys.readouterr().out

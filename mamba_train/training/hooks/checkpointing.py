@@ -9,6 +9,7 @@ from mamba_train.checkpoint.disk import NotEnoughDiskSpace
 from mamba_train.checkpoint.retention import apply_retention
 from mamba_train.checkpoint.storage import Checkpoint, save
 from mamba_train.config import CheckpointConfig
+from mamba_train.data.position import state_of
 from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.trainer import Trainer
 
@@ -61,7 +62,7 @@ class CheckpointHook(Hook):
             model=engine_state.model,
             optimizer=engine_state.optimizer,
             rng=rng.capture(),
-            state={"train": state.to_json(), "data": trainer.source.state(state.samples)},
+            state={"train": state.to_json(), "data": state_of(trainer.source, state.samples)},
             config=self._full_config,
             fingerprints=self._fingerprints,
         )
