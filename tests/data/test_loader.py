@@ -141,7 +141,8 @@ def test_a_worker_that_hangs_does_not_keep_the_process(make_corpus: MakeCorpus, 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (1 if scenario == "raise" else 0), errors
     assert ("ZeroDivisionError" in errors) == (scenario == "raise")
-    assert len(errors.splitlines()) < 10
+    # Python's tracker of semaphores sometimes tells of one that was removed while the process ended.
+    assert len([line for line in errors.splitlines() if "resource_tracker" not in line]) < 10
     assert all(is_gone(pid) for pid in workers)
 
 
