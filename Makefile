@@ -7,17 +7,16 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # Overrides for the run, e.g. make train ARGS="training.total_steps=800"
 ARGS   ?=
-# Where `make train` leaves its run; the report and the sample are read from there.
-RUN    ?= runs/mamba_tiny-stdlib
 # Test processes; each of them computes on one thread.
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: train test test-slow lint format clean
 
 train: $(STAMP)
-	$(BIN)/python train.py run_dir=$(RUN) $(ARGS)
-	$(BIN)/mamba-train generate $(RUN) --prompt "def " --temperature 0.6 --save
-	$(BIN)/mamba-train report $(RUN)
+	$(BIN)/python train.py $(ARGS)
+	run=$$($(BIN)/python train.py $(ARGS) --cfg job --resolve --package run_dir) && \
+	$(BIN)/mamba-train generate "$$run" --prompt "def " --temperature 0.6 --save && \
+	$(BIN)/mamba-train report "$$run"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"

@@ -12,6 +12,7 @@ def run(config: Config) -> None:
     with composition.user_errors_exit():
         from mamba_train import ranks
         from mamba_train.checkpoint import NotEnoughDiskSpace
+        from mamba_train.data.corpus import ReadError
         from mamba_train.training.build import build_trainer
 
         trainer = build_trainer(config)
@@ -23,7 +24,7 @@ def run(config: Config) -> None:
     signal.signal(signal.SIGINT, interrupt)
     try:
         trainer.run()
-    except (NotEnoughDiskSpace, ranks.OtherRankFailed) as error:
+    except (NotEnoughDiskSpace, ReadError, ranks.OtherRankFailed) as error:
         composition.exit_with_error(error, code=1)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the newest checkpoint")

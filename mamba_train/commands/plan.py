@@ -20,13 +20,15 @@ DEFAULT_GPUS = 8  # whose memory is planned, unless --gpus says another number, 
 # What torch can allocate on them, in GiB.
 DEVICE_MEMORY_GIB = {"A100": 79.0, "H100": 79.0, "H200": 139.0, "B200": 178.0}
 # Not there yet on the machine where a run is planned.
-MAY_BE_MISSING = ("data.path", "data.tokenizer", "init_from")
+MAY_BE_MISSING = ("data.path", "data.sources", "data.validation_paths", "data.tokenizer", "init_from")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for train.py: experiment=mamba_130m_pile")
-    parser.add_argument("--gpus", type=int, metavar="N", help="how many devices share the work (default: several)")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="how many devices share the work (default: slurm.nodes, else several)"
+    )
     parser.add_argument("--device", default=DEFAULT_DEVICE, help=f"whose peak counts (default: {DEFAULT_DEVICE})")
     parser.add_argument("--gpu-memory-gib", type=float, metavar="X", help="of one device (default: the --device's)")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="peak of one device, instead of --device")
@@ -55,13 +57,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device}: its peak is not known here; give --peak-tflops")
     device = f"{peak / 1e12:g} TFLOP/s" if args.peak_tflops else f"{args.device} ({peak / 1e12:g} TFLOP/s in bf16)"
     plan = make_plan(config, probable_vocab_size(config))
-    n_gpus = 1 if config.engine.name is EngineKind.single else args.gpus or DEFAULT_GPUS
+    n_gpus = 1 if config.engine.name is EngineKind.single else _n_gpus(config, args) or DEFAULT_GPUS
     gpu_bytes = GIB * (args.gpu_memory_gib or DEVICE_MEMORY_GIB.get(args.device.upper(), float("inf")))
     if config.engine.name is EngineKind.auto:
         config.engine.name, reason = choose_engine(config, n_gpus, gpu_bytes)
         print(f"engine=auto: {config.engine.name}, {reason}\n")
     memory = _memory(plan, config, n_gpus, gpu_bytes)
-    for section in (_model(plan), memory, _disk(plan, config), _time(plan, peak, device, args)):
+    for section in (_model(plan), memory, _disk(plan, config), _time(plan, config, peak, device, args)):
         print("\n".join(section) + "\n")
     _check_fits(plan, config, n_gpus, gpu_bytes)
 
@@ -121,14 +123,34 @@ def _disk(plan: "Plan", config: Config) -> list[str]:
     ]
 
 
-def _time(plan: "Plan", peak: float, device: str, args: argparse.Namespace) -> list[str]:
+def _time(plan: "Plan", config: Config, peak: float, device: str, args: argparse.Namespace) -> list[str]:
     hours = plan.device_hours(peak, args.mfu)
-    counts = (args.gpus,) if args.gpus else DEVICE_COUNTS
+    n_gpus = _n_gpus(config, args)
+    counts = (n_gpus,) if n_gpus else DEVICE_COUNTS
     return [
         f"training: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens are {plan.total_tokens / 1e9:,.3g} "
         f"billion tokens and {plan.training_flops:.2e} FLOPs",
         f"  at {args.mfu:.0%} MFU of {device}: {hours:{',.0f' if hours >= 10 else '.2g'}} GPU-hours",
         *(f"  {count:>5} GPU{'s' if count > 1 else ' '} {_duration(hours / count):>14}" for count in counts),
+        *(_uneven(config, n_gpus) if n_gpus else ()),
+    ]
+
+
+def _n_gpus(config: Config, args: argparse.Namespace) -> int | None:
+    """What the command line says; None where it leaves that open."""
+    if args.gpus is not None:
+        return int(args.gpus)
+    return None if config.slurm.nodes is None else config.slurm.nodes * config.slurm.gpus_per_node
+
+
+def _uneven(config: Config, n_gpus: int) -> list[str]:
+    """A global batch that does not divide over the GPUs would be refused at the start: say it now."""
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if batch % (n_gpus * micro) == 0:
+        return []
+    return [
+        f"  training.global_batch_size={batch} cannot be split over {n_gpus} GPUs in micro-batches of {micro}: "
+        "make it a multiple of both, or lower training.micro_batch_size"
     ]
 
 

@@ -39,6 +39,11 @@ def test_every_experiment_can_be_planned(experiment: str, capsys: pytest.Capture
         assert "are 300 billion tokens" in printed
 
 
+def test_a_mixture_can_be_planned_before_its_shards_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    call("data=mixture", "model=mamba_130m")
+    assert "parameters" in capsys.readouterr().out
+
+
 def test_the_sections_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     call("experiment=mamba_2.8b_pile", "--gpus", "64", "--mfu", "0.4", "--peak-tflops", "1000")
     printed = capsys.readouterr().out
@@ -59,6 +64,18 @@ def test_what_cannot_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFi
         call("experiment=mamba_2.8b_pile", "--gpu-memory-gib", "24")
 
 
+def test_the_size_of_the_job_is_that_of_slurm_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    call("experiment=mamba_2.8b_pile", "slurm.nodes=3", "slurm.gpus_per_node=4")
+    printed = capsys.readouterr().out
+    assert "   12 GPUs" in printed
+    assert "    8 GPUs" not in printed
+    assert "training.global_batch_size=512 cannot be split over 12 GPUs" in printed
+    call("experiment=mamba_2.8b_pile", "slurm.nodes=4")
+    printed = capsys.readouterr().out
+    assert "   32 GPUs" in printed
+    assert "cannot be split" not in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -66,6 +83,7 @@ def test_what_cannot_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFi
         (["model.d_model=0"], "model.d_model=0: expected more than 0"),
         (["optim.lrr=3"], "optim.lrr: there is no such key"),
         (["--mfu", "40"], "--mfu 40.0: expected more than 0 and at most 1"),
+        (["slurm.nodes=0"], "slurm.nodes=0: expected null or more than 0"),
         (["--gpus", "0"], "--gpus 0: expected at least 1"),
         (["--device", "abacus"], "--device abacus: its peak is not known here; give --peak-tflops"),
         (["--peak-tflops", "-1"], "--peak-tflops -1.0: expected more than 0"),

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import fcntl
 import json
@@ -15,11 +16,12 @@ import pytest
 
 from mamba_train.config import DataConfig, DataSource
 from mamba_train.data import prepare as module
-from mamba_train.data.batches import validation_bytes_per_token
+from mamba_train.data.batches import WindowForm
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.manifest import find_problem, read_manifest
 from mamba_train.data.prepare import prepare
 from mamba_train.data.tokenizer import END_OF_DOCUMENT, load_tokenizer
+from mamba_train.data.validation import validation_sets
 
 MakeConfig = Callable[..., DataConfig]
 
@@ -342,7 +344,7 @@ def test_misuse_is_one_line_that_names_the_key(
 def test_too_little_text(local_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="no text for the train split"):
+    with pytest.raises(ValueError, match=r"a\.txt:1: the text is empty"):
         prepare(local_config(tmp_path / "x"), ignore)
     (tmp_path / "x" / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="no text for the validation split"):
@@ -358,10 +360,52 @@ def test_the_standard_library(tmp_path: Path) -> None:
     assert validation.n_tokens > 50_000
     assert 1.5 < train.bytes_per_token < 4
     assert read_manifest(folder).source["n_docstring_modules"] > 10
-    whole = validation_bytes_per_token(validation, 64, 10**6)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+
+    def bytes_per_token(n_sequences: int) -> float:
+        [domain] = validation_sets({"": validation}, WindowForm(64, with_boundaries=False), n_sequences)
+        return domain.n_bytes(tokenizer) / (64 * domain.n_sequences)
+
+    whole = bytes_per_token(10**6)
     assert whole == pytest.approx(validation.bytes_per_token, rel=1e-3)
-    few = validation_bytes_per_token(validation, 64, 20)
+    few = bytes_per_token(20)
     assert 0.7 < few / whole < 1.4
     assert few != whole
     assert prepare(config, log.append) == folder
     assert log[-1] == f"data: using {folder}"
+
+
+def test_finished_shards_are_used_where_they_are(local_config: MakeConfig, jsonl_folder: Path) -> None:
+    folder = prepare(local_config(jsonl_folder), ignore)
+    shards = local_config(folder, source=DataSource.shards)
+    assert prepare(shards, ignore) == folder
+    assert prepare(local_config(folder, source=DataSource.shards, tokenizer=f"{folder}/tokenizer.json"), ignore)
+
+
+def test_damaged_shards_stop_the_run_and_are_left_alone(local_config: MakeConfig, jsonl_folder: Path) -> None:
+    folder = prepare(local_config(jsonl_folder), ignore)
+    path = folder / "train-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[10] ^= 1
+    path.write_bytes(bytes(data))
+    assert prepare(local_config(folder, source=DataSource.shards), ignore) == folder  # sizes alone say nothing
+    with pytest.raises(ValueError, match=r"data\.path=.*train-00000\.bin was changed"):
+        prepare(local_config(folder, source=DataSource.shards, check_hashes=True), ignore)
+    path.write_bytes(bytes(data[:-2]))
+    with pytest.raises(ValueError, match=r"data\.path=.*train-00000\.bin has \d+ bytes instead of"):
+        prepare(local_config(folder, source=DataSource.shards), ignore)
+    assert path.read_bytes() == data[:-2]
+
+
+def test_finished_shards_with_another_tokenizer(local_config: MakeConfig, jsonl_folder: Path, tmp_path: Path) -> None:
+    folder = prepare(local_config(jsonl_folder), ignore)
+    other = tmp_path / "other.json"
+    other.write_bytes((folder / "tokenizer.json").read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=r"data\.tokenizer=.*other\.json: the shards .* another tokenizer"):
+        prepare(local_config(folder, source=DataSource.shards, tokenizer=str(other)), ignore)
+
+
+def test_a_changed_label_changes_the_fingerprint(local_config: MakeConfig, jsonl_folder: Path) -> None:
+    manifest = read_manifest(prepare(local_config(jsonl_folder), ignore))
+    shards = {**manifest.shards, "train": [dataclasses.replace(manifest.shards["train"][0], label="Books")]}
+    assert dataclasses.replace(manifest, shards=shards).fingerprint != manifest.fingerprint
