@@ -115,3 +115,8 @@ def members(session: int) -> list[int]:
         if int(of) == session and state != "Z":
             found.append(int(folder.name))
     return found
+
+
+def pile_inputs(tmp_path: Path) -> list[str]:
+    """What `pile` made below `tmp_path`, as arguments of --input."""
+    return [f"train={tmp_path}/raw/train/*.zst", f"validation={tmp_path}/raw/val.jsonl.zst"]
