@@ -31,9 +31,10 @@ def _forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state,
 
 @_FORWARD.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward):
-    # The reference's fake asks how its work would be cut, which would make each length a graph of its own.
-    fake = _reference_fake if x.device.type != "cuda" or scan.unsupported(x, A.shape[1]) else scan.fake
-    return fake(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward)
+    if x.device.type != "cuda" or scan.unsupported(x, A.shape[1]):
+        return _reference_fake(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_backward)
+    # Not by the reference's, which asks how its work would be cut: that would make each length a graph of its own.
+    return scan.fake(x, A.shape[1], z is not None, for_backward)
 
 
 @_BACKWARD.register_kernel("cuda")

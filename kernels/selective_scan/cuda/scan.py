@@ -84,25 +84,11 @@ def starts_shape(x: Tensor, states: int) -> tuple[int, int, int, int]:
     return x.shape[0], tiles, x.shape[2], variants.padded(states)
 
 
-def fake(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake(x: Tensor, states: int, gated: bool, for_backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `forward` returns, without values; asks nothing of the length, which may be a symbol."""
-    states = A.shape[1]
     final_state = x.new_empty((x.shape[0], x.shape[2], states), dtype=torch.float32)
     starts = x.new_empty(starts_shape(x, states) if for_backward else (0,), dtype=torch.float32)
-    ungated = x.new_empty(x.shape if for_backward and z is not None else (0,))
+    ungated = x.new_empty(x.shape if for_backward and gated else (0,))
     return x.new_empty(x.shape), final_state, starts, ungated
 
 
