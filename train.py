@@ -14,6 +14,7 @@ def run(config: Config, stop: StopRequest) -> None:
     with composition.user_errors_exit():
         from mamba_train import ranks
         from mamba_train.checkpoint import NotEnoughDiskSpace
+        from mamba_train.data.corpus import ReadError
         from mamba_train.training.build import build_trainer
 
         trainer = build_trainer(config, stop)
@@ -25,7 +26,7 @@ def run(config: Config, stop: StopRequest) -> None:
     signal.signal(signal.SIGINT, interrupt)
     try:
         trainer.run()
-    except (NotEnoughDiskSpace, ranks.OtherRankFailed) as error:
+    except (NotEnoughDiskSpace, ReadError, ranks.OtherRankFailed) as error:
         composition.exit_with_error(error, code=1)
     except Stopped as stopped:
         print(f"{stopped}: the same command goes on from there", file=sys.stderr)

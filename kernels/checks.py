@@ -18,10 +18,10 @@ def check_tensor(function: str, name: str, value: torch.Tensor, expected: Sequen
         raise ValueError(f"{function}: {name} has shape {tuple(value.shape)}, expected ({wanted})")
 
 
-def check_length(function: str, name: str, value: torch.Tensor, axis: int = 1) -> None:
-    """Raise ValueError when the time axis of `value` is empty."""
-    if value.shape[axis] < 1:
-        raise ValueError(f"{function}: {name} has shape {tuple(value.shape)}, expected a length of at least 1")
+def check_not_empty(function: str, name: str, value: torch.Tensor) -> None:
+    """Raise ValueError when an axis of `value` has no elements."""
+    if value.numel() == 0:
+        raise ValueError(f"{function}: {name} has shape {tuple(value.shape)}, expected at least 1 along every axis")
 
 
 def check_floating(function: str, **tensors: torch.Tensor | None) -> None:

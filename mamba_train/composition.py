@@ -33,7 +33,7 @@ def to_config(composed: DictConfig, may_be_missing: Collection[str] = ()) -> Con
     """
     known = set(known_keys())
     for key in _dotted_keys(OmegaConf.to_container(composed)):
-        if key not in known:  # `+key=value` gets past Hydra
+        if key not in known and not _open_parent(key):  # `+key=value` gets past Hydra
             raise ValueError(f"{key}: there is no such key{_nearest(key, known)}; see --help")
     missing = sorted(OmegaConf.missing_keys(composed))
     for key in may_be_missing:
@@ -123,6 +123,8 @@ def explain(error: Exception) -> str:
         return f"{group}={option}: there is no such option{_nearest(option, options)}; {group} can be {_list(options)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1).split("@")[0]
+        if parent := key if _is_open(key) else _open_parent(key):
+            return f"{key}: names are added one by one, as +{parent}.NAME=VALUE; see --help"
         if "could not be converted" not in text and "Invalid value" not in text:
             if key in known_keys():
                 return f"{key}: cannot be given a value of this form; see --help"
@@ -155,6 +157,19 @@ def known_keys() -> list[str]:
     """All dotted keys of the schema and the names of the groups."""
     schema = OmegaConf.to_container(OmegaConf.structured(Config), throw_on_missing=False)
     return sorted(set(_dotted_keys(schema)) | set(_groups()))
+
+
+def _is_open(key: str) -> bool:
+    """Whether the names below a key are the user's own."""
+    schema = OmegaConf.structured(Config)
+    return key in known_keys() and OmegaConf.is_dict(schema) and OmegaConf.select(schema, key) == {}
+
+
+def _open_parent(key: str) -> str | None:
+    """The key with names of the user's own that `key` is below."""
+    parts = key.split(".")
+    parents = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((parent for parent in parents if _is_open(parent)), None)
 
 
 def _groups() -> list[str]:

@@ -17,7 +17,15 @@ class DataSource(StrEnum):
     """Where the text comes from."""
 
     stdlib = "stdlib"  # the Python standard library of this machine
-    local = "local"  # a folder (or one file) of .txt, .jsonl, .jsonl.zst
+    local = "local"  # a folder (or one file) of .txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet
+    shards = "shards"  # a folder of token shards that data_prep made
+
+
+class BadDocuments(StrEnum):
+    """What happens to a document that cannot be used: an invalid line, an empty text, bytes that are not UTF-8."""
+
+    error = "error"  # stop, with the file, the line and the reason
+    skip = "skip"  # leave it out, count it
 
 
 class ScheduleKind(StrEnum):
@@ -136,19 +144,38 @@ class ModelConfig:
 
 
 @dataclass
+class MixtureStage:
+    """The weights by which samples are drawn after so many steps; they need not sum to 1."""
+
+    from_step: int = MISSING
+    weights: dict[str, float] = MISSING  # of SOURCE or SOURCE/LABEL; of LABEL where the source is data.path
+
+
+@dataclass
 class DataConfig:
-    """The text, how it is tokenised, and how it is cut into sequences."""
+    """The text, how it is tokenised, how it is cut into sequences and in which proportions these are mixed."""
 
     name: str = MISSING
     source: DataSource = MISSING
-    path: str | None = None  # folder or file, for source=local
-    text_key: str = "text"  # field of a JSON line that holds the text
+    path: str | None = None  # for source=local a folder or file, for source=shards a folder
+    text_key: str = "text"  # field of a JSON line or column that holds the text
+    bad_documents: BadDocuments = BadDocuments.error
+    max_bad_share: float = 0.01  # with bad_documents=skip, stop if more than this share is left out
     tokenizer: str | None = None  # a tokenizer.json; null: train one on the training split
     vocab_size: int = 4096  # of the tokenizer that is trained
     validation_fraction: float = 0.05
     sequence_length: int = 256  # tokens the model sees at once
     reset_state_at_documents: bool = True
     cache_dir: str = ".cache/data"
+    check_hashes: bool = False  # read all shards at the start and compare them with the manifest
+    # Several folders in the place of `path`, each by a name, for source=shards
+    sources: dict[str, str] = field(default_factory=dict)
+    mixture: list[MixtureStage] = field(default_factory=list)  # empty: all windows once, then again in another order
+    validation_paths: dict[str, str] = field(default_factory=dict)  # by name; empty: the sources' validation splits
+    mask_loss_at_documents: bool = False  # no loss on the first token of a document
+    workers: int | None = None  # processes that read ahead; null: 2 on a GPU, none on the CPU
+    prefetch_batches: int = 4  # micro-batches that each of them holds ready
+    allow_changed: bool = False  # go on from a checkpoint that was trained on other tokens
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 from mamba_train.config import (
     Config,
     ContainerKind,
+    DataConfig,
     DataSource,
     EngineKind,
     MixerKind,
@@ -24,10 +25,10 @@ from mamba_train.ranks import launch
 def check_config(config: Config, ignore: Collection[str] = ()) -> None:
     """Raise ValueError for the first value that cannot work, naming its key and what is accepted.
 
-    ignore: keys that nobody will read this time.
+    ignore: keys, with all below them, that nobody will read this time.
     """
     for key, value, problem in _problems(config):
-        if key not in ignore:
+        if not any(key == name or key.startswith(f"{name}.") for name in ignore):
             raise ValueError(f"{key}={value}: {problem}")
 
 
@@ -56,7 +57,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
         "model.n_layer model.d_model model.d_state model.d_conv model.expand model.pad_vocab_size_multiple "
         "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "
         "model.head_dim model.n_groups model.chunk_size model.A_init_min model.A_init_max "
-        "data.sequence_length optim.lr optim.eps optim.max_grad_norm "
+        "data.sequence_length data.prefetch_batches optim.lr optim.eps optim.max_grad_norm "
         "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last engine.replicas "
         "training.total_steps training.global_batch_size training.micro_batch_size "
         "training.validation_interval_steps training.validation_sequences slurm.max_stalled_starts"
@@ -78,7 +79,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
         value = _get(config, key)
         if not 0 <= value < 1:
             yield key, value, "expected at least 0 and less than 1"
-    for key in ("schedule.min_lr_ratio", "schedule.decay_fraction"):
+    for key in ("schedule.min_lr_ratio", "schedule.decay_fraction", "data.max_bad_share"):
         value = _get(config, key)
         if not 0 <= value <= 1:
             yield key, value, "expected 0 to 1"
@@ -86,6 +87,8 @@ def _ranges(config: Config) -> Iterable[Problem]:
         "model.dt_rank model.vocab_size model.attention_heads model.attention_kv_heads model.attention_head_dim "
         "checkpoint.permanent_interval_steps slurm.nodes slurm.cpus_per_task"
     )
+    if config.data.workers is not None and config.data.workers < 0:
+        yield "data.workers", config.data.workers, "expected null or 0 or more"
     for key in optional.split():
         value = _get(config, key)
         if value is not None and value <= 0:
@@ -115,7 +118,8 @@ def _model(config: Config) -> Iterable[Problem]:
         yield from _mamba2(model)
     if MixerKind.attention in mixers:
         yield from _attention(model)
-    if model.vocab_size is not None and config.data.tokenizer is None and model.vocab_size < config.data.vocab_size:
+    trains_tokenizer = config.data.tokenizer is None and config.data.source is not DataSource.shards
+    if model.vocab_size is not None and trains_tokenizer and model.vocab_size < config.data.vocab_size:
         yield (
             "model.vocab_size",
             model.vocab_size,
@@ -165,11 +169,18 @@ def _data(config: Config) -> Iterable[Problem]:
     data = config.data
     if data.source is DataSource.local:
         if not data.path:
-            yield "data.path", data.path, "expected a folder or file with .txt, .jsonl or .jsonl.zst text"
+            yield (
+                "data.path",
+                data.path,
+                "expected a folder or file with text (.txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet)",
+            )
         elif not Path(data.path).expanduser().exists():
             yield "data.path", data.path, "there is no such file or folder"
+    elif data.source is DataSource.shards:
+        yield from _shards(data)
     elif data.path:
         yield "data.path", data.path, f"data.source={data.source} reads no path; use data=local"
+    yield from _loading(data)
     if not 0 < data.validation_fraction < 1:
         yield "data.validation_fraction", data.validation_fraction, "expected more than 0 and less than 1"
     # 256 bytes and the end of document are always in a byte-level vocabulary.
@@ -177,6 +188,46 @@ def _data(config: Config) -> Iterable[Problem]:
         yield "data.vocab_size", data.vocab_size, "expected at least 257 (256 bytes and the end of document)"
     if data.tokenizer is not None and not Path(data.tokenizer).expanduser().is_file():
         yield "data.tokenizer", data.tokenizer, "there is no such file; expected a tokenizer.json"
+
+
+SHARDS_EXPECTED = "expected a folder of token shards, made by `python -m data_prep tokenize`"
+
+
+def _shards(data: DataConfig) -> Iterable[Problem]:
+    if data.sources and data.path:
+        yield "data.path", data.path, "expected null beside data.sources; give the folder a name there"
+    elif not data.sources and (not data.path or not Path(data.path).expanduser().is_dir()):
+        yield "data.path", data.path, f"{SHARDS_EXPECTED}; for several of them +data.sources.NAME=FOLDER"
+    for name, path in data.sources.items():
+        if not name or "/" in name:
+            yield f"data.sources.{name}", path, "expected a name without /"
+        elif not Path(path).expanduser().is_dir():
+            yield f"data.sources.{name}", path, SHARDS_EXPECTED
+
+
+def _loading(data: DataConfig) -> Iterable[Problem]:
+    if data.sources and data.source is not DataSource.shards:
+        yield "data.sources", data.sources, f"data.source={data.source} reads none; use data=shards data.path=null"
+    for name, path in data.validation_paths.items():
+        if not Path(path).expanduser().is_dir():
+            yield f"data.validation_paths.{name}", path, SHARDS_EXPECTED
+    for number, stage in enumerate(data.mixture):
+        key = f"data.mixture[{number}]"
+        if number == 0 and stage.from_step != 0:
+            yield f"{key}.from_step", stage.from_step, "expected 0: the first stage begins with the run"
+        elif number and stage.from_step <= data.mixture[number - 1].from_step:
+            last = data.mixture[number - 1].from_step
+            yield f"{key}.from_step", stage.from_step, f"expected more than {last}, the step of the stage before"
+        weights = stage.weights
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()) or not any(weights.values()):
+            yield f"{key}.weights", weights, "expected weights of 0 or more, at least one of them above 0"
+        for name in weights:
+            source = name.partition("/")[0]
+            if data.sources and source not in data.sources:
+                known = ", ".join(data.sources)
+                yield f"{key}.weights", name, f"expected SOURCE or SOURCE/LABEL with a source of data.sources ({known})"
+            elif data.sources and name != source and source in weights:
+                yield f"{key}.weights", name, f"{source} is there as well, which contains it; give one of them"
 
 
 def _training(config: Config) -> Iterable[Problem]:

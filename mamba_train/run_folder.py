@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,9 +55,29 @@ def holds_run(run_dir: Path) -> bool:
     return (run_dir / CONFIG).exists()
 
 
-def write_summary(run_dir: Path, *, n_parameters: int, data_folder: Path) -> None:
-    """Record the size of the model and where the prepared data lies."""
-    summary = {"n_parameters": n_parameters, "data_folder": str(data_folder.resolve())}
+def write_summary(
+    run_dir: Path,
+    *,
+    n_parameters: int,
+    data_folder: Path,
+    sources: Mapping[str, Path] | None = None,
+    held_out: Mapping[str, Path] | None = None,
+) -> None:
+    """Record the size of the model and where the prepared data lies.
+
+    data_folder: the only folder, or one of several, which are `sources` (data.sources) and `held_out`
+    (data.validation_paths).
+    """
+
+    def resolved(folders: Mapping[str, Path] | None) -> dict[str, str]:
+        return {name: str(folder.resolve()) for name, folder in (folders or {}).items()}
+
+    summary = {
+        "n_parameters": n_parameters,
+        "data_folder": str(data_folder.resolve()),
+        "sources": resolved(sources),
+        "held_out": resolved(held_out),
+    }
     (run_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """The pages must keep up with the code they describe."""
 
+import doctest
 import re
 from pathlib import Path
 
@@ -33,3 +34,9 @@ def test_every_direct_dependency_has_its_line(repository: Path) -> None:
     assert not missing
     pinned = (repository / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
     assert [name for name in names if f"\n{name}==" not in pinned] == []
+
+
+def test_the_example_of_the_loading_page_is_what_python_says(repository: Path) -> None:
+    result = doctest.testfile(str(repository / "docs" / "loading.md"), module_relative=False)
+    assert result.attempted > 10
+    assert not result.failed

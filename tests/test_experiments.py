@@ -15,16 +15,14 @@ GPT3_LR = {"130m": 6e-4, "370m": 3e-4, "780m": 2.5e-4, "790m": 2.5e-4, "1.3b": 2
 
 @pytest.fixture
 def compose(tmp_path: Path):
-    """Compose a recipe with the files it asks for."""
+    """Compose a recipe with the files it asks for; no published one names a tokenizer beside its shards."""
     (tmp_path / "text").mkdir()
     (tmp_path / "tokenizer.json").write_text("{}")
 
     def compose_recipe(name: str, *overrides: str) -> Config:
-        places = (
-            [] if name == "smoke" else [f"data.path={tmp_path / 'text'}", f"data.tokenizer={tmp_path}/tokenizer.json"]
-        )
+        places = [] if name == "smoke" else [f"data.path={tmp_path / 'text'}"]
         if name == "anneal":
-            places.append(f"init_from={tmp_path / 'text'}")
+            places += [f"data.tokenizer={tmp_path}/tokenizer.json", f"init_from={tmp_path / 'text'}"]
         return compose_config([f"experiment={name}", *places, *overrides])
 
     return compose_recipe
@@ -61,5 +59,9 @@ def test_there_is_one_for_each_published_size() -> None:
 def test_what_a_recipe_leaves_open_must_be_given(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path|init_from"):
         compose_config([f"experiment={name}"])
-    with pytest.raises(ValueError, match=r"data\.tokenizer=PATH_TO|init_from=PATH_OR_HUB_NAME"):
-        compose_config([f"experiment={name}", f"data.path={tmp_path}"])
+    if name == "anneal":
+        with pytest.raises(ValueError, match=r"data\.tokenizer=PATH_TO|init_from=PATH_OR_HUB_NAME"):
+            compose_config([f"experiment={name}", f"data.path={tmp_path}"])
+    else:
+        with pytest.raises(ValueError, match=r"data\.path=.*/none: expected a folder of token shards"):
+            compose_config([f"experiment={name}", f"data.path={tmp_path}/none"])

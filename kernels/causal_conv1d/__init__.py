@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.causal_conv1d import reference  # noqa: F401  registers torch.ops.mamba_train.causal_conv1d
 from kernels.checks import (
     check_floating,
-    check_length,
+    check_not_empty,
     check_same_device,
     check_seq_idx,
     check_tensor,
@@ -68,7 +68,7 @@ def causal_conv1d(
     """
     name = "causal_conv1d"
     check_tensor(name, "x", x, [("batch", None), ("length", None), ("channel", None)])
-    check_length(name, "x", x)
+    check_not_empty(name, "x", x)
     batch, length, channels = x.shape
     _check_filter(name, weight, bias, activation, channels)
     if seq_idx is not None:

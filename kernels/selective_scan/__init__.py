@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.checks import (
     check_floating,
-    check_length,
+    check_not_empty,
     check_same_device,
     check_seq_idx,
     check_tensor,
@@ -85,7 +85,7 @@ def selective_scan(
     Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", equations 2a, 2b, 4.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
-    y, final_state, _, _ = torch.ops.mamba_train.selective_scan(
+    y, final_state, _, _ = torch.ops.mamba_train.selective_scan.default(
         x,
         dt,
         A,
@@ -116,9 +116,10 @@ def _check(
 ) -> None:
     name = "selective_scan"
     check_tensor(name, "x", x, [("batch", None), ("length", None), ("channel", None)])
-    check_length(name, "x", x)
+    check_not_empty(name, "x", x)
     batch, length, channels = x.shape
     check_tensor(name, "A", A, [("channel", channels), ("state", None)])
+    check_not_empty(name, "A", A)
     states = A.shape[1]
     rows = [("batch", batch), ("length", length)]
     check_tensor(name, "dt", dt, [*rows, ("channel", channels)])

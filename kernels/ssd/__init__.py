@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.checks import (
     check_floating,
-    check_length,
+    check_not_empty,
     check_same_device,
     check_seq_idx,
     check_tensor,
@@ -136,13 +136,14 @@ def _check(
 ) -> None:
     name = "ssd"
     check_tensor(name, "x", x, [("batch", None), ("length", None), ("head", None), ("head_dim", None)])
-    check_length(name, "x", x)
+    check_not_empty(name, "x", x)
     batch, length, heads, head_dim = x.shape
     rows = [("batch", batch), ("length", length)]
     check_tensor(name, "dt", dt, [*rows, ("head", heads)])
     check_tensor(name, "A", A, [("head", heads)])
     check_tensor(name, "B", B, [*rows, ("group", None), ("state", None)])
     check_groups(name, B, heads, axis=2)
+    check_not_empty(name, "B", B)
     groups, states = B.shape[2:]
     check_tensor(name, "C", C, [*rows, ("group", groups), ("state", states)])
     check_skip(name, D, heads, head_dim)

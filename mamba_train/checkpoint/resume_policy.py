@@ -45,7 +45,6 @@ _UNLISTED = "no rule says that it may change"
 
 _OTHER_MODEL = "the checkpoint holds the weights of another model"
 _SAME_TOKENS = "the prepared tokens are compared by their fingerprint"
-_OTHER_TOKENS = "the model would be fed other tokens than the ones it was trained on so far"
 _OTHER_OPTIMISER = "holds from the resumed step on; the optimiser's moments are kept"
 _OTHER_SCHEDULE = "the learning rate of the steps that remain follows the new schedule"
 _OTHER_ARITHMETIC = "the losses agree within rounding, no longer bit by bit"
@@ -53,15 +52,29 @@ _OTHER_ARITHMETIC = "the losses agree within rounding, no longer bit by bit"
 RULES: tuple[Rule, ...] = (
     Rule("model.*", Action.refuse, _OTHER_MODEL),
     Rule("data.name", Action.allow, _SAME_TOKENS),
-    Rule("data.source", Action.refuse, _OTHER_TOKENS),
+    Rule("data.source", Action.allow, _SAME_TOKENS),
     Rule("data.path", Action.allow, _SAME_TOKENS),
-    Rule("data.text_key", Action.refuse, _OTHER_TOKENS),
+    Rule("data.text_key", Action.allow, _SAME_TOKENS),
+    Rule("data.bad_documents", Action.allow, _SAME_TOKENS),
+    Rule("data.max_bad_share", Action.allow, _SAME_TOKENS),
     Rule("data.tokenizer", Action.allow, _SAME_TOKENS),
-    Rule("data.vocab_size", Action.refuse, _OTHER_TOKENS),
-    Rule("data.validation_fraction", Action.refuse, _OTHER_TOKENS),
+    Rule("data.vocab_size", Action.allow, _SAME_TOKENS),
+    Rule("data.validation_fraction", Action.allow, _SAME_TOKENS),
     Rule("data.sequence_length", Action.refuse, "samples are counted in sequences of this length"),
     Rule("data.reset_state_at_documents", Action.refuse, "the model would see another context than so far"),
     Rule("data.cache_dir", Action.allow, _SAME_TOKENS),
+    Rule("data.check_hashes", Action.allow, _SAME_TOKENS),
+    Rule("data.sources*", Action.allow, _SAME_TOKENS),
+    Rule("data.mixture", Action.allow, "only for steps to come: the steps that are done are compared"),
+    Rule(
+        "data.validation_paths*",
+        Action.warn,
+        "validation losses before and after are of different text and decide together what is the best",
+    ),
+    Rule("data.mask_loss_at_documents", Action.warn, "losses before and after are of different targets"),
+    Rule("data.workers", Action.allow, "the order of the data does not depend on it"),
+    Rule("data.prefetch_batches", Action.allow, "the order of the data does not depend on it"),
+    Rule("data.allow_changed", Action.allow, "it decides about the tokens, and what it allowed is recorded"),
     Rule("optim.*", Action.warn, _OTHER_OPTIMISER),
     Rule("schedule.*", Action.warn, _OTHER_SCHEDULE),
     Rule("engine.*", Action.warn, _OTHER_ARITHMETIC),

@@ -20,7 +20,7 @@ DEFAULT_GPUS = 8  # whose memory is planned, unless --gpus says another number, 
 # What torch can allocate on them, in GiB.
 DEVICE_MEMORY_GIB = {"A100": 79.0, "H100": 79.0, "H200": 139.0, "B200": 178.0}
 # Not there yet on the machine where a run is planned.
-MAY_BE_MISSING = ("data.path", "data.tokenizer", "init_from")
+MAY_BE_MISSING = ("data.path", "data.sources", "data.validation_paths", "data.tokenizer", "init_from")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

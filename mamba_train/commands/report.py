@@ -43,31 +43,47 @@ def run(args: argparse.Namespace) -> None:
 def ensure_baseline(run_dir: Path) -> str | None:
     """Score a bigram model on the run's own tokens, once; return why that was not possible, or None.
 
-    It is trained on the run's training split and scored on exactly the targets that the run validates
-    on, so the two figures compare; when these have changed it is scored anew.
+    It is trained on all of the run's training tokens (the weights of a mixture count for nothing) and
+    scored on exactly the targets that the run validates on, so the two figures compare; when these have
+    changed it is scored anew.
     """
     if not (run_dir / CONFIG).exists():
         return f"there is no {CONFIG}"
+    import numpy as np
     from omegaconf import OmegaConf
 
-    from mamba_train.data.batches import Corpus, validation_batches, validation_bytes_per_token
+    from mamba_train.data.batches import WindowForm
+    from mamba_train.data.manifest import TOKENIZER_NAME
+    from mamba_train.data.opening import open_folders
+    from mamba_train.data.tokenizer import load_tokenizer
+    from mamba_train.data.validation import validation_sets
     from mamba_train.evaluation.bigram import bigram_score
 
-    config = OmegaConf.load(run_dir / CONFIG)
-    folder = Path(read_summary(run_dir)["data_folder"])
-    if not folder.exists():
-        return f"its tokens are not in {folder} any more"
-    corpus, validation = Corpus.open(folder, "train"), Corpus.open(folder, "validation")
+    config, summary = OmegaConf.load(run_dir / CONFIG), read_summary(run_dir)
+    if config.data.get("mask_loss_at_documents"):
+        return "the run does not predict the first token of a document, the bigram model would"
+    folders = {name: Path(folder) for name, folder in (summary.get("sources") or {"": summary["data_folder"]}).items()}
+    held_out = {name: Path(folder) for name, folder in summary.get("held_out", {}).items()}
+    for folder in (*folders.values(), *held_out.values()):
+        if not folder.exists():
+            return f"its tokens are not in {folder} any more"
+    data = open_folders(folders, held_out)
+    corpus = data.everything
     if corpus.n_tokens > MAX_BASELINE_TOKENS:
         return f"{corpus.n_tokens:,} training tokens are more than {MAX_BASELINE_TOKENS:,}"
+    if not data.validation:
+        return "nothing is held out to score it on"
     length, n_sequences = config.data.sequence_length, config.training.validation_sequences
     path = run_dir / BASELINE
-    scored_on = {"data": corpus.fingerprint, "sequence_length": length, "validation_sequences": n_sequences}
+    fingerprints = [corpus.fingerprint, *(domain.fingerprint for domain in data.validation.values())]
+    scored_on = {"data": fingerprints, "sequence_length": length, "validation_sequences": n_sequences}
     if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("scored_on") == scored_on:
         return None
-    [windows] = validation_batches(validation, length, n_sequences, n_sequences, with_boundaries=False)
-    bytes_per_token = validation_bytes_per_token(validation, length, n_sequences)
-    score = bigram_score(corpus.tokens(), windows.tokens.numpy(), corpus.vocab_size, bytes_per_token)
+    domains = validation_sets(data.validation, WindowForm(length, with_boundaries=False), n_sequences)
+    windows = np.concatenate([batch.tokens.numpy() for domain in domains for batch in domain.batches(1)])
+    tokenizer = load_tokenizer(data.folder / TOKENIZER_NAME)
+    bytes_per_token = sum(domain.n_bytes(tokenizer) for domain in domains) / (len(windows) * length)
+    score = bigram_score(corpus.tokens(), windows, corpus.vocab_size, bytes_per_token)
     content = {"bigram": dataclasses.asdict(score), "scored_on": scored_on}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return None

@@ -1,11 +1,11 @@
-"""From a corpus to batches, in an order that is a pure function of the seed and the position.
+"""From tokens to batches, in an order that is a pure function of config, seed and position.
 
 A window is `sequence_length + 1` tokens; windows lie `sequence_length` apart, so that each token but
-the first is a target. The state of the whole pipeline is the number of samples consumed: which rank,
+the first is a target. The position of the whole pipeline is the number of samples consumed: which rank,
 worker or micro-batch asks for a sample makes no difference to what it gets (contract C3).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,16 @@ import numpy as np
 import torch
 
 from mamba_train.data.corpus import Corpus
-from mamba_train.data.manifest import TOKENIZER_NAME
-from mamba_train.data.order import ORDER_VERSION, epoch_key, permute
-from mamba_train.data.tokenizer import load_tokenizer
+from mamba_train.data.mixture import Mixture, Stage
+from mamba_train.data.order import epoch_key, permute_each
 
-__all__ = ["Batch", "BatchSource", "Corpus", "validation_batches", "validation_bytes_per_token"]
+IGNORE_INDEX = -100  # a target that counts for nothing, as the loss has it
+
+# Samples whose windows are computed together: for one or two alone numpy takes almost as long as for these.
+GROUP_SAMPLES = 64
+
+# What feeds a run without a mixture: the windows of all shards, by the name of no source.
+EVERYTHING = ((0, {"": 1.0}),)
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,13 @@ class Batch:
 
     tokens: int64 (rows, length + 1). seq_idx: int32 (rows, length + 1), the number of each token's
     document counted from 0 in each row, or None where boundaries are not wanted. The end-of-document
-    token belongs to the document that it ends.
+    token belongs to the document that it ends. unpredictable_after: the end-of-document id, when the
+    token behind it is to be no target; None: all tokens but the first are targets.
     """
 
     tokens: torch.Tensor
     seq_idx: torch.Tensor | None
+    unpredictable_after: int | None = None
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -39,142 +46,168 @@ class Batch:
 
     @property
     def targets(self) -> torch.Tensor:
-        """Tokens that it has to predict, (rows, length)."""
-        return self.tokens[:, 1:]
+        """Tokens that it has to predict, (rows, length); IGNORE_INDEX where there is nothing to predict."""
+        if self.unpredictable_after is None:
+            return self.tokens[:, 1:]
+        return self.tokens[:, 1:].masked_fill(self.inputs == self.unpredictable_after, IGNORE_INDEX)
+
+    @property
+    def n_targets(self) -> int:
+        """How many tokens there are to predict."""
+        if self.unpredictable_after is None:
+            return self.inputs.numel()
+        return int((self.inputs != self.unpredictable_after).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         seq_idx = None if self.seq_idx is None else self.seq_idx.to(device, non_blocking=True)
-        return Batch(self.tokens.to(device, non_blocking=True), seq_idx)
+        return Batch(self.tokens.to(device, non_blocking=True), seq_idx, self.unpredictable_after)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in memory that a GPU can copy from while it computes (the DataLoader calls this)."""
+        seq_idx = None if self.seq_idx is None else self.seq_idx.pin_memory()
+        return Batch(self.tokens.pin_memory(), seq_idx, self.unpredictable_after)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes as few plain bytes: a tensor would go by shared memory, of which containers have little and
+        # which costs the receiver a millisecond to open; and what fits into a pipe is there when it is asked for.
+        tokens = self.tokens.numpy()
+        narrow = tokens.astype(np.uint16 if tokens.size and tokens.max() < 2**16 else np.int32)
+        starts = None if self.seq_idx is None else np.packbits(np.diff(self.seq_idx.numpy(), axis=-1, prepend=0) > 0)
+        return _unpack, (narrow, starts, self.unpredictable_after)
 
 
-def document_numbers(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+def _unpack(narrow: np.ndarray, starts: np.ndarray | None, unpredictable_after: int | None) -> Batch:
+    tokens = torch.from_numpy(narrow.astype(np.int64))
+    if starts is None:
+        return Batch(tokens, None, unpredictable_after)
+    begins = np.unpackbits(starts, count=narrow.size).reshape(narrow.shape)
+    return Batch(tokens, torch.from_numpy(np.cumsum(begins, axis=-1, dtype=np.int32)), unpredictable_after)
+
+
+@dataclass(frozen=True)
+class WindowForm:
+    """How windows become batches: their length, and what documents in them mean (see `DataConfig`)."""
+
+    length: int
+    with_boundaries: bool
+    mask_loss: bool = False
+
+    def read(self, places: Sequence[tuple[Corpus, int]]) -> Batch:
+        """The windows that begin at these tokens of corpora of one tokenizer. Raises ReadError."""
+        tokens = np.empty((len(places), self.length + 1), dtype=np.int64)
+        for row, (corpus, start) in zip(tokens, places, strict=True):
+            corpus.read(start, row)
+        eos_id = places[0][0].eos_id if places else None
+        boundaries = self.with_boundaries and eos_id is not None
+        seq_idx = torch.from_numpy(document_numbers(tokens, eos_id)) if boundaries else None
+        return Batch(torch.from_numpy(tokens), seq_idx, eos_id if self.mask_loss else None)
+
+    def check(self, corpus: Corpus, name: str) -> None:
+        """Raise ValueError (`data.sequence_length`) if the corpus is smaller than one window."""
+        if self.length < 1:
+            raise ValueError(f"data.sequence_length={self.length}: expected at least 1")
+        if corpus.n_tokens < self.length + 1:
+            what = f"{corpus.split} split of {name}" if name else f"{corpus.split} split"
+            raise ValueError(
+                f"data.sequence_length={self.length}: the {what} has only {corpus.n_tokens} tokens, "
+                f"fewer than one window of {self.length + 1}; use a shorter sequence or more text"
+            )
+
+
+def document_numbers(tokens: np.ndarray, eos_id: int | None) -> np.ndarray:
     """Number of the document of each token, int32, counted from 0 along the last axis."""
     ends = tokens == eos_id
     numbers: np.ndarray = np.cumsum(ends, axis=-1, dtype=np.int32) - ends
     return numbers
 
 
-def _read_windows(corpus: Corpus, starts: np.ndarray, length: int, with_boundaries: bool) -> Batch:
-    tokens = np.empty((len(starts), length + 1), dtype=np.int64)
-    for row, start in zip(tokens, starts.tolist(), strict=True):
-        corpus.read(start, row)
-    seq_idx = torch.from_numpy(document_numbers(tokens, corpus.eos_id)) if with_boundaries else None
-    return Batch(torch.from_numpy(tokens), seq_idx)
-
-
-def _check_length(corpus: Corpus, sequence_length: int) -> None:
-    if sequence_length < 1:
-        raise ValueError(f"data.sequence_length={sequence_length}: expected at least 1")
-    if corpus.n_tokens < sequence_length + 1:
-        raise ValueError(
-            f"data.sequence_length={sequence_length}: the {corpus.split} split has only {corpus.n_tokens} "
-            f"tokens, fewer than one window of {sequence_length + 1}; use a shorter sequence or more text"
-        )
-
-
 class BatchSource:
-    """The endless stream of training samples: epoch after epoch, each a fresh permutation of the windows."""
+    """The endless stream of training samples: each source gives epoch after epoch of its windows, permuted anew.
+
+    Attributes: `names` of the sources, `n_windows` in an epoch of each (int64), the `mixture` of them.
+    """
 
     def __init__(
-        self, corpus: Corpus, sequence_length: int, global_batch_size: int, seed: int, with_boundaries: bool
+        self,
+        corpora: Mapping[str, Corpus],
+        global_batch_size: int,
+        seed: int,
+        form: WindowForm,
+        stages: Sequence[tuple[int, Mapping[str, float]]] = EVERYTHING,
     ) -> None:
-        """Raises ValueError (`data.sequence_length`) if the corpus is smaller than one window."""
-        _check_length(corpus, sequence_length)
-        self._corpus = corpus
-        self._length = sequence_length
-        self._global_batch_size = global_batch_size
-        self._seed = seed
-        self._with_boundaries = with_boundaries
+        """corpora: by the names that stages use; stages: (from_step, weights), the first from step 0.
+
+        Raises ValueError (`data.sequence_length`) if a corpus is smaller than one window.
+        """
+        for name, corpus in corpora.items():
+            form.check(corpus, name)
+        self.form = form
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.corpora = dict(corpora)
+        self.changes: list[dict[str, object]] = []  # see `mamba_train.data.position`
+        self.set_stages([Stage(step, step * global_batch_size, weights) for step, weights in stages])
+
+    def set_stages(self, stages: Sequence[Stage]) -> None:
+        """Feed by these stages: a resumed run may know that some began at other samples."""
+        self.mixture = Mixture(stages, self.seed)
+        self.names = self.mixture.names
+        self._by_number = [self.corpora[name] for name in self.names]
+        self._group = -1  # the group of samples that was computed last, and what came out
+        self._windows_of_group: list[list[int]] = []
         # Rounded up: the last window of an epoch is moved back to end with the corpus, so it repeats
         # some targets of the one before it, and no token is left out.
-        self.n_windows = -(-(corpus.n_tokens - 1) // sequence_length)
+        self.n_windows = np.array([-(-(corpus.n_tokens - 1) // self.form.length) for corpus in self._by_number])
 
-    def windows(self, samples: np.ndarray) -> np.ndarray:
-        """The window of each sample number, both int64 (n,)."""
-        epochs, positions = np.divmod(np.asarray(samples, dtype=np.int64), self.n_windows)
-        windows = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            windows[chosen] = permute(positions[chosen], self.n_windows, epoch_key(self._seed, epoch))
-        return windows
+    def windows(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source (an index into `names`) and the window in it of each sample number, all int64 (n,)."""
+        sources, ordinals = self.mixture.locate(np.asarray(samples, dtype=np.int64))
+        n_windows = self.n_windows[sources]
+        epochs, places = np.divmod(ordinals, n_windows)
+        names_and_epochs = zip(sources.tolist(), epochs.tolist(), strict=True)
+        keys = [epoch_key(self.seed, epoch, self.names[number]) for number, epoch in names_and_epochs]
+        return sources, permute_each(places, n_windows.tolist(), keys) if keys else places
+
+    def places(self, samples: np.ndarray) -> list[tuple[Corpus, int]]:
+        """The corpus of each sample and the token in it with which its window begins."""
+        found = []
+        for sample in np.asarray(samples, dtype=np.int64).tolist():
+            group, place = divmod(sample, GROUP_SAMPLES)
+            if group != self._group:
+                members = np.arange(group * GROUP_SAMPLES, (group + 1) * GROUP_SAMPLES)
+                self._group, self._windows_of_group = group, [array.tolist() for array in self.windows(members)]
+            source, window = (values[place] for values in self._windows_of_group)
+            corpus = self._by_number[source]
+            found.append((corpus, min(window * self.form.length, corpus.n_tokens - 1 - self.form.length)))
+        return found
 
     def batch(self, first_sample: int, rows: slice | range) -> Batch:
         """Rows of the global batch that begins at sample `first_sample`: samples first_sample + rows.
 
-        A pure function: it depends on its arguments, the corpus, the seed and the length only. Raises
-        ValueError if `rows` leaves the global batch.
+        A pure function: it depends on its arguments, the tokens, the seed, the stages and the form only.
+        Raises ValueError if `rows` leaves the global batch, ReadError if tokens cannot be read.
         """
         if isinstance(rows, slice):
-            rows = range(*rows.indices(self._global_batch_size))
-        if len(rows) and not 0 <= min(rows) <= max(rows) < self._global_batch_size:
-            raise ValueError(f"{rows} is not inside a global batch of {self._global_batch_size} rows")
-        windows = self.windows(first_sample + np.array(rows, dtype=np.int64))
-        starts = np.minimum(windows * self._length, self._corpus.n_tokens - 1 - self._length)
-        return _read_windows(self._corpus, starts, self._length, self._with_boundaries)
+            rows = range(*rows.indices(self.global_batch_size))
+        if len(rows) and not 0 <= min(rows) <= max(rows) < self.global_batch_size:
+            raise ValueError(f"{rows} is not inside a global batch of {self.global_batch_size} rows")
+        return self.form.read(self.places(first_sample + np.array(rows, dtype=np.int64)))
 
-    def state(self, samples_consumed: int) -> dict[str, Any]:
-        """What a checkpoint keeps: the position, and what gives it its meaning. JSON values."""
-        return {
-            "samples": samples_consumed,
-            "seed": self._seed,
-            "sequence_length": self._length,
-            "fingerprint": self._corpus.fingerprint,
-            "order": ORDER_VERSION,
-        }
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How many times each source has been read when so many samples have been consumed."""
+        read = self.mixture.consumed(samples) / self.n_windows
+        return dict(zip(self.names, read.tolist(), strict=True))
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError unless a saved state's position means the same samples here as there."""
-        mine = self.state(0)
-        missing = [key for key in mine if key not in state]
-        if missing:
-            raise ValueError(f"the data state of the checkpoint has no {', '.join(missing)}: it cannot be continued")
-        samples = state["samples"]
-        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
-            raise ValueError(f"the data state of the checkpoint has samples={samples!r}: expected a count")
-        remedy = "or start a new run with another run_dir"
-        reasons = {
-            "seed": "seed={mine}: the checkpoint was trained with seed={saved}; set seed={saved}, " + remedy,
-            "sequence_length": "data.sequence_length={mine}: the checkpoint was trained with {saved}; "
-            "set data.sequence_length={saved}, " + remedy,
-            "fingerprint": "the text or tokenizer (data.source, data.path, data.tokenizer, data.vocab_size, "
-            "data.validation_fraction) is not the checkpoint's (fingerprint {mine:.12}, saved {saved:.12}); "
-            "restore it, " + remedy,
-            "order": "this version orders samples by {mine}, the checkpoint's by {saved}; "
-            "use the version that wrote it, " + remedy,
-        }
-        for key, reason in reasons.items():
-            if state[key] != mine[key]:
-                raise ValueError(reason.format(mine=mine[key], saved=state[key]))
-
-
-def validation_batches(
-    corpus: Corpus, sequence_length: int, micro_batch_size: int, n_sequences: int, with_boundaries: bool
-) -> Iterator[Batch]:
-    """The same `n_sequences` windows each time, spread evenly over the corpus (all, if it has fewer).
-
-    The windows do not overlap: each target counts once. The last batch may have fewer rows.
-    Raises ValueError (`data.sequence_length`) if the corpus is smaller than one window.
-    """
-    _check_length(corpus, sequence_length)
-    n_windows = (corpus.n_tokens - 1) // sequence_length
-    n = min(n_sequences, n_windows)
-    starts = np.arange(n, dtype=np.int64) * n_windows // max(1, n) * sequence_length
-    return (
-        _read_windows(corpus, starts[first : first + micro_batch_size], sequence_length, with_boundaries)
-        for first in range(0, n, micro_batch_size)
-    )
-
-
-def validation_bytes_per_token(corpus: Corpus, sequence_length: int, n_sequences: int) -> float:
-    """UTF-8 bytes of text per target token in just the windows that `validation_batches` gives.
-
-    On a few windows it differs from the corpus's average by a percent or so, and bits per byte with it.
-    """
-    tokenizer = load_tokenizer(corpus.folder / TOKENIZER_NAME)
-    n_bytes = n_tokens = 0
-    for batch in validation_batches(corpus, sequence_length, 1, n_sequences, with_boundaries=False):
-        targets = batch.targets[0].numpy()
-        n_bytes += tokenizer.n_bytes(targets)
-        n_tokens += len(targets)
-    return n_bytes / max(1, n_tokens)
+    def bytes_per_target(self, sample: int) -> float:
+        """UTF-8 bytes of text per target, on average over the sources of the stage of a sample."""
+        shares = self.mixture.stages[self.mixture.stage_at(sample)].shares
+        n_bytes = n_targets = 0.0
+        for name, share in shares.items():
+            corpus = self.corpora[name]
+            n_tokens, tokens_of_bytes = corpus.n_tokens, corpus.n_tokens - corpus.n_documents
+            masked = corpus.n_documents if self.form.mask_loss else 0
+            # A document's first token, which may be masked, is taken to be as long as any other.
+            n_bytes += share * corpus.n_bytes / n_tokens * (1 - masked / max(1, tokens_of_bytes))
+            n_targets += share * (n_tokens - masked) / n_tokens
+        return n_bytes / n_targets if n_targets else 1.0

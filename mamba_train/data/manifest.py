@@ -21,8 +21,8 @@ TOKENIZER_NAME = "tokenizer.json"
 class ShardEntry:
     """One shard: `name`.bin and `name`.idx, in the folder of the manifest or below it.
 
-    `label` is the domain that all its documents come from ("" where the source has none). `n_tokens` counts
-    the end-of-document tokens, `n_bytes` is the UTF-8 size of the text, sizes are in bytes.
+    `label` is the domain that all its documents come from ("" where the source has none). `n_tokens`
+    counts the end-of-document tokens, `n_bytes` is the UTF-8 size of the text, sizes are in bytes.
     """
 
     name: str
@@ -48,13 +48,15 @@ class Manifest:
     tokenizer_sha256: str
     eos_id: int
     vocab_size: int
-    shards: dict[Split, list[ShardEntry]]
+    shards: dict[Split, list[ShardEntry]]  # of every split, possibly none
     versions: dict[str, str]  # libraries and Python
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what a batch depends on: the tokens, their order, and the tokenizer."""
-        tokens = {split: [[shard.n_tokens, shard.bin_sha256] for shard in self.shards[split]] for split in SPLITS}
+        """SHA-256 of what a batch depends on: the tokens, their order and domains, and the tokenizer."""
+        tokens = {
+            split: [[shard.label, shard.n_tokens, shard.bin_sha256] for shard in self.shards[split]] for split in SPLITS
+        }
         content = {
             "format_version": self.format_version,
             "tokenizer_sha256": self.tokenizer_sha256,
@@ -72,6 +74,12 @@ class Manifest:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's contents, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a prepared folder. Raises ValueError that names the file."""
     path = folder / MANIFEST_NAME
@@ -79,16 +87,19 @@ def read_manifest(folder: Path) -> Manifest:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {record['format_version']}, expected {FORMAT_VERSION}")
-        shards = {split: [ShardEntry(**entry) for entry in record["shards"][split]] for split in SPLITS}
+        shards = {split: [ShardEntry(**entry) for entry in record["shards"].get(split, [])] for split in SPLITS}
         return Manifest(**{**record, "shards": shards})
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: not a prepared data folder ({MANIFEST_NAME} is missing)") from error
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a readable manifest ({error})") from error
 
 
-def find_problem(folder: Path) -> str | None:
-    """What is wrong with a prepared folder by its manifest and the sizes of its files, None if nothing."""
+def find_problem(folder: Path, with_hashes: bool = False) -> str | None:
+    """What is wrong with a prepared folder by its manifest and the sizes of its files, None if nothing.
+
+    with_hashes: read every shard and compare its SHA-256, too.
+    """
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
@@ -96,14 +107,16 @@ def find_problem(folder: Path) -> str | None:
     expected = {}
     for split in SPLITS:
         for shard in manifest.shards[split]:
-            expected[f"{shard.name}.bin"] = shard.bin_size
-            expected[f"{shard.name}.idx"] = shard.idx_size
-    for name, size in expected.items():
+            expected[f"{shard.name}.bin"] = shard.bin_size, shard.bin_sha256
+            expected[f"{shard.name}.idx"] = shard.idx_size, shard.idx_sha256
+    for name, (size, sha256) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if with_hashes and file_sha256(path) != sha256:
+            return f"{name} was changed: its SHA-256 is not the manifest's"
     tokenizer = folder / TOKENIZER_NAME
     if not tokenizer.is_file():
         return f"{TOKENIZER_NAME} is missing"

@@ -23,8 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mamba_train.config import DataConfig, DataSource
-from mamba_train.data.documents import SPLITS, Document, DocumentSource, Log, Split
+from mamba_train.config import BadDocuments, DataConfig, DataSource
+from mamba_train.data.documents import HELD_OUT_HERE, SPLITS, Document, DocumentSource, Log, Split
 from mamba_train.data.local_source import LocalSource
 from mamba_train.data.manifest import (
     FORMAT_VERSION,
@@ -33,8 +33,9 @@ from mamba_train.data.manifest import (
     Manifest,
     ShardEntry,
     find_problem,
+    read_manifest,
 )
-from mamba_train.data.shards import ShardWriter, fsync_folder, token_dtype, write_durably
+from mamba_train.data.shards import ShardSeries, fsync_folder, token_dtype, write_durably
 from mamba_train.data.stdlib_source import StdlibSource
 from mamba_train.data.tokenizer import MIN_VOCAB_SIZE, TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -50,18 +51,23 @@ def prepare(data: DataConfig, log: Log) -> Path:
     there. A folder whose files are missing or have another size is made again. Raises ValueError with
     one line that names the key, the file or the line of the file that is wrong.
     """
-    source, tokenizer = open_source(data)
+    if data.source == DataSource.shards:
+        folder = check_prepared(Path(data.path or "").expanduser(), f"data.path={data.path}", data.check_hashes)
+        _check_tokenizer(folder, data.tokenizer)
+        log(f"data: using {folder}")
+        return folder
+    source, tokenizer = open_source(data, log)
     settings = _settings(data, tokenizer)
     key = _key(source, settings)
     cache = Path(data.cache_dir).expanduser()
     folder = cache / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', data.name)}-{key}"
-    if folder.exists() and find_problem(folder) is None:
+    if folder.exists() and find_problem(folder, data.check_hashes) is None:
         log(f"data: using {folder}")
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _lock(cache / f".{folder.name}.lock", log) as locked:
-            problem = find_problem(folder) if folder.exists() else "not there"
+            problem = find_problem(folder, data.check_hashes) if folder.exists() else "not there"
             if problem is None:  # another process made it while this one waited
                 log(f"data: using {folder}")
                 return folder
@@ -75,7 +81,32 @@ def prepare(data: DataConfig, log: Log) -> Path:
     return folder
 
 
-def open_source(data: DataConfig) -> tuple[DocumentSource, TextTokenizer | None]:
+def check_prepared(folder: Path, key: str, with_hashes: bool = False) -> Path:
+    """Check a folder that `data_prep` made: its manifest, the sizes of its files, and their hashes if asked to.
+
+    Returns the folder. Raises ValueError that begins with `key`, which says where the folder was named.
+    """
+    problem = find_problem(folder, with_hashes)
+    if problem is not None:
+        raise ValueError(
+            f"{key}: {problem}; `python -m data_prep verify` checks everything, running `tokenize` again repairs it"
+        )
+    return folder
+
+
+def _check_tokenizer(folder: Path, path: str | None) -> None:
+    """A tokenizer that is named beside finished shards has to be theirs."""
+    if path is None:
+        return
+    given, found = load_tokenizer(path).sha256, read_manifest(folder).tokenizer_sha256
+    if given != found:
+        raise ValueError(
+            f"data.tokenizer={path}: the shards in {folder} were made with another tokenizer "
+            f"(SHA-256 {found:.12}, this one's is {given:.12}); leave data.tokenizer out"
+        )
+
+
+def open_source(data: DataConfig, log: Log) -> tuple[DocumentSource, TextTokenizer | None]:
     """Check what can be checked without reading the text; returns the source and the user's tokenizer.
 
     Raises ValueError that names the key.
@@ -89,14 +120,17 @@ def open_source(data: DataConfig) -> tuple[DocumentSource, TextTokenizer | None]
         if data.path is not None:
             raise ValueError(f"data.path={data.path}: only read with data.source=local; use data=local")
         return StdlibSource(), tokenizer
-    return LocalSource(data.path, data.text_key), tokenizer
+    return LocalSource(data.path, data.text_key, data.bad_documents, data.max_bad_share, log), tokenizer
 
 
 def _settings(data: DataConfig, tokenizer: TextTokenizer | None) -> dict[str, Any]:
     """The settings that determine the shards; the sequence length is chosen when they are read."""
+    is_local = data.source == DataSource.local
     return {
         "source": str(data.source),
-        "text_key": data.text_key if data.source == DataSource.local else None,
+        "text_key": data.text_key if is_local else None,
+        "bad_documents": str(data.bad_documents) if is_local else None,
+        "max_bad_share": data.max_bad_share if is_local and data.bad_documents == BadDocuments.skip else None,
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
         "vocab_size": None if tokenizer else data.vocab_size,
         "validation_fraction": data.validation_fraction,
@@ -175,7 +209,7 @@ def _build(
         _publish(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for split in SPLITS:
+    for split in HELD_OUT_HERE:
         log(
             f"data: {split}: {manifest.total(split, 'n_documents'):,} documents, "
             f"{manifest.total(split, 'n_bytes'):,} bytes, {manifest.total(split, 'n_tokens'):,} tokens"
@@ -196,30 +230,9 @@ def _train(source: DocumentSource, vocab_size: int, log: Log) -> TextTokenizer:
     return tokenizer
 
 
-class _SplitWriter:
-    """The shards of one split, a new one begun when the last has reached its size."""
-
-    def __init__(self, folder: Path, split: Split, tokenizer: TextTokenizer) -> None:
-        self._folder, self._split, self._tokenizer = folder, split, tokenizer
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self.entries: list[ShardEntry] = []
-        self._writer = self._begin()
-
-    def _begin(self) -> ShardWriter:
-        prefix = self._folder / f"{self._split}-{len(self.entries):05d}"
-        return ShardWriter(prefix, self._dtype, self._tokenizer.eos_id)
-
-    def add(self, ids: Any, n_text_bytes: int) -> None:
-        size = (len(ids) + 1) * self._dtype.itemsize
-        # A document longer than a shard is written whole, alone.
-        if self._writer.size_bytes and self._writer.size_bytes + size > MAX_SHARD_BYTES:
-            self.close()
-            self._writer = self._begin()
-        self._writer.add(ids, n_text_bytes)
-
-    def close(self) -> None:
-        with self._writer as writer:
-            self.entries.append(writer.close())
+def _series(folder: Path, split: Split, tokenizer: TextTokenizer) -> ShardSeries:
+    dtype = token_dtype(tokenizer.vocab_size)
+    return ShardSeries(folder, lambda n: f"{split}-{n:05d}", dtype, tokenizer.eos_id, MAX_SHARD_BYTES)
 
 
 def _encode_groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -239,7 +252,7 @@ def _encode_groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
 def _write_shards(
     folder: Path, documents: Iterator[Document], tokenizer: TextTokenizer, log: Log
 ) -> dict[Split, list[ShardEntry]]:
-    writers = {split: _SplitWriter(folder, split, tokenizer) for split in SPLITS}
+    writers = {split: _series(folder, split, tokenizer) for split in HELD_OUT_HERE}
     began = said = time.monotonic()
     n_documents = n_bytes = n_tokens = 0
     for group in _encode_groups(documents):
@@ -254,11 +267,11 @@ def _write_shards(
             log(f"data: tokenised {n_documents:,} documents, {n_tokens:,} tokens ({rate:.1f} MB/s)")
     for writer in writers.values():
         writer.close()
-    return {split: writer.entries for split, writer in writers.items()}
+    return {split: writers[split].entries if split in writers else [] for split in SPLITS}
 
 
 def _check_not_empty(manifest: Manifest) -> None:
-    for split in SPLITS:
+    for split in HELD_OUT_HERE:
         if manifest.total(split, "n_documents") == 0:
             raise ValueError(
                 f"data: no text for the {split} split; give more text (data.path) or change data.validation_fraction"

@@ -7,10 +7,12 @@ document is one sequence here and ends with the end-of-document token. Megatron-
 datatrove read and write the same files.
 """
 
+import dataclasses
 import hashlib
 import os
 import struct
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -90,11 +92,11 @@ class ShardWriter:
         """Append one document, `ids` without its end-of-document token."""
         if len(ids) + 1 > MAX_DOCUMENT_TOKENS:
             raise ValueError(f"a document of {len(ids)} tokens is too long; the format allows 2^31 - 2")
-        for part in (ids.astype(self._dtype), self._eos):
-            data = part.tobytes()
+        for part in (np.ascontiguousarray(ids, dtype=self._dtype), self._eos):
+            data = part.data  # no copy: a document may be large
             self._bin.write(data)
             self._sha256.update(data)
-            self.size_bytes += len(data)
+            self.size_bytes += data.nbytes
         self._lengths.append(len(ids) + 1)
         self._n_text_bytes += n_text_bytes
 
@@ -128,6 +130,41 @@ class ShardWriter:
         self._bin.close()
         for suffix in (".bin", ".idx"):
             self._temporary(suffix).unlink(missing_ok=True)
+
+
+class ShardSeries:
+    """Write documents to one shard after another; a new one begins when the last has reached its size.
+
+    A document longer than a shard is written whole, alone. `name_of` gives the name of the n-th shard,
+    relative to `folder`. `entries` are those of the finished shards.
+    """
+
+    def __init__(
+        self, folder: Path, name_of: Callable[[int], str], dtype: np.dtype, eos_id: int, max_bytes: int
+    ) -> None:
+        self._folder, self._name_of, self._dtype, self._eos_id = folder, name_of, dtype, eos_id
+        self._max_bytes = max_bytes
+        self._writer: ShardWriter | None = None
+        self.entries: list[ShardEntry] = []
+
+    def add(self, ids: np.ndarray, n_text_bytes: int) -> None:
+        """Append one document, `ids` without its end-of-document token."""
+        size = (len(ids) + 1) * self._dtype.itemsize
+        if self._writer is not None and self._writer.size_bytes + size > self._max_bytes:
+            self.close()
+        if self._writer is None:
+            prefix = self._folder / self._name_of(len(self.entries))
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = ShardWriter(prefix, self._dtype, self._eos_id)
+        self._writer.add(ids, n_text_bytes)
+
+    def close(self) -> None:
+        """Finish the last shard."""
+        if self._writer is not None:
+            with self._writer as writer:
+                name = self._name_of(len(self.entries))
+                self.entries.append(dataclasses.replace(writer.close(), name=name))
+            self._writer = None
 
 
 class ShardReader:

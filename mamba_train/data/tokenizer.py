@@ -1,12 +1,16 @@
 """The tokenizer: a byte-level BPE trained here, or any `tokenizer.json` of the user's."""
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mamba_train.data.text_files import BASES
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # Names that published tokenizers give to the token that ends a document, most specific first.
@@ -15,7 +19,12 @@ MIN_VOCAB_SIZE = 257  # every byte and the end of a document
 MAX_TRAINING_BYTES = 200_000_000
 MAX_PIECE_CHARACTERS = 100_000
 MAX_CALL_CHARACTERS = 2_000_000  # encoded by one call; takes some 400 bytes of memory per token
-PIECE_END = re.compile(r"\S\n(?=\S)")
+# Where the pre-tokenizer of GPT-2 always ends a word, whatever stands around: after a single line feed and before a
+# single space between two characters that are not white space, and between a letter and a digit. No canonical
+# composition (NFC) reaches over these places either.
+PIECE_END = re.compile(r"\S\n(?=\S)|\S(?= \S)|[A-Za-z](?=[0-9])|[0-9](?=[A-Za-z])")
+NO_TOKEN = 2**16 - 1
+EncodeCall = Callable[[list[str]], list[np.ndarray]]
 
 
 class TextTokenizer:
@@ -43,42 +52,54 @@ class TextTokenizer:
             raise ValueError(f"{where}: no end-of-document token; expected one of {', '.join(END_OF_DOCUMENT_NAMES)}")
         self.eos_id: int = vocabulary[name]
         self.vocab_size: int = max(vocabulary.values()) + 1
+        self._dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.int32)
         self.sha256 = hashlib.sha256(serialised).hexdigest()
         self.serialised = serialised
-        # Some tokenizers treat the beginning of a text in a way of its own: theirs must stay whole.
-        whole, *parts = self._encode_call(["a\nb", "a\n", "b"])
-        self._may_cut = np.array_equal(whole, np.concatenate(parts))
-        if self.eos_id in self.encode(f"a{name}b {name}"):
+        definition = json.loads(serialised)
+        self._may_cut = _may_cut(definition)
+        self._characters = _character_table(definition)
+        if self._characters is None and self.eos_id in self.encode(f"a{name}b {name}"):
             raise ValueError(
                 f"{where}: the text {name!r} encodes to the end-of-document id {self.eos_id}; "
                 'mark that token as "special": true in its added_tokens'
             )
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids (int64) of one text, without an end-of-document token."""
+        """Token ids (integers) of one text, without an end-of-document token."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids (int64) of each text, encoded in parallel, without end-of-document tokens."""
-        pieces = [list(_pieces(text)) if self._may_cut else [text] for text in texts]
-        ids = self._encode_pieces(piece for parts in pieces for piece in parts)
-        return [np.concatenate([next(ids) for _ in parts]) for parts in pieces]
+    def encode_batch(self, texts: Sequence[str], encode_call: EncodeCall | None = None) -> list[np.ndarray]:
+        """Token ids (integers) of each text, without end-of-document tokens.
 
-    def _encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Token ids (int64) of each piece, with a bounded number of characters per call."""
+        encode_call: encodes a list of short texts in the place of this tokenizer. Raises ValueError for
+        a character outside a vocabulary that consists of single characters.
+        """
+        if self._characters is not None:
+            return [_look_up(self._characters, text) for text in texts]
+        call = encode_call or self._encode_call
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
         group: list[str] = []
+        owners: list[int] = []
         characters = 0
-        for piece in pieces:
-            group.append(piece)
-            characters += len(piece)
-            if characters >= MAX_CALL_CHARACTERS:
-                yield from self._encode_call(group)
-                group, characters = [], 0
-        yield from self._encode_call(group)
+        for owner, text in enumerate(texts):
+            for piece in _pieces(text) if self._may_cut else [text]:
+                group.append(piece)
+                owners.append(owner)
+                characters += len(piece)
+                if characters >= MAX_CALL_CHARACTERS:
+                    self._deal(call(group), owners, parts)
+                    group, owners, characters = [], [], 0
+        self._deal(call(group), owners, parts)
+        return [ids[0] if len(ids) == 1 else np.concatenate(ids) for ids in parts]
 
     def _encode_call(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _deal(self, found: list[np.ndarray], owners: list[int], parts: list[list[np.ndarray]]) -> None:
+        """Append the ids of pieces to those of the texts that they come from."""
+        for owner, ids in zip(owners, found, strict=True):
+            parts[owner].append(ids.astype(self._dtype))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; ids outside the vocabulary (padding of the embedding) give nothing."""
@@ -90,10 +111,10 @@ class TextTokenizer:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a very long text where a byte-level pre-tokenizer would cut it too.
+    """Cut a very long text where the pre-tokenizer would cut it too, so that the ids do not change.
 
-    That is after a single line break, so that the ids do not change: the library takes hundreds of
-    bytes of memory per token, which must not grow with the text. A text without such a place stays whole.
+    The library takes hundreds of bytes of memory per token, which must not grow with the text. A text
+    without such a place stays whole.
     """
     start = 0
     while len(text) - start > MAX_PIECE_CHARACTERS:
@@ -102,19 +123,76 @@ def _pieces(text: str) -> Iterator[str]:
             break
         yield text[start : place.end()]
         start = place.end()
-    yield text[start:]
+    yield text[start:] if start else text
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """Train a byte-level BPE on the first `MAX_TRAINING_BYTES` of `texts`.
+def _may_cut(definition: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is of the kind for which `PIECE_END` was proved: GPT-2's pre-tokenizer.
+
+    Tokens added to it must not reach over a place where a text is cut: runs of spaces do not, nor do special
+    ones, which are not looked for.
+    """
+    before = definition.get("pre_tokenizer") or {}
+    is_gpt2 = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before.get("add_prefix_space")
+    keeps_text = (definition.get("normalizer") or {"type": "NFC"}).get("type") == "NFC"
+    added = [token for token in definition.get("added_tokens") or [] if not token["special"]]
+    are_runs = all(
+        set(token["content"]) == {" "}
+        and len(token["content"]) > 1
+        and not (token["lstrip"] or token["rstrip"] or token["single_word"])
+        for token in added
+    )
+    return is_gpt2 and keeps_text and are_runs
+
+
+def _character_table(definition: dict[str, Any]) -> np.ndarray | None:
+    """Id of each of 256 bytes (or NO_TOKEN) if the tokenizer only knows single ASCII characters, else None.
+
+    A chromosome is one word of hundreds of millions of letters, for which the library is no tool.
+    """
+    model = definition["model"]
+    is_plain = model["type"] == "BPE" and not model["merges"]
+    special = {token["content"] for token in definition.get("added_tokens") or []}
+    single = {token: i for token, i in model["vocab"].items() if token not in special} if is_plain else {}
+    if not single or definition.get("normalizer") or definition.get("pre_tokenizer"):
+        return None
+    if not all(len(token) == 1 and token.isascii() for token in single):
+        return None
+    table = np.full(256, NO_TOKEN, dtype=np.uint16)  # small: a chromosome has a quarter of a billion bases
+    for token, i in single.items():
+        table[ord(token)] = i
+    return table
+
+
+def _look_up(table: np.ndarray, text: str) -> np.ndarray:
+    ids: np.ndarray = table[np.frombuffer(text.encode("utf-8"), dtype=np.uint8)]
+    if (ids == NO_TOKEN).any():
+        character = next(c for c in text if not c.isascii() or table[ord(c)] == NO_TOKEN)
+        raise ValueError(f"the character {character!r} is not in the vocabulary")
+    return ids
+
+
+def dna_tokenizer() -> TextTokenizer:
+    """One token per base: id 0 ends a sequence, 1 to 4 are A, C, G, T, then the other letters of `BASES`."""
+    vocabulary = {token: i for i, token in enumerate([END_OF_DOCUMENT, *BASES])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    return TextTokenizer(tokenizer.to_str(pretty=True).encode("utf-8"), "the tokenizer of DNA")
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_bytes: int | None = None, option: str = "data.vocab_size"
+) -> TextTokenizer:
+    """Train a byte-level BPE on the first `max_bytes` (null: `MAX_TRAINING_BYTES`) of `texts`.
 
     Id 0 is `END_OF_DOCUMENT`; the 256 bytes are always in the vocabulary, so any text can be encoded
     and decoded without loss. The same texts give the same tokenizer.json, byte for byte. A small
-    corpus may have fewer than `vocab_size` distinct tokens. Raises ValueError (`data.vocab_size`).
+    corpus may have fewer than `vocab_size` distinct tokens. Raises ValueError that begins with `option`.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
-            f"data.vocab_size={vocab_size}: a byte-level tokenizer needs at least {MIN_VOCAB_SIZE} "
+            f"{option}={vocab_size}: a byte-level tokenizer needs at least {MIN_VOCAB_SIZE} "
             "(every byte and the end of a document)"
         )
     tokenizer = Tokenizer(models.BPE())
@@ -126,7 +204,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_bytes(texts, MAX_TRAINING_BYTES), trainer)
+    tokenizer.train_from_iterator(_first_bytes(texts, max_bytes or MAX_TRAINING_BYTES), trainer)
     return TextTokenizer(tokenizer.to_str(pretty=True).encode("utf-8"), "the tokenizer just trained")
 
 
@@ -139,9 +217,9 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
         n_bytes += len(text.encode("utf-8"))
 
 
-def load_tokenizer(path: Path | str) -> TextTokenizer:
-    """Read a tokenizer.json. Raises ValueError that names `data.tokenizer` and the file."""
-    where = f"data.tokenizer={path}"
+def load_tokenizer(path: Path | str, option: str = "data.tokenizer") -> TextTokenizer:
+    """Read a tokenizer.json. Raises ValueError that names `option` and the file."""
+    where = f"{option}={path}"
     try:
         serialised = Path(path).expanduser().read_bytes()
     except FileNotFoundError as error:

@@ -85,11 +85,11 @@ def _one_line(run: RunRecord) -> str:
 
 
 def _summary_table(runs: Sequence[RunRecord]) -> str:
-    rows = [_summary(run) for run in runs]
+    rows = [_summary(run) | _domains(run) for run in runs]
     header = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
     body = ""
-    for label in rows[0]:
-        cells = "".join(f"<td>{html.escape(row[label])}</td>" for row in rows)
+    for label in dict.fromkeys(label for row in rows for label in row):
+        cells = "".join(f"<td>{html.escape(row.get(label, '-'))}</td>" for row in rows)
         body += f"<tr><th>{html.escape(label)}</th>{cells}</tr>"
     return f'<div class="wide"><table><tr><th></th>{header}</tr>{body}</table></div>'
 
@@ -111,6 +111,19 @@ def _summary(run: RunRecord) -> dict[str, str]:
         "tokens per second, median": _number(run.median("tokens_per_second"), ",.0f"),
         "MFU, median": _number(run.median("mfu"), ".1%"),
         "skipped steps": str(len(run.skipped_steps)),
+    }
+
+
+def _domains(run: RunRecord) -> dict[str, str]:
+    """One row for each domain that is validated on its own."""
+    begin, end = "validation/", "/bits_per_byte"
+    names = dict.fromkeys(
+        key for record in run.metrics for key in record if key.startswith(begin) and key.endswith(end)
+    )
+    return {
+        f"validation bits per byte, final: {name[len(begin) : -len(end)]}": _number(run.last(name), ".4f")
+        for name in names
+        if len(name) > len(begin) + len(end)
     }
 
 

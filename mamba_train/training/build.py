@@ -16,9 +16,12 @@ from mamba_train import run_folder
 from mamba_train.checkpoint import resume_policy, rng, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
 from mamba_train.config import Config, ProgressMode
-from mamba_train.data.batches import BatchSource, Corpus, validation_batches, validation_bytes_per_token
+from mamba_train.data.batches import BatchSource, WindowForm
 from mamba_train.data.manifest import TOKENIZER_NAME
-from mamba_train.data.prepare import prepare
+from mamba_train.data.opening import OpenedData, open_data
+from mamba_train.data.position import restore, state_of
+from mamba_train.data.tokenizer import load_tokenizer
+from mamba_train.data.validation import validation_sets
 from mamba_train.model.language_model import resolve_model_config
 from mamba_train.monitor.flops import flops_per_token, peak_flops
 from mamba_train.monitor.progress import Progress
@@ -34,7 +37,7 @@ from mamba_train.training.hooks.health import HealthHook
 from mamba_train.training.hooks.inspection import MemorySnapshotHook, ProfilerHook
 from mamba_train.training.hooks.recording import RecordingHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
-from mamba_train.training.hooks.validation import ValidationHook
+from mamba_train.training.hooks.validation import HeldOut, ValidationHook
 from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
 from mamba_train.training.preemption import StopRequest
 from mamba_train.training.state import TrainState
@@ -62,31 +65,21 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     # Says at once when this machine cannot run it.
     engine = ranks.together(lambda: build_engine(config.engine, ranks))
 
-    def prepare_data() -> str:
+    def prepare_data() -> None:
         resumes = config.checkpoint.resume and bool(step_folders(checkpoints_dir(run_dir)))
         if config.init_from is not None and not resumes:
             find_initial_weights(config.init_from, log)  # before the data is prepared, which may take hours
-        return str(prepare(config.data, log))
+        open_data(config.data, log)
 
-    data_folder = Path(ranks.first(prepare_data))
-
-    def open_data() -> tuple[Corpus, Corpus, BatchSource]:
-        corpus, validation = (Corpus.open(data_folder, split) for split in ("train", "validation"))
-        source = BatchSource(
-            corpus,
-            config.data.sequence_length,
-            config.training.global_batch_size,
-            config.seed,
-            config.data.reset_state_at_documents,
-        )
-        return corpus, validation, source
-
-    corpus, validation, source = ranks.together(open_data)
-    config = dataclasses.replace(config, model=resolve_model_config(config.model, corpus.vocab_size))
+    ranks.first(prepare_data)
+    data = ranks.together(lambda: open_data(config.data, _say_nothing))
+    source = _batch_source(config, data)
+    config = dataclasses.replace(config, model=resolve_model_config(config.model, data.everything.vocab_size))
     shown_config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
     fingerprints = {
         "code": _code_fingerprint(),
-        "data": corpus.fingerprint,
+        "data": data.everything.fingerprint,
+        "validation": _hash("".join(corpus.fingerprint for corpus in data.validation.values()).encode()),
         "config": _hash(json.dumps(shown_config, sort_keys=True).encode()),
     }
 
@@ -97,21 +90,28 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     ranks.together(lambda: engine.prepare(config.model, config.optim, config.seed))
     state = TrainState()
     if checkpoint is not None:
-        state = _resume(checkpoint, engine, source, log)
+        state = _resume(checkpoint, engine, source, config.data.allow_changed, log)
     elif config.init_from is not None:
         source_of_weights = config.init_from
-        ranks.together(lambda: load_initial_weights(source_of_weights, engine, config.model, data_folder, log))
-    _describe(config, engine, corpus, log)
+        ranks.together(lambda: load_initial_weights(source_of_weights, engine, config.model, data.folder, log))
+    _describe(config, engine, data, source, log)
     log(format_audit(audit(engine, config.model, fresh=checkpoint is None and config.init_from is None)))
     if state.step >= config.training.total_steps:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
-    ranks.first(lambda: _write_run_files(run_dir, config, data_folder, engine))
-    hooks = _hooks(config, engine, validation, progress, shown_config, fingerprints, log)
-    return Trainer(config, engine, source, state, [*hooks, lock], corpus.bytes_per_token, stop)
+    ranks.first(lambda: _write_run_files(run_dir, config, data, engine))
+    hooks = _hooks(config, engine, data, source.form, progress, shown_config, fingerprints, log)
+    return Trainer(config, engine, source, state, [*hooks, lock], stop)
 
 
 def _say_nothing(text: str) -> None:
     """The log of all ranks but the first."""
+
+
+def _batch_source(config: Config, data: OpenedData) -> BatchSource:
+    form = WindowForm(
+        config.data.sequence_length, config.data.reset_state_at_documents, config.data.mask_loss_at_documents
+    )
+    return BatchSource(data.corpora, config.training.global_batch_size, config.seed, form, data.stages)
 
 
 class _HoldLock(Hook):
@@ -169,14 +169,20 @@ def _find_checkpoint(run_dir: Path, shown_config: dict[str, Any], fingerprints: 
     resume_policy.apply(resume_policy.compare(checkpoint.config, shown_config), log)
     if checkpoint.fingerprints.get("code") != fingerprints["code"]:
         log("the code has changed since the checkpoint: the steps may differ in the last bits")
+    if checkpoint.fingerprints.get("validation") != fingerprints["validation"]:
+        log("warning: the held-out text has changed since the checkpoint: validation losses do not compare")
     return str(path)
 
 
-def _resume(checkpoint: Path, engine: Engine, source: BatchSource, log: Log) -> TrainState:
+def _resume(checkpoint: Path, engine: Engine, source: BatchSource, allow_changed: bool, log: Log) -> TrainState:
     record = storage.read_record(checkpoint)
+    state = TrainState.from_json(record.state["train"])
 
     def load() -> None:
-        source.check_state(record.state["data"])
+        changed = restore(source, record.state["data"], state.step, allow_changed)
+        if changed:
+            names = ", ".join(name for name in changed if name) or "the training text"
+            log(f"warning: data.allow_changed=true: the tokens of {names} are others than before step {state.step}")
         resume_policy.check_shapes(storage.model_shapes(checkpoint), engine.parameter_shapes())
         storage.load_pieces(checkpoint, engine.pieces())
         for name in rng.restore(storage.load_rng(checkpoint, engine.rank)):
@@ -186,25 +192,38 @@ def _resume(checkpoint: Path, engine: Engine, source: BatchSource, log: Log) -> 
     engine.pieces_changed()
     if "forward_loss" in record.state:
         check_forward_loss(engine, record.state["forward_loss"], f"checkpoint {checkpoint}")
-    state = TrainState.from_json(record.state["train"])
     log(f"resuming after step {state.step} ({state.tokens:,} tokens)")
     return state
 
 
-def _describe(config: Config, engine: Engine, corpus: Corpus, log: Log) -> None:
+def _describe(config: Config, engine: Engine, data: OpenedData, source: BatchSource, log: Log) -> None:
     tokens = config.training.global_batch_size * config.data.sequence_length
     log(
         f"{config.model.name}: {_n_parameters(engine):,} parameters on {engine.device}; "
-        f"{corpus.n_tokens:,} training tokens, {tokens:,} per step"
+        f"{data.everything.n_tokens:,} training tokens, {tokens:,} per step"
     )
+    if config.data.mixture:
+        for stage in source.mixture.stages:
+            shares = ", ".join(f"{name} {float(share):.4%}" for name, share in stage.shares.items())
+            log(f"data: from step {stage.from_step}: {shares}")
+    size = len(json.dumps(state_of(source, 0)))
+    log(f"data: the state in a checkpoint is {size:,} bytes (position, seed, mixture stages, fingerprints)")
+    if not data.validation:
+        log("warning: there is no text to validate on; name some by data.validation_paths")
 
 
-def _write_run_files(run_dir: Path, config: Config, data_folder: Path, engine: Engine) -> None:
+def _write_run_files(run_dir: Path, config: Config, data: OpenedData, engine: Engine) -> None:
     """What the commands that read a run folder need besides checkpoints and metrics."""
     OmegaConf.save(OmegaConf.structured(config), run_dir / run_folder.CONFIG)
     # With it the run can be moved, sampled and exported without its data.
-    run_folder.write_summary(run_dir, n_parameters=_n_parameters(engine), data_folder=data_folder)
-    shutil.copyfile(data_folder / TOKENIZER_NAME, run_dir / run_folder.TOKENIZER)
+    run_folder.write_summary(
+        run_dir,
+        n_parameters=_n_parameters(engine),
+        data_folder=data.folder,
+        sources=data.folders if config.data.sources else {},
+        held_out=data.held_out,
+    )
+    shutil.copyfile(data.folder / TOKENIZER_NAME, run_dir / run_folder.TOKENIZER)
 
 
 def _n_parameters(engine: Engine) -> int:
@@ -214,7 +233,8 @@ def _n_parameters(engine: Engine) -> int:
 def _hooks(
     config: Config,
     engine: Engine,
-    validation: Corpus,
+    data: OpenedData,
+    form: WindowForm,
     progress: Progress,
     shown_config: dict[str, Any],
     fingerprints: dict[str, str],
@@ -222,11 +242,11 @@ def _hooks(
 ) -> list[Hook]:
     """In the order in which they run: those that measure, then the record, then the checkpoint."""
     training, run_dir = config.training, Path(config.run_dir)
-    length, n_sequences = config.data.sequence_length, training.validation_sequences
-    batches = validation_batches(
-        validation, length, training.micro_batch_size, n_sequences, config.data.reset_state_at_documents
-    )
-    bytes_per_token = validation_bytes_per_token(validation, length, n_sequences)
+    length, tokenizer = config.data.sequence_length, load_tokenizer(data.folder / TOKENIZER_NAME)
+    held_out = [
+        HeldOut(domain.label, list(domain.batches(training.micro_batch_size)), domain.n_bytes(tokenizer))
+        for domain in validation_sets(data.validation, form, training.validation_sequences)
+    ]
     checkpointing = CheckpointHook(
         checkpoints_dir(run_dir), config.checkpoint, engine.ranks, shown_config, fingerprints, log
     )
@@ -237,7 +257,7 @@ def _hooks(
     return [
         *inspection,
         HealthHook(config.model, config.logging.ssm_health_interval_steps),
-        ValidationHook(list(batches), training.validation_interval_steps, bytes_per_token),
+        ValidationHook(held_out, training.validation_interval_steps),
         UtilisationHook(flops_per_token(config.model, length), peak_flops(engine.device, engine.compute_dtype)),
         checkpointing.hold_up,
         RecordingHook(run_dir, progress, config.logging, shown_config, log),

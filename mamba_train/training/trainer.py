@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mamba_train.config import Config
 from mamba_train.data.batches import Batch, BatchSource
+from mamba_train.data.loader import BatchLoader
 from mamba_train.monitor.jsonl import finite
 from mamba_train.monitor.throughput import Throughput
 from mamba_train.parallel.engine import Engine
@@ -22,6 +23,7 @@ from mamba_train.training.schedule import learning_rate
 from mamba_train.training.state import TrainState
 
 LN_2 = math.log(2)
+DEFAULT_GPU_WORKERS = 2
 
 
 def summed_loss(engine: Engine, batch: Batch) -> Tensor:
@@ -37,10 +39,7 @@ class StopInsideHook(Exception):
 
 
 class Trainer:
-    """Drives `engine` over `source` from `state` to `config.training.total_steps`.
-
-    bytes_per_token: of the training text, to express losses in bits per byte.
-    """
+    """Drives `engine` over `source` from `state` to `config.training.total_steps`."""
 
     def __init__(
         self,
@@ -49,7 +48,6 @@ class Trainer:
         source: BatchSource,
         state: TrainState,
         hooks: Sequence[Hook],
-        bytes_per_token: float,
         stop: StopRequest | None = None,
     ) -> None:
         self.config = config
@@ -57,7 +55,17 @@ class Trainer:
         self.source = source
         self.state = state
         self.hooks = hooks
-        self._bytes_per_token = bytes_per_token
+        on_gpu = engine.device.type == "cuda"
+        workers = config.data.workers
+        self.loader = BatchLoader(
+            source,
+            engine.rank,
+            engine.world_size,
+            config.training.micro_batch_size,
+            workers=workers if workers is not None else DEFAULT_GPU_WORKERS * on_gpu,
+            prefetch_batches=config.data.prefetch_batches,
+            pin_memory=on_gpu,
+        )
         self.throughput = Throughput(config.training.total_steps)
         self.stop = stop or StopRequest()
         self._all_stop = False  # agreed by all ranks
@@ -92,6 +100,7 @@ class Trainer:
             failed = False
             raise
         finally:
+            self.loader.close()
             for hook in self.hooks:
                 hook.close(failed)
 
@@ -130,9 +139,11 @@ class Trainer:
     def _step(self) -> Metrics:
         """One global step: all micro-batches of this rank, then the update."""
         self.throughput.start()
-        batches = self._micro_batches()
-        counts = [sum(batch.targets.numel() for batch in batches), int(self.interrupted)]
+        state, training = self.state, self.config.training
+        batches = self.loader.step(state.samples)
+        counts = [sum(batch.n_targets for batch in batches), int(self.interrupted)]
         n_targets, n_interrupted = self.engine.sum_over_ranks(torch.tensor(counts, device=self.engine.device))
+        n_targets = n_targets.clamp(min=1)  # a batch without a single target has the loss 0
         loss = torch.zeros((), device=self.engine.device)
         for batch in self.engine.micro_batches(batches):
             # Divided by the count of all ranks: the mean over the global batch, however it is split.
@@ -140,7 +151,6 @@ class Trainer:
             self.engine.backward(micro_loss)
             loss += micro_loss.detach()
 
-        state, training = self.state, self.config.training
         lr = learning_rate(state.step + 1, self.config.optim.lr, self.config.schedule, training.total_steps)
         result = self.engine.step(lr)
         # Read after the update has been queued: on a GPU this waits for it, so the step's time is whole.
@@ -149,13 +159,15 @@ class Trainer:
         mean_loss, n_requests = self.engine.sum_over_ranks(torch.stack([loss, request])).tolist()
         self._all_stop = n_requests > 0
         self._stops = bool(n_interrupted)
+        bits_per_byte = mean_loss / LN_2 / self.source.bytes_per_target(state.samples)
+        n_tokens = training.global_batch_size * self.config.data.sequence_length
         state.step += 1
         state.samples += training.global_batch_size
-        state.tokens += int(n_targets)
+        state.tokens += n_tokens
         if result.skipped:
             state.skipped_steps.append(state.step)
         self.last_batch = batches[0]
-        timing = self.throughput.step(state.step, int(n_targets))
+        timing = self.throughput.step(state.step, n_tokens)
         self._step_seconds = timing.step_seconds
         self.stop.first_step_done()
         return {
@@ -163,7 +175,7 @@ class Trainer:
             "tokens": state.tokens,
             "samples": state.samples,
             "loss": mean_loss,
-            "bits_per_byte": mean_loss / LN_2 / self._bytes_per_token,
+            "bits_per_byte": bits_per_byte,
             "grad_norm": result.grad_norm,
             "lr": lr,
             "skipped": result.skipped,
@@ -171,14 +183,11 @@ class Trainer:
             "step_seconds": timing.step_seconds,
             "tokens_per_second": timing.tokens_per_second,
             "eta_seconds": timing.eta_seconds,
+            "data_wait_seconds": self.loader.wait_seconds,
+            **self._epochs(),
         }
 
-    def _micro_batches(self) -> list[Batch]:
-        """This rank's rows of the next global batch, in micro-batches."""
-        training = self.config.training
-        rows_per_rank = training.global_batch_size // self.engine.world_size
-        first = self.engine.rank * rows_per_rank
-        starts = range(first, first + rows_per_rank, training.micro_batch_size)
-        return [
-            self.source.batch(self.state.samples, range(start, start + training.micro_batch_size)) for start in starts
-        ]
+    def _epochs(self) -> Metrics:
+        """How many times each source of the data has been read."""
+        epochs = self.source.epochs(self.state.samples)
+        return {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}

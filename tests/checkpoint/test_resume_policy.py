@@ -55,7 +55,9 @@ def test_the_table_is_documented():
         ("seed", "refuse"),
         ("model.d_model", "refuse"),
         ("data.sequence_length", "refuse"),
-        ("data.source", "refuse"),
+        ("data.source", "allow"),
+        ("data.mixture", "allow"),
+        ("data.sources.pile", "allow"),
         ("something.new", "refuse"),
     ],
 )

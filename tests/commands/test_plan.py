@@ -39,6 +39,11 @@ def test_every_experiment_can_be_planned(experiment: str, capsys: pytest.Capture
         assert "are 300 billion tokens" in printed
 
 
+def test_a_mixture_can_be_planned_before_its_shards_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    call("data=mixture", "model=mamba_130m")
+    assert "parameters" in capsys.readouterr().out
+
+
 def test_the_sections_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     call("experiment=mamba_2.8b_pile", "--gpus", "64", "--mfu", "0.4", "--peak-tflops", "1000")
     printed = capsys.readouterr().out
@@ -48,6 +53,15 @@ def test_the_sections_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     hours = 286_102 * 512 * 2048 * 16_681_820_160 / 0.4e15 / 3600
     assert f"{hours:,.0f} GPU-hours" in printed
     assert f"{hours / 64:.1f} hours" in printed or f"{hours / 64 / 24:.1f} days" in printed
+
+
+def test_what_cannot_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    call("experiment=mamba_2.8b_pile", "engine=fsdp", "--gpus", "2")
+    assert "engine.name=fsdp" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"needs \d+\.\d GiB on each of 2 devices, .* it fits with engine\.name=fsdp"):
+        call("experiment=mamba_2.8b_pile", "engine=ddp", "--gpus", "2", "--gpu-memory-gib", "40")
+    with pytest.raises(ValueError, match="use more GPUs"):
+        call("experiment=mamba_2.8b_pile", "--gpu-memory-gib", "24")
 
 
 def test_the_size_of_the_job_is_that_of_slurm_nodes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,15 +74,6 @@ def test_the_size_of_the_job_is_that_of_slurm_nodes(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "   32 GPUs" in printed
     assert "cannot be split" not in printed
-
-
-def test_what_cannot_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
-    call("experiment=mamba_2.8b_pile", "engine=fsdp", "--gpus", "2")
-    assert "engine.name=fsdp" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"needs \d+\.\d GiB on each of 2 devices, .* it fits with engine\.name=fsdp"):
-        call("experiment=mamba_2.8b_pile", "engine=ddp", "--gpus", "2", "--gpu-memory-gib", "40")
-    with pytest.raises(ValueError, match="use more GPUs"):
-        call("experiment=mamba_2.8b_pile", "--gpu-memory-gib", "24")
 
 
 @pytest.mark.parametrize(

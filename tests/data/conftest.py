@@ -5,13 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mamba_train.config import DataConfig, DataSource
 from mamba_train.data.corpus import Corpus
-from mamba_train.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
-from mamba_train.data.shards import ShardWriter
+from tests.data.folders import write_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = [
@@ -69,26 +67,7 @@ def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
 
     def make(shards: list[list[list[int]]], vocab_size: int = 60_000) -> Corpus:
         folder = tmp_path / f"corpus-{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        entries = []
-        for number, documents in enumerate(shards):
-            with ShardWriter(folder / f"train-{number:05d}", np.dtype(np.uint16), 0) as writer:
-                for document in documents:
-                    writer.add(np.array(document, dtype=np.int64), 3 * len(document))
-                entries.append(writer.close())
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            source={},
-            settings={},
-            split_rule="",
-            dropped={},
-            tokenizer_sha256="0" * 64,
-            eos_id=0,
-            vocab_size=vocab_size,
-            shards={"train": entries, "validation": []},
-            versions={},
-        )
-        (folder / MANIFEST_NAME).write_text(manifest.to_json())
+        write_folder(folder, {"train": [("", documents) for documents in shards]}, vocab_size)
         return Corpus.open(folder, "train")
 
     return make

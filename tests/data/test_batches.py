@@ -1,16 +1,36 @@
-import json
+import pickle
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
-from mamba_train.data.batches import Batch, BatchSource, Corpus, document_numbers, validation_batches
+from mamba_train.data.batches import IGNORE_INDEX, BatchSource, WindowForm, document_numbers
+from mamba_train.data.corpus import Corpus, ReadError
+from mamba_train.data.validation import validation_sets
+from tests.data.folders import write_folder
 
 MakeCorpus = Callable[..., Corpus]
+
+
+def make_source(corpus: Corpus, length: int, batch_size: int, seed: int, with_boundaries: bool) -> BatchSource:
+    """A source of one corpus without a mixture."""
+    return BatchSource({"": corpus}, batch_size, seed, WindowForm(length, with_boundaries))
+
+
+def epoch_of(source: BatchSource) -> int:
+    """The number of windows of the only corpus."""
+    return int(source.n_windows[0])
+
+
+def windows(source: BatchSource, samples: np.ndarray) -> np.ndarray:
+    return source.windows(samples)[1]
 
 
 def numbered_shards(n_shards: int, documents: int, length: int) -> list[list[list[int]]]:
@@ -39,19 +59,19 @@ def test_corpus_is_the_concatenation_of_its_shards(make_corpus: MakeCorpus) -> N
 def test_an_epoch_has_each_window_once_and_loses_no_token(make_corpus: MakeCorpus, length: int) -> None:
     corpus = make_corpus(numbered_shards(3, 5, 13))
     tokens = corpus.tokens()
-    source = BatchSource(corpus, length, 1, seed=0, with_boundaries=False)
+    source = make_source(corpus, length, 1, seed=0, with_boundaries=False)
     for epoch in range(3):
-        first = epoch * source.n_windows
-        windows = source.windows(first + np.arange(source.n_windows))
-        assert sorted(windows.tolist()) == list(range(source.n_windows))
+        first = epoch * epoch_of(source)
+        found = windows(source, first + np.arange(epoch_of(source)))
+        assert sorted(found.tolist()) == list(range(epoch_of(source)))
         targets: Counter[int] = Counter()
         inputs: set[int] = set()
-        for sample in range(first, first + source.n_windows):
+        for sample in range(first, first + epoch_of(source)):
             batch = source.batch(sample, slice(None))
             targets.update(batch.targets.flatten().tolist())
             inputs.update(batch.inputs.flatten().tolist())
         assert set(targets) | inputs == set(tokens.tolist())
-        repeated = source.n_windows * length - (len(tokens) - 1)
+        repeated = epoch_of(source) * length - (len(tokens) - 1)
         assert 0 <= repeated < length
         assert sum(targets.values()) - repeated == len(tokens) - 1
 
@@ -59,20 +79,20 @@ def test_an_epoch_has_each_window_once_and_loses_no_token(make_corpus: MakeCorpu
 def test_windows_are_stretches_of_the_corpus_that_cross_shards(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus(numbered_shards(4, 2, 9))
     tokens = corpus.tokens()
-    source = BatchSource(corpus, 16, 8, seed=5, with_boundaries=False)
-    windows = source.windows(np.arange(3 * source.n_windows))
-    rows = torch.cat([source.batch(s, slice(0, 1)).tokens for s in range(3 * source.n_windows)])
-    for window, row in zip(windows.tolist(), rows.numpy(), strict=True):
+    source = make_source(corpus, 16, 8, seed=5, with_boundaries=False)
+    found = windows(source, np.arange(3 * epoch_of(source)))
+    rows = torch.cat([source.batch(s, slice(0, 1)).tokens for s in range(3 * epoch_of(source))])
+    for window, row in zip(found.tolist(), rows.numpy(), strict=True):
         start = min(window * 16, len(tokens) - 17)
         assert np.array_equal(row, tokens[start : start + 17])
 
 
 def test_epochs_and_seeds_differ(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus(numbered_shards(1, 20, 50))
-    source = BatchSource(corpus, 16, 1, seed=0, with_boundaries=False)
-    n = source.n_windows
-    orders = [source.windows(epoch * n + np.arange(n)).tolist() for epoch in range(3)]
-    orders.append(BatchSource(corpus, 16, 1, seed=1, with_boundaries=False).windows(np.arange(n)).tolist())
+    source = make_source(corpus, 16, 1, seed=0, with_boundaries=False)
+    n = epoch_of(source)
+    orders = [windows(source, epoch * n + np.arange(n)).tolist() for epoch in range(3)]
+    orders.append(windows(make_source(corpus, 16, 1, seed=1, with_boundaries=False), np.arange(n)).tolist())
     assert len({tuple(order) for order in orders}) == 4
 
 
@@ -96,10 +116,10 @@ def test_a_global_step_does_not_depend_on_ranks_or_accumulation(make_corpus: Mak
     batch_size = 12
 
     def new_source() -> BatchSource:
-        return BatchSource(corpus, 16, batch_size, seed=9, with_boundaries=True)
+        return make_source(corpus, 16, batch_size, seed=9, with_boundaries=True)
 
     reference = [new_source().batch(step * batch_size, slice(None)).tokens for step in range(40)]
-    assert len(reference) * batch_size > 2 * new_source().n_windows  # beyond two epochs
+    assert len(reference) * batch_size > 2 * epoch_of(new_source())  # beyond two epochs
     for ranks, accumulation in [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 1), (4, 3)]:
         # A restart at each step, in any order of steps: nothing is remembered between calls.
         for step in [39, 0, 1, 20, 12, 13]:
@@ -110,7 +130,7 @@ def test_a_global_step_does_not_depend_on_ranks_or_accumulation(make_corpus: Mak
 
 
 def test_rows_may_be_ranges_with_a_stride_and_must_stay_inside(make_corpus: MakeCorpus) -> None:
-    source = BatchSource(make_corpus(numbered_shards(1, 10, 30)), 8, 6, seed=0, with_boundaries=False)
+    source = make_source(make_corpus(numbered_shards(1, 10, 30)), 8, 6, seed=0, with_boundaries=False)
     whole = source.batch(12, slice(None)).tokens
     assert torch.equal(source.batch(12, range(1, 6, 2)).tokens, whole[1::2])
     assert torch.equal(source.batch(12, slice(4, None)).tokens, whole[4:])
@@ -139,13 +159,13 @@ def test_document_numbers_at_the_edges() -> None:
 
 def test_batch_has_the_promised_types(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus(numbered_shards(2, 4, 5))
-    batch = BatchSource(corpus, 8, 3, seed=0, with_boundaries=True).batch(0, slice(None)).to("cpu")
+    batch = make_source(corpus, 8, 3, seed=0, with_boundaries=True).batch(0, slice(None)).to("cpu")
     assert batch.seq_idx is not None
     assert (batch.tokens.dtype, batch.seq_idx.dtype) == (torch.int64, torch.int32)
     assert batch.tokens.shape == batch.seq_idx.shape == (3, 9)
     assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
     assert batch.seq_idx.max() >= 1
-    without = BatchSource(corpus, 8, 3, seed=0, with_boundaries=False).batch(0, slice(None))
+    without = make_source(corpus, 8, 3, seed=0, with_boundaries=False).batch(0, slice(None))
     assert without.seq_idx is None
     assert torch.equal(without.tokens, batch.tokens)
     assert without.to("cpu").seq_idx is None
@@ -153,49 +173,14 @@ def test_batch_has_the_promised_types(make_corpus: MakeCorpus) -> None:
 
 def test_a_corpus_of_one_window_works_and_a_smaller_one_is_refused(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus([[[1, 2, 3, 4]]])
-    source = BatchSource(corpus, 4, 2, seed=0, with_boundaries=True)
+    source = make_source(corpus, 4, 2, seed=0, with_boundaries=True)
     assert source.batch(7, slice(None)).tokens.tolist() == [[1, 2, 3, 4, 0]] * 2
     with pytest.raises(ValueError, match=r"data\.sequence_length=5: the train split has only 5 tokens"):
-        BatchSource(corpus, 5, 2, seed=0, with_boundaries=True)
-    with pytest.raises(ValueError, match=r"data\.sequence_length=5"):
-        validation_batches(corpus, 5, 2, 1, with_boundaries=True)
+        make_source(corpus, 5, 2, seed=0, with_boundaries=True)
+    with pytest.raises(ValueError, match=r"data\.sequence_length=5: the train split of books has"):
+        validation_sets({"books": corpus}, WindowForm(5, with_boundaries=True), 1)
     with pytest.raises(ValueError, match=r"data\.sequence_length=0"):
-        BatchSource(corpus, 0, 2, seed=0, with_boundaries=True)
-
-
-def test_state_is_small_json_and_does_not_grow(make_corpus: MakeCorpus) -> None:
-    source = BatchSource(make_corpus(numbered_shards(1, 10, 30)), 8, 6, seed=3, with_boundaries=False)
-    state = json.loads(json.dumps(source.state(10**12)))
-    assert state["samples"] == 10**12
-    assert len(json.dumps(state)) < 300
-    source.check_state(state)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seed": 4}, r"seed=3: the checkpoint was trained with seed=4; set seed=4"),
-        ({"sequence_length": 9}, r"data\.sequence_length=8: .* with 9; set data\.sequence_length=9"),
-        ({"fingerprint": "f" * 64}, r"data\.path.* saved ffffffffffff\)"),
-        ({"order": "older"}, "older"),
-        ({"samples": -1}, "samples=-1"),
-        ({"samples": "7"}, "samples='7'"),
-    ],
-)
-def test_a_foreign_state_is_refused(make_corpus: MakeCorpus, change: dict[str, object], message: str) -> None:
-    source = BatchSource(make_corpus(numbered_shards(1, 10, 30)), 8, 6, seed=3, with_boundaries=False)
-    with pytest.raises(ValueError, match=message) as caught:
-        source.check_state({**source.state(5), **change})
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("key", ["samples", "seed", "sequence_length", "fingerprint", "order"])
-def test_a_state_with_a_part_missing_is_refused(make_corpus: MakeCorpus, key: str) -> None:
-    source = BatchSource(make_corpus(numbered_shards(1, 10, 30)), 8, 6, seed=3, with_boundaries=False)
-    state = source.state(5)
-    del state[key]
-    with pytest.raises(ValueError, match=f"has no {key}"):
-        source.check_state(state)
+        make_source(corpus, 0, 2, seed=0, with_boundaries=True)
 
 
 def test_the_fingerprint_depends_on_tokens_and_their_order(make_corpus: MakeCorpus) -> None:
@@ -206,24 +191,77 @@ def test_the_fingerprint_depends_on_tokens_and_their_order(make_corpus: MakeCorp
     assert make_corpus([[[1, 2], [3]], [[4, 6]]]).fingerprint != first
 
 
-def collect(batches: "list[Batch]") -> torch.Tensor:
-    return torch.cat([batch.tokens for batch in batches])
+def test_the_first_token_of_a_document_may_be_no_target(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus([[[1, 2], [3], [], [4, 5, 6]]])
+    assert corpus.tokens().tolist() == [1, 2, 0, 3, 0, 0, 4, 5, 6, 0]
+    [batch] = [WindowForm(9, False, mask_loss=mask).read([(corpus, 0)]) for mask in (True,)]
+    masked = IGNORE_INDEX
+    assert batch.targets.tolist() == [[2, 0, masked, 0, masked, masked, 5, 6, 0]]
+    assert batch.inputs.tolist() == [[1, 2, 0, 3, 0, 0, 4, 5, 6]]
+    assert batch.n_targets == 6
+    assert torch.equal(batch.to("cpu").targets, batch.targets)
+    plain = WindowForm(9, False).read([(corpus, 0)])
+    assert plain.targets.tolist() == [[2, 0, 3, 0, 0, 4, 5, 6, 0]]
+    assert plain.n_targets == 9
 
 
-@pytest.mark.parametrize("length", [15, 16])  # 15 divides the number of tokens
-def test_validation_is_fixed_spread_and_does_not_overlap(make_corpus: MakeCorpus, length: int) -> None:
-    corpus = make_corpus(numbered_shards(3, 10, 40))
-    tokens = corpus.tokens()
-    n_windows = (len(tokens) - 1) // length
-    batches = list(validation_batches(corpus, length, 4, 10, with_boundaries=True))
-    assert [len(batch.tokens) for batch in batches] == [4, 4, 2]
-    again = list(validation_batches(corpus, length, 5, 10, with_boundaries=True))
-    assert torch.equal(collect(batches), collect(again))
-    place = {tuple(tokens[i * length : (i + 1) * length + 1].tolist()): i for i in range(n_windows)}
-    chosen = [place[tuple(row)] for row in collect(batches).tolist()]
-    gaps = np.diff(chosen)
-    assert gaps.max() - gaps.min() <= 1
-    assert chosen[0] < n_windows / 10
-    assert chosen[-1] >= n_windows * 0.85
-    whole = collect(list(validation_batches(corpus, length, 4, 10**6, with_boundaries=False)))
-    assert np.array_equal(whole[:, 1:].flatten().numpy(), tokens[1 : n_windows * length + 1])
+def test_bytes_per_target(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus([[[1, 2, 3], [4, 5, 6]]])  # 3 bytes a token
+    for mask, expected in ((False, 18 / 8), (True, 12 / 6)):
+        source = BatchSource({"": corpus}, 1, 0, WindowForm(4, False, mask))
+        assert source.bytes_per_target(0) == pytest.approx(expected)
+
+
+def test_a_shard_that_is_damaged_while_it_is_read_is_named(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus([[[1] * 20], [[2] * 20]], vocab_size=10)
+    path = corpus.folder / "train-00001.bin"
+    content = bytearray(path.read_bytes())
+    out = np.empty(42, dtype=np.int64)
+    content[2 * 7] = 99
+    path.write_bytes(content)
+    with pytest.raises(ReadError, match=r"train-00001\.bin: token 99 at offset 7, the vocabulary has 10"):
+        corpus.read(0, out)
+    corpus.read(0, out[:28])  # up to the damage
+    path.write_bytes(content[: 2 * 5])
+    with pytest.raises(ReadError, match=r"train-00001\.bin: ends at token 5 of 21"):
+        corpus.read(0, out)
+    other = make_corpus([[[1] * 20]])
+    (other.folder / "train-00000.bin").unlink()
+    with pytest.raises(ReadError, match=r"train-00000\.bin: cannot be read at token 3: No such file"):
+        other.read(3, out[:5])
+
+
+def test_a_folder_made_anew_is_read_anew(tmp_path: Path) -> None:
+    for token in (5, 6):
+        corpus = Corpus.open(write_folder(tmp_path / "x", {"train": [("", [[token]])]}), "train")
+        assert corpus.tokens().tolist() == [token, 0]
+        shutil.rmtree(tmp_path / "x")
+
+
+def test_no_more_files_are_open_than_allowed(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mamba_train.data.corpus.MAX_OPEN_FILES", 3)
+    corpus = make_corpus([[[number, number]] for number in range(1, 41)])
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for start in [*range(0, 120, 3), 0, 3, 117]:
+        out = np.empty(3, dtype=np.int64)
+        corpus.read(start, out)
+        assert out.tolist() == [start // 3 + 1] * 2 + [0]
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
+    assert corpus.place(4) == (str(corpus.folder / "train-00001.bin"), 1)
+
+
+def test_a_batch_survives_the_way_to_the_device(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between processes, and into pinned memory as the DataLoader asks for it."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    for vocab_size, boundaries, mask in ((60_000, True, True), (60_000, False, False), (200_000, True, False)):
+        corpus = make_corpus([[[vocab_size - 1] * 5, [], [7]]], vocab_size)
+        batch = WindowForm(7, boundaries, mask).read([(corpus, 0), (corpus, 1)])
+        for copy in (pickle.loads(pickle.dumps(batch)), torch_pin_memory(batch)):
+            assert copy.unpredictable_after == batch.unpredictable_after
+            assert copy.tokens.dtype is torch.int64
+            assert torch.equal(copy.tokens, batch.tokens)
+            assert torch.equal(copy.targets, batch.targets)
+            assert (copy.seq_idx is None) == (not boundaries)
+            if boundaries:
+                assert copy.seq_idx.dtype is torch.int32
+                assert torch.equal(copy.seq_idx, batch.seq_idx)

@@ -8,6 +8,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mamba_train.config import BadDocuments
+from mamba_train.data.bad_documents import BadDocumentFilter
 from mamba_train.data.documents import Document, cut_tail
 from mamba_train.data.local_source import LocalSource
 
@@ -23,8 +25,13 @@ def read(path: Path, fraction: float = 0.1, text_key: str = "text") -> tuple[lis
     return documents, dropped
 
 
+def texts_of(path: Path | None, text_key: str = "text") -> list[str]:
+    bad = BadDocumentFilter(BadDocuments.error, 0.0, print)
+    return [text for _, _, text in LocalSource(None if path is None else str(path), text_key)._texts(bad)]
+
+
 def whole_texts(path: Path, text_key: str = "text") -> list[str]:
-    return [text for _, _, text in LocalSource(str(path), text_key)._texts()]
+    return texts_of(path, text_key)
 
 
 def jsonl(texts: list[str], key: str = "text") -> bytes:
@@ -33,8 +40,7 @@ def jsonl(texts: list[str], key: str = "text") -> bytes:
 
 def failure(path: Path | None, text_key: str = "text") -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        for _ in LocalSource(None if path is None else str(path), text_key)._texts():
-            pass
+        texts_of(path, text_key)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -62,13 +68,13 @@ def test_one_file(tmp_path: Path) -> None:
     assert whole_texts(tmp_path / "a.jsonl", "content") == ["x", "y"]
 
 
-@given(st.integers(1, 7), st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=6))
+@given(st.integers(1, 7), st.lists(st.text(st.characters(exclude_categories=["Cs"])).map("x".__add__), max_size=6))
 def test_chunks_do_not_matter(tmp_path_factory: pytest.TempPathFactory, chunk: int, texts: list[str]) -> None:
     folder = tmp_path_factory.mktemp("text")
     (folder / "a.jsonl").write_bytes(jsonl(texts))
     (folder / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(texts)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mamba_train.data.local_source.CHUNK_BYTES", chunk)
+        patch.setattr("mamba_train.data.stored_files.CHUNK_BYTES", chunk)
         assert whole_texts(folder) == texts + texts
 
 
@@ -83,7 +89,7 @@ def test_paths_that_give_nothing(tmp_path: Path) -> None:
     assert "data.path is not set" in failure(None)
     assert f"data.path={tmp_path / 'no'}: no such file or folder" in failure(tmp_path / "no")
     (tmp_path / "empty").mkdir()
-    assert "no file of a supported kind (.txt, .jsonl, .jsonl.zst)" in failure(tmp_path / "empty")
+    assert "no file of a supported kind (.txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet)" in failure(tmp_path / "empty")
     assert "it is empty" in failure(tmp_path / "empty")
     (tmp_path / "data.csv").write_text("a,b")
     assert "only 1 others" in failure(tmp_path)
@@ -115,7 +121,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str, suffix: 
 
 def test_bad_bytes_in_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\ncaf\xe9\n")
-    assert "a.txt:3: not valid UTF-8 (byte 0xe9)" in failure(tmp_path)
+    assert "a.txt:1: not valid UTF-8 (byte 0xe9 in line 3)" in failure(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [1, 5, 100, -1])
@@ -195,12 +201,30 @@ def test_cutting_prefers_a_near_line_break() -> None:
     assert cut_tail("a", 0.5) == ("a", "")
 
 
-def test_empty_and_repeated_texts_are_left_out(tmp_path: Path) -> None:
+def test_repeated_texts_are_left_out(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(300)]
-    (tmp_path / "a.jsonl").write_bytes(jsonl([*texts, "", " \n", "text 5", *texts[:3]]))
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*texts, "text 5", *texts[:3]]))
     documents, dropped = read(tmp_path)
     assert [document.text for document in documents] == texts
-    assert dropped == {"empty": 2, "duplicate": 4}
+    assert dropped == {"duplicate": 4}
+
+
+def test_bad_documents_are_skipped_where_that_is_asked_for(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(300)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["", *texts, " \n"]) + b"not json\n")
+    assert "a.jsonl:1: the text is empty; data.bad_documents=skip leaves" in failure(tmp_path)
+    log: list[str] = []
+    source = LocalSource(str(tmp_path), "text", BadDocuments.skip, 0.01, log.append)
+    source.choose_split(0.1, log.append)
+    dropped: Counter[str] = Counter()
+    assert [document.text for document in source.documents(dropped)] == texts
+    assert dropped == {"empty": 2, "invalid JSON": 1}
+    assert source.record()["skipped"] == {"a.jsonl": {"empty": 2, "invalid JSON": 1}}
+    assert len(list(source.documents(Counter()))) == len(texts)
+    assert sum("left out" in line and "a.jsonl:303: invalid JSON" in line for line in log) == 1
+    source = LocalSource(str(tmp_path), "text", BadDocuments.skip, 0.009, log.append)
+    with pytest.raises(ValueError, match=r"3 of 303 documents cannot be used .* data\.max_bad_share=0\.009"):
+        list(source.documents(Counter()))
 
 
 def test_the_identity_follows_sizes_and_times(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import pytest
 
 from mamba_train.config import DataConfig, DataSource
 from mamba_train.data import prepare as module
-from mamba_train.data.batches import validation_bytes_per_token
+from mamba_train.data.batches import WindowForm
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.manifest import find_problem, read_manifest
 from mamba_train.data.prepare import prepare
 from mamba_train.data.tokenizer import END_OF_DOCUMENT, load_tokenizer
+from mamba_train.data.validation import validation_sets
 
 MakeConfig = Callable[..., DataConfig]
 
@@ -342,7 +343,7 @@ def test_misuse_is_one_line_that_names_the_key(
 def test_too_little_text(local_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="no text for the train split"):
+    with pytest.raises(ValueError, match=r"a\.txt:1: the text is empty"):
         prepare(local_config(tmp_path / "x"), ignore)
     (tmp_path / "x" / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="no text for the validation split"):
@@ -358,9 +359,15 @@ def test_the_standard_library(tmp_path: Path) -> None:
     assert validation.n_tokens > 50_000
     assert 1.5 < train.bytes_per_token < 4
     assert read_manifest(folder).source["n_docstring_modules"] > 10
-    whole = validation_bytes_per_token(validation, 64, 10**6)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+
+    def bytes_per_token(n_sequences: int) -> float:
+        [domain] = validation_sets({"": validation}, WindowForm(64, with_boundaries=False), n_sequences)
+        return domain.n_bytes(tokenizer) / (64 * domain.n_sequences)
+
+    whole = bytes_per_token(10**6)
     assert whole == pytest.approx(validation.bytes_per_token, rel=1e-3)
-    few = validation_bytes_per_token(validation, 64, 20)
+    few = bytes_per_token(20)
     assert 0.7 < few / whole < 1.4
     assert few != whole
     assert prepare(config, log.append) == folder

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba_train.data import tokenizer as module
-from mamba_train.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, load_tokenizer, train_tokenizer
+from mamba_train.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, dna_tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [f"def function_{i}(self, x):\n    return self.state[{i}] + x\n" * 5 for i in range(50)]
 TRAIN = f"""
@@ -106,6 +106,79 @@ def test_long_texts_are_cut_where_it_makes_no_difference(
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == whole
 
 
+PIECES = [
+    "a",
+    "B",
+    "7",
+    "é",
+    "e\u0301",
+    " ",
+    "  ",
+    "\n",
+    "\r",
+    "\t",
+    "\x1c",
+    "\u3000",
+    "'s",
+    "'ll",
+    ".",
+    "日",
+    "🐍",
+    END_OF_DOCUMENT,
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=60).map("".join), st.integers(2, 12))
+@settings(deadline=None)
+def test_pieces_encode_to_the_same_ids(tokenizer: TextTokenizer, text: str, size: int) -> None:
+    whole = tokenizer.encode(text).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MAX_PIECE_CHARACTERS", size)
+        assert "".join(module._pieces(text)) == text
+        assert tokenizer.encode(text).tolist() == whole
+
+
+@pytest.fixture(scope="module")
+def neox() -> TextTokenizer:
+    default = Path(__file__).resolve().parents[3] / "shared" / "materials"
+    path = Path(os.environ.get("MAMBA_TRAIN_MATERIALS", default)) / "20B_tokenizer.json"
+    if not path.is_file():
+        pytest.skip("the materials folder is not here (MAMBA_TRAIN_MATERIALS)")
+    return load_tokenizer(path)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=60).map("".join), st.integers(2, 12))
+@settings(deadline=None)
+def test_pieces_encode_to_the_same_ids_with_runs_of_spaces(neox: TextTokenizer, text: str, size: int) -> None:
+    test_pieces_encode_to_the_same_ids.hypothesis.inner_test(neox, text, size)  # type: ignore[attr-defined]
+
+
+def test_a_tokenizer_whose_added_tokens_reach_over_a_cut_gets_texts_whole(
+    tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = json.loads(tokenizer.serialised)["added_tokens"]
+    bridge = {**added_token("a\nb", special=False), "id": tokenizer.vocab_size}
+    loaded = load_tokenizer(changed(tokenizer, tmp_path / "tokenizer.json", added_tokens=[*added, bridge]))
+    text = "xa\nb" * 50
+    whole = loaded.encode(text).tolist()
+    assert whole.count(tokenizer.vocab_size) == 50
+    monkeypatch.setattr(module, "MAX_PIECE_CHARACTERS", 10)
+    assert loaded.encode(text).tolist() == whole
+
+
+def test_single_characters_are_looked_up() -> None:
+    tokenizer = dna_tokenizer()
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (0, 17)
+    ids = tokenizer.encode("ACGTNU")
+    assert ids.tolist() == [1, 2, 3, 4, 5, 16]
+    assert tokenizer.decode(ids) == "ACGTNU"
+    library = [tokenizer._encode_call([text])[0].tolist() for text in ("ACGTNRYSWKMBDHVU" * 3, "T")]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(["ACGTNRYSWKMBDHVU" * 3, "T"])] == library
+    for text, character in (("ACX", "X"), ("Aé", "é"), ("<|endoftext|>", "<")):
+        with pytest.raises(ValueError, match=f"the character '{character}' is not in the vocabulary"):
+            tokenizer.encode(text)
+
+
 def added_token(content: str, special: bool) -> dict[str, object]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": 0, "content": content, "special": special, **flags}
@@ -130,7 +203,7 @@ def test_a_tokenizer_that_marks_the_beginning_of_a_text_gets_it_whole(
 ) -> None:
     pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     loaded = load_tokenizer(changed(tokenizer, tmp_path / "tokenizer.json", pre_tokenizer=pre_tokenizer))
-    text = "".join(TEXTS)
+    text = "def\nreturn\n" * 50
     whole = loaded.encode(text).tolist()
     assert whole != tokenizer.encode(text).tolist()
     monkeypatch.setattr(module, "MAX_PIECE_CHARACTERS", 50)

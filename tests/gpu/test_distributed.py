@@ -1,4 +1,4 @@
-"""The engines on two GPUs, over NCCL: the same start as one GPU, a curve within bf16 noise, and each other's checkpoints."""
+"""The engines on two GPUs, over NCCL: the start of one GPU, a curve within bf16 noise, checkpoints of each other."""
 
 import shutil
 from pathlib import Path

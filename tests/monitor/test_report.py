@@ -1,6 +1,7 @@
 """The report shows what the run recorded, in files that stand alone, and escapes what it did not write."""
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -48,6 +49,22 @@ class Page(HTMLParser):
     def table(self) -> dict[str, str]:
         """Label to value, for a page about one run."""
         return dict(zip(self.texts["th"][2:], self.texts["td"], strict=True))
+
+
+def test_each_domain_that_is_validated_on_has_a_line(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, n_steps=60) for name in "ab"]
+    path = runs[1] / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    for number, value in ((39, 1.5), (59, 1.25)):
+        domain = {"validation/Wikipedia (en)/loss": 3.0, "validation/Wikipedia (en)/bits_per_byte": value}
+        lines[number] = json.dumps(json.loads(lines[number]) | domain)
+    path.write_text("\n".join(lines) + "\n")
+    label = "validation bits per byte, final: Wikipedia (en)"
+    assert Page(render_html([load_run(runs[1])])).table()[label] == "1.2500"
+    both = Page(render_html([load_run(run) for run in runs]))
+    row = both.texts["th"].index(label) - 3  # behind the corner and the names of the runs
+    assert both.texts["td"][2 * row : 2 * row + 2] == ["-", "1.2500"]
+    assert label not in Page(render_html([load_run(runs[0])])).table()
 
 
 def test_table_states_final_and_best_values_beside_the_bigrams(tmp_path: Path) -> None:

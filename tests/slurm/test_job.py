@@ -68,7 +68,8 @@ def test_a_job_on_two_nodes(cluster: Cluster, tmp_path: Path, corpus: Path) -> N
 
 
 def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
-    overrides = ("training.total_steps=60", "checkpoint.interval_steps=50")
+    # SLURM's signals reach the processes that read ahead, too.
+    overrides = ("training.total_steps=60", "checkpoint.interval_steps=50", "data.workers=1")
     job = submit_job(cluster, tmp_path, corpus, *overrides)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_steps(10)

@@ -17,7 +17,6 @@ from mamba_train import composition
 from mamba_train.training.preemption import StopRequest
 from train import run
 
-PHASE, READY = sys.argv[1], Path(sys.argv[2])
 HELD_IN_C_SECONDS = 60
 
 
@@ -47,30 +46,32 @@ def before(owner: Any, name: str, number: int, hold: Callable[[], None]) -> None
     setattr(owner, name, wrapper)
 
 
-stop = StopRequest()
-stop.listen()
+if __name__ == "__main__":  # not in the data workers, which import this file again
+    PHASE, READY = sys.argv[1], Path(sys.argv[2])
+    stop = StopRequest()
+    stop.listen()
 
-# Only now: torch is imported while we are listening.
-from mamba_train.checkpoint import saving  # noqa: E402
-from mamba_train.parallel.native import NativeEngine  # noqa: E402
-from mamba_train.training import build  # noqa: E402
-from mamba_train.training.hooks import validation  # noqa: E402
+    # Only now: torch is imported while we are listening.
+    from mamba_train.checkpoint import saving
+    from mamba_train.parallel.native import NativeEngine
+    from mamba_train.training import build
+    from mamba_train.training.hooks import validation
 
-match PHASE:
-    case "data_preparation":
-        before(build, "prepare", 1, held_in_c)
-    case "compilation":
-        before(NativeEngine, "backward", 1, held_in_c)
-    case "between_micro_batches":  # two of them in a step: the second of step 7
-        before(NativeEngine, "backward", 14, held_until_asked)
-    case "validation":  # four batches at step 10: the second
-        before(validation, "summed_loss", 2, held_until_asked)
-    case "last_validation":
-        before(validation, "summed_loss", 6, held_until_asked)
-    case "save":  # the thread that writes the checkpoint of step 5, while the training goes on
-        before(saving, "write_rank_files", 1, held_until_asked)
-    case _:
-        raise ValueError(PHASE)
+    match PHASE:
+        case "data_preparation":
+            before(build, "open_data", 1, held_in_c)
+        case "compilation":
+            before(NativeEngine, "backward", 1, held_in_c)
+        case "between_micro_batches":  # two of them in a step: the second of step 7
+            before(NativeEngine, "backward", 14, held_until_asked)
+        case "validation":  # four batches at step 10: the second
+            before(validation, "summed_loss", 2, held_until_asked)
+        case "last_validation":
+            before(validation, "summed_loss", 6, held_until_asked)
+        case "save":  # the thread that writes the checkpoint of step 5, while the training goes on
+            before(saving, "write_rank_files", 1, held_until_asked)
+        case _:
+            raise ValueError(PHASE)
 
-sys.argv = ["train.py", *sys.argv[3:]]
-composition.main(functools.partial(run, stop=stop))
+    sys.argv = ["train.py", *sys.argv[3:]]
+    composition.main(functools.partial(run, stop=stop))

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,10 +34,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[
     return curve(run_dir)
 
 
-def start_held(phase: str, run_dir: Path, corpus: Path) -> subprocess.Popen:
-    """A run that has reached `phase` and waits there."""
+def start_held(phase: str, run_dir: Path, corpus: Path, *more: str) -> subprocess.Popen:
+    """A run that has reached `phase` and waits there, in a process group of its own."""
     ready = run_dir.with_name("ready")
-    overrides = train_command(run_dir, corpus, *OVERRIDES)[2:]
+    overrides = train_command(run_dir, corpus, *OVERRIDES, *more)[2:]
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("phases.py")), phase, str(ready), *overrides],
         cwd=corpus.parent,
@@ -43,6 +45,7 @@ def start_held(phase: str, run_dir: Path, corpus: Path) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     while not ready.exists():
         assert process.poll() is None, process.communicate()[1]
@@ -112,6 +115,25 @@ def test_a_signal_in_each_phase(
     phase: str, signals: str, tmp_path: Path, corpus: Path, undisturbed: list[tuple]
 ) -> None:
     check_phase(phase, signals, tmp_path, corpus, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["compilation", "between_micro_batches"])
+def test_a_signal_to_all_processes_leaves_the_data_workers_alone(
+    phase: str, tmp_path: Path, corpus: Path, undisturbed: list[tuple]
+) -> None:
+    """As SLURM sends it: to the workers, too, and to the tracker of what they share."""
+    process = start_held(phase, tmp_path / "run", corpus, "data.workers=2", "data.prefetch_batches=1")
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        with contextlib.suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(process.pid, number)
+        time.sleep(0.05)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == EXIT_RESTART, stderr
+    assert not re.search("Traceback|has died", stderr)
+    assert train(tmp_path / "run", corpus, *OVERRIDES, "data.workers=2").returncode == 0
+    assert curve(tmp_path / "run") == undisturbed
+    assert not list((tmp_path / "run").glob("metrics.cut-*"))
 
 
 class AskedAt(StopRequest):

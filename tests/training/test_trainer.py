@@ -11,7 +11,8 @@ import torch
 from mamba_train.checkpoint.storage import complete_steps, load
 from mamba_train.composition import compose_config
 from mamba_train.config import Config
-from mamba_train.data.batches import BatchSource, Corpus
+from mamba_train.data.batches import BatchSource, WindowForm
+from mamba_train.data.corpus import Corpus
 from mamba_train.data.prepare import prepare
 from mamba_train.parallel.engine import StepResult
 from mamba_train.training.build import build_trainer
@@ -71,7 +72,7 @@ def global_steps(config: Config, source: BatchSource, world_size: int, micro_bat
     ranks = []
     for rank in range(world_size):
         engine = RecordingEngine(rank, world_size)
-        Trainer(config, engine, source, TrainState(), [], bytes_per_token=1.0).run()  # type: ignore[arg-type]
+        Trainer(config, engine, source, TrainState(), []).run()  # type: ignore[arg-type]
         ranks.append([torch.cat(step) for step in engine.steps[:-1]])
     return [torch.cat(parts) for parts in zip(*ranks, strict=True)]
 
@@ -81,7 +82,7 @@ def test_ranks_and_micro_batches_do_not_change_the_tokens_of_a_step(tmp_path: Pa
         tmp_path, corpus, "training.total_steps=6", "training.global_batch_size=12", "schedule.warmup_steps=0"
     )
     folder = prepare(config.data, log=lambda text: None)
-    source = BatchSource(Corpus.open(folder, "train"), 32, 12, seed=0, with_boundaries=True)
+    source = BatchSource({"": Corpus.open(folder, "train")}, 12, 0, WindowForm(32, with_boundaries=True))
     expected = global_steps(config, source, world_size=1, micro_batch_size=12)
     assert len(expected) == 6
     assert expected[0].shape == (12, 33)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mamba_train.checkpoint.storage import complete_steps, load
-from mamba_train.data.batches import BatchSource
 from mamba_train.model.language_model import MambaLM
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.training import build
@@ -171,8 +170,8 @@ def test_the_best_checkpoint_is_kept_when_later_ones_are_worse(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 2.0, 2.5, float("nan"), 2.7, 2.9])
-    hook = "mamba_train.training.hooks.validation.ValidationHook._mean_loss"
-    monkeypatch.setattr(hook, lambda self, trainer: next(losses))
+    hook = "mamba_train.training.hooks.validation.ValidationHook._sums"
+    monkeypatch.setattr(hook, lambda self, trainer: [[next(losses), 1]])
     build_trainer(make_config(tmp_path / "run", corpus, "training.total_steps=60")).run()
     folder = tmp_path / "run" / "checkpoints"
     assert complete_steps(folder) == [60, 55, 20]
@@ -184,8 +183,8 @@ def test_a_new_best_is_saved_between_the_regular_saves(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
-    hook = "mamba_train.training.hooks.validation.ValidationHook._mean_loss"
-    monkeypatch.setattr(hook, lambda self, trainer: next(losses))
+    hook = "mamba_train.training.hooks.validation.ValidationHook._sums"
+    monkeypatch.setattr(hook, lambda self, trainer: [[next(losses), 1]])
     overrides = ["training.total_steps=20", "training.validation_interval_steps=4", "checkpoint.keep_last=1"]
     build_trainer(make_config(tmp_path / "run", corpus, *overrides)).run()
     assert complete_steps(tmp_path / "run" / "checkpoints") == [20, 8]
@@ -195,8 +194,8 @@ def test_a_first_validation_that_is_nan_is_not_the_best(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([float("nan"), 2.0])
-    hook = "mamba_train.training.hooks.validation.ValidationHook._mean_loss"
-    monkeypatch.setattr(hook, lambda self, trainer: next(losses))
+    hook = "mamba_train.training.hooks.validation.ValidationHook._sums"
+    monkeypatch.setattr(hook, lambda self, trainer: [[next(losses), 1]])
     build_trainer(make_config(tmp_path / "run", corpus, "training.total_steps=20")).run()
     path = tmp_path / "run" / "checkpoints" / "step_00000020" / "state.json"
     state = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -215,17 +214,17 @@ def test_each_step_uses_the_rate_of_the_schedule(tmp_path: Path, corpus: Path, m
 
 def test_validation_reads_the_validation_split(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    corpus_of = BatchSource.__init__
-
-    def spy(self: BatchSource, corpus: Any, *args: Any) -> None:
-        opened.append(corpus.split)
-        corpus_of(self, corpus, *args)
-
-    monkeypatch.setattr(BatchSource, "__init__", spy)
     validated: list[str] = []
-    batches = build.validation_batches
+    source_of, sets_of = build.BatchSource, build.validation_sets
     monkeypatch.setattr(
-        build, "validation_batches", lambda corpus, *args: validated.append(corpus.split) or batches(corpus, *args)
+        build,
+        "BatchSource",
+        lambda corpora, *args: opened.extend(c.split for c in corpora.values()) or source_of(corpora, *args),
+    )
+    monkeypatch.setattr(
+        build,
+        "validation_sets",
+        lambda corpora, *args: validated.extend(c.split for c in corpora.values()) or sets_of(corpora, *args),
     )
     build_trainer(make_config(tmp_path / "run", corpus))
     assert (opened, validated) == (["train"], ["validation"])

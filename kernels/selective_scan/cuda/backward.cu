@@ -16,7 +16,8 @@ struct Shared {
     alignas(16) float delta[TILE * BLOCK_CHANNELS];   // Δ
     alignas(16) float driven[TILE * BLOCK_CHANNELS];  // Δ·x; the walk overwrites it with its gradient
     alignas(16) float dy_core[TILE * BLOCK_CHANNELS]; // gradient of y before the gate
-    alignas(16) float decay_grad[TILE * BLOCK_CHANNELS];  // gradient of Δ through the decay, over ln 2
+    // Gradient of Δ through the decay, over ln 2; a row further on than `driven`, in other banks than its.
+    alignas(16) float decay_grad[WARP_CHANNELS + TILE * BLOCK_CHANNELS];
     alignas(16) float B[TILE * STATES];
     alignas(16) float C[TILE * STATES];
     alignas(16) float h[CHUNKS - 1][LANE_STATES / 4][THREADS][4];  // states at the start of each chunk
@@ -25,6 +26,7 @@ struct Shared {
     alignas(16) float D[WARPS][WARP_CHANNELS];
     alignas(16) float bias[WARPS][WARP_CHANNELS];
     alignas(16) float resets[TILE];
+    alignas(16) int item;
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "variants.py counts the shared memory differently");
 
@@ -94,6 +96,38 @@ template <> struct ChannelSums<true> {
     }
 };
 
+// Blocks take their work from a queue, so that each multiprocessor gets its share of it however long the parts take. A
+// unit has `per_unit` items, which must be done in order; its next one is queued when one is done. The queue is
+// [items taken, items added, the added ones], all 0 at first; the first items of the units are not written down.
+__device__ __forceinline__ int take_item(int* queue, int units, int per_unit, int& shared_item) {
+    __syncthreads();  // nobody needs shared memory any more
+    if (threadIdx.x == 0) {
+        const int ticket = atomicAdd(queue, 1);
+        int item = ticket < units ? ticket * per_unit : -1;
+        if (ticket >= units && ticket < units * per_unit) {
+            const int* entry = queue + 2 + ticket - units;
+            while (true) {
+                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(item) : "l"(entry) : "memory");
+                if (item != 0) break;
+                __nanosleep(200);
+            }
+        }
+        shared_item = item;
+    }
+    __syncthreads();
+    return shared_item;
+}
+
+// After this, whoever takes `item` sees what this block has written.
+__device__ __forceinline__ void add_item(int* queue, int item) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        int* entry = queue + 2 + atomicAdd(queue + 1, 1);
+        asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(entry), "r"(item) : "memory");
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const scalar* x, i64 x_batch, i64 x_time, const scalar* dt, i64 dt_batch, i64 dt_time,
     const scalar* z, i64 z_batch, i64 z_time, const scalar* B, i64 B_batch, i64 B_time,
@@ -101,28 +135,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const int* seq_idx, i64 seq_batch, i64 seq_time,
     const scalar* dy, i64 dy_batch, i64 dy_time, const float* final_grad, const float* starts, const scalar* ungated,
     scalar* dx, scalar* ddt, scalar* dz, float* BC_parts, float* A_parts, float* D_parts, float* bias_parts,
-    float* initial_grad, i64 length_, i64 channels_, i64 states_, i64 groups_, i64 workers_, i64 dt_softplus) {
-    const int length = length_, channels = channels_, states = states_, groups = groups_, workers = workers_;
+    float* initial_grad, int* queue, i64 length_, i64 channels_, i64 states_, i64 workers_, i64 units_,
+    i64 group_items_, i64 segments_, i64 dt_softplus) {
+    const int length = length_, channels = channels_, states = states_, workers = workers_, units = units_;
+    const int segments = segments_, per_unit = group_items_ * segments;
     extern __shared__ char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int state0 = lane / CHANNEL_LANES * PER_LANE;                        // the lane's first state
     const int lane_at = lane % CHANNEL_LANES * CHANNELS;                       // its first channel in the warp
     const int mine = warp * WARP_TILE;                                         // where the warp's part of a tile is
-    const i64 batch = blockIdx.x / workers;
-    const int worker = blockIdx.x % workers;
     const int tiles = (length + TILE - 1) / TILE;
     ChannelSums<TENSOR_SUMS> channel_sums;
     channel_sums.prepare(lane);
     const Spread over_states = spread_index<2 * CHANNELS, CHANNEL_LANES, 32>(lane);
 
-    B += batch * B_batch;
-    C += batch * C_batch;
-    if constexpr (PACKED) seq_idx += batch * seq_batch;
-    BC_parts += (batch * workers + worker) * length * (2 * STATES);
-
-    // Usually there is a block for each group of channels; with many states fewer, to bound the size of BC_parts.
-    for (int group = worker; group < groups; group += workers) {
+    // A unit of work is a part of dB and dC: usually a group of channels of a sequence; with many states several groups,
+    // one after another, to bound the size of BC_parts. An item is a segment of the time of a group.
+    for (int item; (item = take_item(queue, units, per_unit, shared.item)) >= 0;) {
+        const int unit = item / per_unit, worker = unit % workers;
+        const i64 batch = unit / workers;
+        const int group = worker + item % per_unit / segments * workers, segment = segments - 1 - item % segments;
+        const int first_tile = i64(tiles) * segment / segments, end_tile = i64(tiles) * (segment + 1) / segments;
+        const bool first = segment == segments - 1;  // first to be done, last in time
+        const scalar *B_from = B + batch * B_batch, *C_from = C + batch * C_batch;
+        const int* documents = PACKED ? seq_idx + batch * seq_batch : nullptr;
+        float* parts = BC_parts + (batch * workers + worker) * length * (2 * STATES);
         const int channel0 = group * BLOCK_CHANNELS + warp * WARP_CHANNELS;  // the warp's first channel
         const int channel = channel0 + lane_at;                              // the lane's
         const int left = channels - channel0;                                // channels of this warp that exist, or more
@@ -134,7 +172,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         const i64 row0 = batch * length;
         const scalar* ungated_rows = GATED ? ungated + row0 * channels + block0 : nullptr;
 
-        __syncthreads();
         for (int c = lane; c < WARP_CHANNELS; c += 32) {
             shared.D[warp][c] = D != nullptr && c < left ? D[channel0 + c] : 0.f;
             shared.bias[warp][c] = dt_bias != nullptr && c < left ? dt_bias[channel0 + c] : 0.f;
@@ -150,20 +187,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             for (int s = 0; s < PER_LANE; ++s) {
                 bool exists = channel + k < channels && state0 + s < states;
                 a[k][s] = exists ? A[i64(channel + k) * states + state0 + s] * LOG2E : 0.f;
-                bool given = exists && final_grad != nullptr;
-                carry[k][s] = given ? final_grad[(batch * channels + channel + k) * states + state0 + s] : 0.f;
-                A_grad[k][s] = 0.f;
+                // A segment leaves carry and A_grad where the gradients go, and the next one goes on from there.
+                const float* before = first ? final_grad : initial_grad;
+                i64 at = (batch * channels + channel + k) * states + state0 + s;
+                // Adding 0 waits for the loads here and not in the loop, where it would wait for the loop's loads, too.
+                carry[k][s] = (exists && before != nullptr ? before[at] : 0.f) + 0.f;
+                A_grad[k][s] = (exists && !first ? A_parts[at] : 0.f) + 0.f;
             }
 
         const Fetch<THREADS> pieces(threadIdx.x, left + warp * WARP_CHANNELS);
-        const i64 last = i64(tiles - 1) * TILE;
+        const i64 last = i64(end_tile - 1) * TILE;
         const scalar *x_next = pieces.place(x_rows + last * x_time, x_time);
         const scalar *dt_next = pieces.place(dt_rows + last * dt_time, dt_time);
         const scalar *dy_next = pieces.place(dy_rows + last * dy_time, dy_time);
         const scalar *z_next = GATED ? pieces.place(z_rows + last * z_time, z_time) : nullptr;
         const scalar *ungated_next = GATED ? pieces.place(ungated_rows + last * channels, channels) : nullptr;
-        const scalar *B_next = StateRows::place(B + last * B_time, B_time);
-        const scalar *C_next = StateRows::place(C + last * C_time, C_time);
+        const scalar *B_next = StateRows::place(B_from + last * B_time, B_time);
+        const scalar *C_next = StateRows::place(C_from + last * C_time, C_time);
         StateRows B_rows, C_rows;
         auto fetch = [&](int tile) {  // called for the last tile, the one before it, ...
             const int rows = length - tile * TILE;
@@ -187,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         };
         const int vector_channel = lane % ROW_VECTORS * VECTOR;  // in the warp, of the phases without states
         i64 out_at = (row0 + last + lane / ROW_VECTORS) * channels + channel0 + vector_channel;
-        const float* start_at = starts + ((batch * tiles + tiles - 1) * channels + channel) * STATES + state0;
+        const float* start_at = starts + ((batch * tiles + end_tile - 1) * channels + channel) * STATES + state0;
 
         auto fetch_start = [&] {  // the state before a tile; a lane copies what it will read itself
 #pragma unroll
@@ -199,13 +239,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             start_at -= i64(channels) * STATES;
         };
 
-        fetch(tiles - 1);
+        fetch(end_tile - 1);
         fetch_start();
         copies_wait();
         __syncthreads();
         float *delta = shared.delta + mine, *driven = shared.driven + mine, *dy_core = shared.dy_core + mine;
-        float* decay_grad = shared.decay_grad + mine;
-        for (int tile = tiles - 1; tile >= 0; --tile) {
+        float* decay_grad = shared.decay_grad + WARP_CHANNELS + mine;
+        for (int tile = end_tile - 1; tile >= first_tile; --tile) {
             const int buffer = tile & 1, start = tile * TILE, rows = length - start;
             float h[CHUNK + 1][CHANNELS][PER_LANE];
             auto load_chunk_start = [&](int chunk) {
@@ -218,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             };
             B_rows.store(shared.B);
             C_rows.store(shared.C);
-            if constexpr (PACKED) load_resets(shared.resets, seq_idx, seq_time, start, rows);
+            if constexpr (PACKED) load_resets(shared.resets, documents, seq_time, start, rows);
 
             // Everything that concerns a channel and not a state.
 #pragma unroll
@@ -232,10 +272,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 Floats<VECTOR> grad = load_vector(shared.dy + mine + at), bias = vector_at(shared.bias[warp] + vector_channel);
 #pragma unroll
                 for (int k = 0; k < VECTOR; ++k) {
-                    float raw = d[k] + bias[k];
-                    if (dt_softplus) raw = softplus(raw);
-                    d[k] = raw;
-                    value[k] *= raw;
+                    d[k] += bias[k];
+                    if (dt_softplus) d[k] = softplus(d[k]);
+                    value[k] *= d[k];
                 }
                 vector_at(delta + at) = d;
                 // Past the end nothing changes: x, B, C and dy are 0 there.
@@ -254,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 vector_at(dy_core + at) = grad;
             }
             __syncthreads();  // B and C are there; the last tile's BC_grad and this tile's activations have been read
-            if (tile > 0) fetch(tile - 1);
+            if (tile > first_tile) fetch(tile - 1);
 
             auto step_forward = [&](int t, const float (&from)[CHANNELS][PER_LANE], float (&to)[CHANNELS][PER_LANE],
                                     float (&decay)[CHANNELS][PER_LANE]) {
@@ -295,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll 1
             for (int chunk = CHUNKS - 1; chunk >= 0; --chunk) {
                 if (chunk < CHUNKS - 1) load_chunk_start(chunk);
-                if (chunk == 0 && tile > 0) {
+                if (chunk == 0 && tile > first_tile) {
                     __syncwarp();
                     fetch_start();  // of the tile before: this one's has just been read
                 }
@@ -347,6 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             copies_wait();
             __syncthreads();  // BC_grad and the next tile's activations are there
 
+            Floats<VECTOR> D_sum{}, bias_sum{};
 #pragma unroll
             for (int j = 0; j < LANE_VECTORS; ++j) {
                 const int i = j * 32 + lane;
@@ -359,8 +399,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 Floats<VECTOR> grad = vector_at(dy_core + at);
                 Floats<VECTOR> delta_grad = vector_at(decay_grad + at);
                 Floats<VECTOR> value = load_vector(shared.x[buffer] + mine + at);
-                Floats<VECTOR> D_sum = vector_at(shared.sums[0][threadIdx.x]);
-                Floats<VECTOR> bias_sum = vector_at(shared.sums[1][threadIdx.x]);
                 Floats<VECTOR> skip = vector_at(shared.D[warp] + vector_channel), out;
 #pragma unroll
                 for (int k = 0; k < VECTOR; ++k) {
@@ -370,10 +408,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                     D_sum[k] = fmaf(grad[k], value[k], D_sum[k]);
                     bias_sum[k] += delta_grad[k];
                 }
-                vector_at(shared.sums[0][threadIdx.x]) = D_sum;
-                vector_at(shared.sums[1][threadIdx.x]) = bias_sum;
                 store_vector(dx + to, out, valid);
                 store_vector(ddt + to, delta_grad, valid);
+            }
+#pragma unroll
+            for (int k = 0; k < VECTOR; ++k) {  // the sums of a tile first: fewer roundings
+                shared.sums[0][threadIdx.x][k] += D_sum[k];
+                shared.sums[1][threadIdx.x][k] += bias_sum[k];
             }
 #pragma unroll
             for (int j = 0; j < (TILE * STATES / 2 + THREADS - 1) / THREADS; ++j) {
@@ -386,7 +427,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
                     for (int k = 0; k < 4; ++k) sum[k] += part[k];
                 }
-                Floats<4>& to = *reinterpret_cast<Floats<4>*>(BC_parts + i64(start) * (2 * STATES) + i);
+                Floats<4>& to = *reinterpret_cast<Floats<4>*>(parts + i64(start) * (2 * STATES) + i);
                 if (group != worker)
 #pragma unroll
                     for (int k = 0; k < 4; ++k) sum[k] += to[k];
@@ -411,31 +452,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 D_sum += shared.sums[0][i][c % VECTOR];
                 bias_sum += shared.sums[1][i][c % VECTOR];
             }
-            D_parts[batch * channels + channel0 + c] = D_sum;
-            bias_parts[batch * channels + channel0 + c] = bias_sum;
+            const i64 at = batch * channels + channel0 + c;
+            D_parts[at] = first ? D_sum : D_parts[at] + D_sum;
+            bias_parts[at] = first ? bias_sum : bias_parts[at] + bias_sum;
         }
+        if ((item + 1) % per_unit != 0) add_item(queue, item + 1);
     }
 }
 
-// Add the parts of dB and dC of all blocks, in a fixed order.
-extern "C" __global__ void __launch_bounds__(256) sum_BC_parts(
-    const float* parts, scalar* dB, scalar* dC, i64 length, i64 states, i64 workers, i64 rows) {
+// Add the parts of dB and dC of all units, and those of dA, dD and the bias's gradient of all sequences, in a fixed order.
+extern "C" __global__ void __launch_bounds__(256) sum_parts(
+    const float* BC_parts, const float* A_parts, const float* D_parts, const float* bias_parts,
+    scalar* dB, scalar* dC, float* dA, float* dD, float* dbias,
+    i64 batches, i64 length, i64 channels, i64 states, i64 workers) {
     i64 i = blockIdx.x * i64(256) + threadIdx.x;
-    i64 row = i / (2 * STATES), batch = row / length;
-    int n = i % (2 * STATES);
-    if (row >= rows) return;
-    const i64 stride = i64(length) * (2 * STATES);
-    const float* from = parts + i + batch * (workers - 1) * stride;
-    float sum = 0.f;
+    const i64 sequence = length * (2 * STATES);
+    if (i < batches * sequence) {
+        const i64 row = i / (2 * STATES);
+        const int n = i % (2 * STATES);
+        const float* from = BC_parts + i + i / sequence * (workers - 1) * sequence;
+        float sum = 0.f;
 #pragma unroll 8
-    for (int w = 0; w < workers; ++w) sum += from[w * stride];
-    scalar* to = n < STATES ? dB : dC;
-    n %= STATES;
-    if (n < states) {
+        for (int w = 0; w < workers; ++w) sum += from[w * sequence];
+        scalar* to = n < STATES ? dB : dC;
+        if (n % STATES < states) {
 #if DTYPE == 0
-        to[row * states + n] = UNCUT * sum;
+            to[row * states + n % STATES] = UNCUT * sum;
 #else
-        to[row * states + n] = static_cast<scalar>(pack(UNCUT * sum, 0.f));
+            to[row * states + n % STATES] = static_cast<scalar>(pack(UNCUT * sum, 0.f));
 #endif
+        }
+        return;
     }
+    i -= batches * sequence;
+    const i64 width = i < channels * states ? channels * states : channels;
+    const float* from = A_parts;
+    float* to = dA;
+    if (i >= channels * states) {
+        i -= channels * states;
+        from = i < channels ? D_parts : bias_parts;
+        to = i < channels ? dD : dbias;
+        if (i >= channels) i -= channels;
+        if (i >= channels || to == nullptr) return;
+    }
+    float sum = 0.f;
+    for (int b = 0; b < batches; ++b) sum += from[b * width + i];
+    to[i] = sum;
 }

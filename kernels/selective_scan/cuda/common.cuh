@@ -14,6 +14,11 @@
 
 typedef unsigned int u32;
 typedef long long i64;
+#if DTYPE == 0
+typedef float scalar;
+#else
+typedef unsigned short scalar;
+#endif
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int STATE_LANES = STATES / PER_LANE;
@@ -30,11 +35,6 @@ constexpr bool EVEN_VECTORS = TILE * ROW_VECTORS % 32 == 0;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float FORGET = -1e30f;  // added to the exponent, makes the decay 0
 
-#if DTYPE == 0
-typedef float scalar;
-#else
-typedef unsigned short scalar;
-#endif
 constexpr int ROW_BYTES = WARP_CHANNELS * sizeof(scalar);
 constexpr int COPY_BYTES = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
 static_assert(STATE_LANES * CHANNEL_LANES == 32 && ROW_BYTES % 4 == 0 && 32 % ROW_VECTORS == 0, "bad shape");
@@ -48,12 +48,6 @@ template <int N> struct alignas(N * sizeof(float)) Floats {
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -134,25 +128,29 @@ __device__ __forceinline__ void store_vector(scalar* to, const Floats<VECTOR>& v
     }
 }
 
-// log(1 + e^x), with a small relative error also where it is tiny.
+// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), the latter by a polynomial: relative error at most 2e-7.
 __device__ __forceinline__ float softplus(float x) {
-    float e = exp2_fast(x * LOG2E);
-#if DTYPE == 0
-    float value = log1pf(e);
-#else
-    float value = e < 0.015625f ? e * (1.f + e * (-0.5f + e * 0.33333333f)) : LN2 * log2_fast(1.f + e);
-#endif
-    return x > 20.f ? x : value;
+    float e = exp2_fast(-fabsf(x) * LOG2E), p = 0.00523269037f;
+    p = fmaf(p, e, -0.0295052286f);
+    p = fmaf(p, e, 0.0782259405f);
+    p = fmaf(p, e, -0.136632457f);
+    p = fmaf(p, e, 0.191060066f);
+    p = fmaf(p, e, -0.24842982f);
+    p = fmaf(p, e, 0.333190978f);
+    p = fmaf(p, e, -0.499994934f);
+    p = fmaf(p, e, 0.99999994f);
+    return fmaf(p, e, fmaxf(x, 0.f));
 }
 
-// The slope of softplus where its value is d: 1 - e^-d.
+// The slope of softplus where its value is d: 1 - e^-d, which cancels where d is small.
 __device__ __forceinline__ float softplus_slope(float d) {
-#if DTYPE == 0
-    float series = d * (1.f - d * 0.5f * (1.f - d * 0.33333333f * (1.f - d * 0.25f * (1.f - d * 0.2f))));
-    return d < 0.1f ? series : 1.f - exp2_fast(-d * LOG2E);
-#else
-    return d < 0.015625f ? d * (1.f + d * (-0.5f + d * 0.16666667f)) : 1.f - exp2_fast(-d * LOG2E);
-#endif
+    float p = -0.000907157431f;
+    p = fmaf(p, d, 0.00782370474f);
+    p = fmaf(p, d, -0.0414065942f);
+    p = fmaf(p, d, 0.166605219f);
+    p = fmaf(p, d, -0.499994576f);
+    p = fmaf(p, d, 0.99999994f);
+    return d < 1.f ? p * d : 1.f - exp2_fast(-d * LOG2E);
 }
 
 __device__ __forceinline__ float sigmoid(float x) {
@@ -175,31 +173,33 @@ template <int BYTES> __device__ __forceinline__ void copy_async(void* to, const 
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
+constexpr int NO_ROW = 1 << 30;  // past the end of any sequence's tile
+
 // Copies tiles of the channels of LANES / 32 warps from global to shared memory, each lane its pieces of the rows.
 template <int LANES> struct Fetch {
     static constexpr int WIDTH = LANES / 32 * WARP_CHANNELS, STEP = ALIGNED ? COPY_BYTES / int(sizeof(scalar)) : 1;
     static constexpr int ROW_PIECES = WIDTH / STEP, PIECES = TILE * ROW_PIECES, ROWS = LANES / ROW_PIECES;
     static_assert(LANES % ROW_PIECES == 0, "bad shape");
-    int row, to;   // the lane's first piece: its row, and where it goes
-    bool channel;  // whether its channels exist
+    int row, to;  // the lane's first piece: its row (NO_ROW where its channels don't exist), and where it goes
 
     // `index` numbers the lanes; `channels` is how many exist from the first one on.
     __device__ __forceinline__ Fetch(int index, int channels) {
         int c = index % ROW_PIECES * STEP;
         row = index / ROW_PIECES;
         to = c / WARP_CHANNELS * WARP_TILE + row * WARP_CHANNELS + c % WARP_CHANNELS;
-        channel = c < channels;
+        if (c >= channels) row = NO_ROW;
     }
     // Where the lane's first piece is, given the first row and channel of a tensor.
     __device__ __forceinline__ const scalar* place(const scalar* from, i64 stride) const {
-        return from + row * stride + static_cast<int>(threadIdx.x % LANES) % ROW_PIECES * STEP;
+        const int index = threadIdx.x % LANES;
+        return from + index / ROW_PIECES * stride + index % ROW_PIECES * STEP;
     }
     // Copy the tile whose piece of the lane is at `from`. Rows from `rows` on become 0, as do channels that don't exist.
     __device__ __forceinline__ void copy(scalar* tile, const scalar* from, i64 stride, int rows) const {
 #pragma unroll
         for (int k = 0; k < (PIECES + LANES - 1) / LANES; ++k) {
-            if (PIECES % LANES != 0 && k * ROWS + row >= TILE) break;
-            bool valid = channel && k * ROWS + row < rows;
+            if (PIECES % LANES != 0 && k * ROWS + static_cast<int>(threadIdx.x % LANES) / ROW_PIECES >= TILE) break;
+            bool valid = k * ROWS + row < rows;
             scalar* at = tile + to + k * ROWS * WARP_CHANNELS;
             if constexpr (ALIGNED)
                 copy_async<COPY_BYTES>(at, from + k * ROWS * stride, valid);
@@ -221,11 +221,13 @@ struct StateRows {
         return from + threadIdx.x / STATES * stride + threadIdx.x % STATES;
     }
     __device__ __forceinline__ void read(const scalar* from, i64 stride, int rows, int states) {
-        const int t = threadIdx.x / STATES, n = threadIdx.x % STATES;
+        const int n = threadIdx.x % STATES, t = n < states ? threadIdx.x / STATES : NO_ROW;
 #pragma unroll
         for (int k = 0; k < COUNT; ++k) {
             int row = k / PER_ROW * ROWS, state = k % PER_ROW * THREADS;
-            bool valid = t + row < TILE && t + row < rows && n + state < states;
+            bool valid = t + row < rows;
+            if (TILE * STATES % THREADS != 0) valid = valid && t + row < TILE;
+            if (PER_ROW > 1) valid = valid && n + state < states;
             v[k] = valid ? from[row * stride + state] : scalar(0);
         }
     }

@@ -1,5 +1,4 @@
 // Forward: see docs/kernels.md. A block owns BLOCK_CHANNELS channels of one sequence and walks its time in tiles.
-// The host also defines SAVE: steps between two saved states, which divides TILE.
 
 struct Shared {
     alignas(16) scalar x[2][TILE * BLOCK_CHANNELS];
@@ -31,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     const int channel0 = blockIdx.x % groups * BLOCK_CHANNELS, channel = channel0 + local;
     const i64 batch = blockIdx.x / groups;
     const int left = channels - channel0;  // channels of this block that exist, or more
-    const int tiles = (length + TILE - 1) / TILE, saves = (length + SAVE - 1) / SAVE;
+    const int tiles = (length + TILE - 1) / TILE;
 
     x += batch * x_batch + channel0;
     dt += batch * dt_batch + channel0;
@@ -41,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     if constexpr (PACKED) seq_idx += batch * seq_batch;
     const int vector_channel = warp * WARP_CHANNELS + lane % ROW_VECTORS * VECTOR;  // of the phases without states
     i64 out_at = (batch * length + lane / ROW_VECTORS) * channels + channel0 + vector_channel;
-    if (starts != nullptr) starts += (batch * saves * channels + channel) * STATES + state0;
+    if (starts != nullptr) starts += (batch * tiles * channels + channel) * STATES + state0;
 
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
         shared.D[c] = D != nullptr && c < left ? D[channel0 + c] : 0.f;
@@ -55,7 +54,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
             bool exists = channel + k < channels && state0 + s < states;
             a[k][s] = exists ? A[i64(channel + k) * states + state0 + s] * LOG2E : 0.f;
             bool given = exists && initial_state != nullptr;
-            h[k][s] = given ? initial_state[(batch * channels + channel + k) * states + state0 + s] : 0.f;
+            // Adding 0 waits for the load here and not in the loop, where it would wait for the loop's loads, too.
+            h[k][s] = (given ? initial_state[(batch * channels + channel + k) * states + state0 + s] : 0.f) + 0.f;
         }
 
     const Fetch<THREADS> pieces(threadIdx.x, left);
@@ -79,6 +79,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
         C_next += TILE * C_time;
     };
     constexpr int STEPS = TILE < 4 ? TILE : 4, SUMS = STEPS * CHANNELS;
+    constexpr int UNROLL = CHANNELS == 2 ? TILE / STEPS : 1;  // measured: faster for two channels, slower for one
+    constexpr int LANE_SUMS = at_least_one(SUMS / STATE_LANES), TOGETHER = LANE_SUMS % CHANNELS == 0 ? CHANNELS : 1;
     const Spread spread = spread_index<SUMS, CHANNEL_LANES, 32>(lane);
 
     fetch(0);
@@ -113,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
         }
         __syncwarp();
 
-        auto save = [&] {
+        if (starts != nullptr) {
 #pragma unroll
             for (int k = 0; k < CHANNELS; ++k)
                 if (channel + k < channels) {
@@ -125,11 +127,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
                     }
                 }
             starts += i64(channels) * STATES;
-        };
-        if (SAVE == TILE && starts != nullptr) save();
-#pragma unroll 1
+        }
+#pragma unroll UNROLL
         for (int t = 0; t < TILE; t += STEPS) {
-            if (SAVE < TILE && starts != nullptr && t % SAVE == 0 && t < rows) save();
             float sums[SUMS];
 #pragma unroll
             for (int u = 0; u < STEPS; ++u) {
@@ -156,9 +156,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
             __syncwarp();
             if (spread.writes)
 #pragma unroll
-                for (int i = 0; i < at_least_one(SUMS / STATE_LANES); ++i) {
+                for (int i = 0; i < LANE_SUMS; i += TOGETHER) {
                     int index = spread.first + i;
-                    delta[(t + index / CHANNELS) * WARP_CHANNELS + lane_at + index % CHANNELS] = sums[i];
+                    float* to = delta + (t + index / CHANNELS) * WARP_CHANNELS + lane_at + index % CHANNELS;
+                    Floats<TOGETHER> out;
+#pragma unroll
+                    for (int j = 0; j < TOGETHER; ++j) out[j] = sums[i + j];
+                    *reinterpret_cast<Floats<TOGETHER>*>(to) = out;
                 }
         }
         __syncwarp();

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +21,37 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MIN_CAPABILITY = (8, 0)
 
 
+class Kernel(NamedTuple):
+    """A kernel of one device, ready to be launched."""
+
+    function: Any  # driver.CUfunction
+    shared_bytes: int
+    at_once: int  # blocks that fit on a multiprocessor
+    code: Any  # keeps it loaded
+
+
 def unsupported(x: Tensor, states: int) -> str | None:
     """Why these inputs cannot run here, None when they can. Reads only the device, dtypes and sizes."""
-    if x.dtype == torch.float64:
-        return "fp64 runs in the reference"
-    if states > variants.MAX_STATES:
-        return f"{states} states are more than {variants.MAX_STATES}"
-    return device_unsupported(x.device.index or 0)
+    if x.dtype not in _DTYPES:
+        reason: str | None = f"the CUDA kernels do not compute in {x.dtype}"
+    elif states > variants.MAX_STATES:
+        reason = f"{states} states are more than {variants.MAX_STATES}"
+    else:
+        reason = device_unsupported(x.device.index or 0)
+    if reason is not None:
+        _warn(reason)
+    return reason
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Once for each reason."""
+    _log.warning("selective_scan runs in plain PyTorch, much slower: %s", reason)
 
 
 @functools.cache
 def device_unsupported(index: int) -> str | None:
-    """Why no kernel can be compiled for this device, None when it can; says so in the log, once."""
+    """Why no kernel can run on this device, None when one can."""
     reason = None
     if not torch.cuda.is_available() or torch.version.cuda is None:
         reason = "no NVIDIA GPU"
@@ -43,10 +63,19 @@ def device_unsupported(index: int) -> str | None:
         try:
             compiler_version()
         except Exception as error:  # of the loader: which one depends on what is missing
-            reason = f"NVRTC can't be loaded ({error})"
-    if reason is not None:
-        _log.warning("selective_scan runs in plain PyTorch, much slower: %s", reason)
+            cuda = (torch.version.cuda or "").split(".")[0]
+            return f'NVRTC can\'t be loaded ({error}); pip install "cuda-core[cu{cuda}]"'
+        try:
+            _try(index)
+        except Exception as error:  # an NVRTC that does not know the GPU, a driver that does not take its code
+            reason = f"a kernel can't be compiled or loaded for this GPU ({error})"
     return reason
+
+
+def _try(index: int) -> None:
+    """Compile and load a kernel; raises whatever prevents that."""
+    smallest = variants.forward_variant(16, 1, 1, 1000)
+    _kernel("forward", "scan_forward", index, smallest, _DTYPES[torch.float32], False, False, False)
 
 
 def starts_shape(x: Tensor, states: int) -> tuple[int, int, int, int]:
@@ -55,27 +84,45 @@ def starts_shape(x: Tensor, states: int) -> tuple[int, int, int, int]:
     return x.shape[0], tiles, x.shape[2], variants.padded(states)
 
 
+def fake(x: Tensor, states: int, gated: bool, for_backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `forward` returns, without values; asks nothing of the length, which may be a symbol."""
+    final_state = x.new_empty((x.shape[0], x.shape[2], states), dtype=torch.float32)
+    starts = x.new_empty(starts_shape(x, states) if for_backward else (0,), dtype=torch.float32)
+    ungated = x.new_empty(x.shape if for_backward and gated else (0,))
+    return x.new_empty(x.shape), final_state, starts, ungated
+
+
 @functools.cache
-def _kernel(source: str, name: str, index: int, variant: Variant, dtype: int, gated: bool, packed: bool, aligned: bool):
+def _kernel(
+    source: str, name: str, index: int, variant: Variant, dtype: int, gated: bool, packed: bool, aligned: bool
+) -> Kernel:
     from cuda.bindings import driver
     from cuda.core import Device, ObjectCode
 
     Device(index).set_current()
     major, minor = torch.cuda.get_device_capability(index)
     macros = variant.macros(dtype, gated, packed, aligned)
-    kernel = ObjectCode.from_cubin(compile_kernel(source, f"sm_{major}{minor}", macros)).get_kernel(name)
-    (error,) = driver.cuKernelSetAttribute(
-        driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-        macros["SHARED_BYTES"],
-        driver.CUkernel(int(kernel.handle)),
-        driver.CUdevice(index),
-    )
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{name} asks for {macros['SHARED_BYTES']} bytes of shared memory: {error}")
-    return kernel
+    code = ObjectCode.from_cubin(compile_kernel(source, f"sm_{major}{minor}", macros))
+    handle, shared_bytes = int(code.get_kernel(name).handle), macros["SHARED_BYTES"]
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    function = driver.CUfunction(handle)
+    (error,) = driver.cuKernelSetAttribute(attribute, shared_bytes, driver.CUkernel(handle), driver.CUdevice(index))
+    if error == driver.CUresult.CUDA_SUCCESS:
+        count = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
+        error, at_once = count(function, variant.threads, shared_bytes)
+    if error != driver.CUresult.CUDA_SUCCESS or at_once == 0:
+        raise RuntimeError(f"{name} asks for {shared_bytes} bytes of shared memory, which this GPU refuses: {error}")
+    return Kernel(function, shared_bytes, at_once, code)
 
 
-def _launch(kernel, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Tensor | int | None]) -> None:
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _launch(
+    kernel: Kernel, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Tensor | int | None]
+) -> None:
     """Launch on the current stream; all parameters of the kernels are 8 bytes wide."""
     from cuda.bindings import driver
     from cuda.core import Device
@@ -89,45 +136,51 @@ def _launch(kernel, blocks: int, threads: int, shared_bytes: int, arguments: Seq
     first = ctypes.addressof(packed)
     pointers = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
     stream = torch.cuda.current_stream().cuda_stream
-    grid, block = (blocks, 1, 1), (threads, 1, 1)
-    function = driver.CUfunction(int(kernel.handle))
-    (error,) = driver.cuLaunchKernel(function, *grid, *block, shared_bytes, stream, ctypes.addressof(pointers), 0)
+    (error,) = driver.cuLaunchKernel(
+        kernel.function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
+    )
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"the selective scan did not start: {error}")
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
-
-
 def _strided(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
-    return (None, 0, 0) if tensor is None else (tensor, tensor.stride(0), tensor.stride(1))
+    if tensor is None:
+        return None, 0, 0
+    strides = tensor.stride()
+    return tensor, strides[0], strides[1]
 
 
-def _aligned(channels: int, variant: Variant, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether rows can be copied in vectors: see COPY_BYTES in common.cuh."""
+def _aligned(channels: int, vectors: tuple[int, int], tensors: Sequence[Tensor | None]) -> bool:
+    """Whether rows can be copied in vectors: see `Variant.vectors`."""
+    size, step = vectors
+    if channels % step:
+        return False
     for tensor in tensors:
         if tensor is None:
             continue
-        row = variant.warp_channels * tensor.element_size()
-        size = next(size for size in (16, 8, 4) if row % size == 0)
-        step = max(size // tensor.element_size(), min(4, variant.warp_channels))
-        if channels % step or tensor.data_ptr() % size:
-            return False
-        if any(tensor.stride(axis) % step for axis in (0, 1) if tensor.shape[axis] > 1):
+        batch, strides = tensor.shape[0], tensor.stride()
+        if tensor.data_ptr() % size or strides[1] % step or (batch > 1 and strides[0] % step):
             return False
     return True
 
 
+# These test before they call: a call of PyTorch that does nothing still takes a microsecond or two.
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _fp32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+    return None if tensor is None else _as(tensor, torch.float32).contiguous()
 
 
 def _activations(*tensors: Tensor | None) -> list[Tensor | None]:
     """Give all activations one dtype and a channel stride of 1: copies only where they have not."""
     dtypes = {t.dtype for t in tensors if t is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return [None if t is None else _rows(t.to(dtype)) for t in tensors]
+    same = [None if t is None else _as(t, dtype) for t in tensors]
+    return [t if t is None or t.stride(2) == 1 else t.contiguous() for t in same]
 
 
 def forward(
@@ -154,20 +207,20 @@ def forward(
     final_state = x.new_empty((batch, channels, states), dtype=torch.float32)
     starts = x.new_empty(starts_shape(x, states) if for_backward else (0,), dtype=torch.float32)
     if y.numel() == 0:
-        return y.to(y_dtype), final_state, starts, ungated.to(y_dtype)
+        return _as(y, y_dtype), final_state, starts, _as(ungated, y_dtype)
 
-    with torch.cuda.device(x.device):
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        variant = variants.forward_variant(states, batch, channels, processors)
+    index = x.device.index
+    with torch.cuda.device(index):
+        variant = variants.forward_variant(states, batch, channels, _processors(index))
         dtype, gated, packed = _DTYPES[x.dtype], z is not None, seq_idx is not None
-        aligned = _aligned(channels, variant, (x, dt, z))
-        kernel = _kernel("forward", "scan_forward", x.device.index, variant, dtype, gated, packed, aligned)
+        aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z))
+        kernel = _kernel("forward", "scan_forward", index, variant, dtype, gated, packed, aligned)
         groups = variant.groups(channels)
         _launch(
             kernel,
             batch * groups,
             variant.threads,
-            variant.shared_bytes(dtype, gated),
+            kernel.shared_bytes,
             (
                 *(argument for tensor in (x, dt, z, B, C) for argument in _strided(tensor)),
                 A,
@@ -186,7 +239,7 @@ def forward(
                 dt_softplus,
             ),
         )
-    return y.to(y_dtype), final_state, starts, ungated.to(y_dtype)
+    return _as(y, y_dtype), final_state, starts, _as(ungated, y_dtype)
 
 
 def backward(
@@ -217,28 +270,38 @@ def backward(
     dx, ddt = (torch.empty((batch, length, channels), dtype=x.dtype, device=x.device) for _ in range(2))
     dz = torch.empty_like(dx) if z is not None else None
     dB, dC = (torch.empty((batch, length, states), dtype=x.dtype, device=x.device) for _ in range(2))
-    initial_grad = x.new_empty((batch, channels, states), dtype=torch.float32)
-    A_parts = torch.empty_like(initial_grad)
+    initial_grad, A_parts = (x.new_empty((batch, channels, states), dtype=torch.float32) for _ in range(2))
     D_parts, bias_parts = (x.new_empty((batch, channels), dtype=torch.float32) for _ in range(2))
-
     if dx.numel() == 0:
         zeros = (x.new_empty((0,)) if t is None else torch.zeros_like(t) for t in given)
         return *zeros, initial_grad  # type: ignore[return-value]
-    with torch.cuda.device(x.device):
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    dA = torch.empty_like(A)
+    dD, dt_bias_grad = (None if t is None else torch.empty_like(t) for t in (D, dt_bias))
+
+    index = x.device.index
+    with torch.cuda.device(index):
+        processors = _processors(index)
         variant = variants.backward_variant(states, batch, channels, processors)
         dtype, gated, packed = _DTYPES[x.dtype], z is not None, seq_idx is not None
-        aligned = _aligned(channels, variant, (x, dt, z, y_grad, saved))
-        key = (x.device.index, variant, dtype, gated, packed, aligned)
+        aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z, y_grad, saved))
+        key = (index, variant, dtype, gated, packed, aligned)
+        kernel = _kernel("backward", "scan_backward", *key)
+
         groups = variant.groups(channels)
         part_bytes = batch * length * 2 * variant.padded_states * 4
         workers = min(groups, max(1, max(variants.FREE_PARTS_BYTES, 8 * x.numel()) // part_bytes))
+        group_items = -(-groups // workers)
+        workers = -(-groups // group_items)
+        units = batch * workers
+        at_once = min(kernel.at_once, -(-units // processors))
+        segments = variants.segments(units, length, states, processors, at_once)
         parts = x.new_empty((batch, workers, length, 2 * variant.padded_states), dtype=torch.float32)
+        queue = torch.zeros(2 + units * (group_items * segments - 1), dtype=torch.int32, device=x.device)
         _launch(
-            _kernel("backward", "scan_backward", *key),
-            batch * workers,
+            kernel,
+            min(units * segments, processors * at_once),
             variant.threads,
-            variant.shared_bytes(dtype, gated),
+            kernel.shared_bytes,
             (
                 *(argument for tensor in (x, dt, z, B, C) for argument in _strided(tensor)),
                 A,
@@ -257,31 +320,31 @@ def backward(
                 D_parts,
                 bias_parts,
                 initial_grad,
+                queue,
                 length,
                 channels,
                 states,
-                groups,
                 workers,
+                units,
+                group_items,
+                segments,
                 dt_softplus,
             ),
         )
-        sums = batch * length * 2 * variant.padded_states
+        sums = batch * length * 2 * variant.padded_states + channels * (states + 2)
         _launch(
-            _kernel("backward", "sum_BC_parts", *key),
+            _kernel("backward", "sum_parts", *key),
             -(-sums // 256),
             256,
             0,
-            (parts, dB, dC, length, states, workers, batch * length),
+            (
+                *(parts, A_parts, D_parts, bias_parts, dB, dC, dA, dD, dt_bias_grad),
+                *(batch, length, channels, states, workers),
+            ),
         )
-    grads = (
-        dx,
-        ddt,
-        A_parts.sum(dim=0),
-        dB,
-        dC,
-        x.new_empty((0,)) if D is None else D_parts.sum(dim=0),
-        x.new_empty((0,)) if dz is None else dz,
-        x.new_empty((0,)) if dt_bias is None else bias_parts.sum(dim=0),
+    grads = (dx, ddt, dA, dB, dC, dD, dz, dt_bias_grad)
+    cast = (
+        x.new_empty((0,)) if grad is None or t is None else _as(grad, t.dtype)
+        for grad, t in zip(grads, given, strict=True)
     )
-    cast = (grad.to((x if t is None else t).dtype) for grad, t in zip(grads, given, strict=True))
     return *cast, initial_grad  # type: ignore[return-value]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 SCALAR_BYTES = (4, 2, 2)  # of fp32, fp16, bf16: the order of DTYPE in common.cuh
 MAX_STATES = 256
+SEGMENT_STEPS = 256  # a few microseconds to begin one, a hundred and more to compute it
 FREE_PARTS_BYTES = 2**30  # of the parts of dB and dC that blocks leave to be summed; more only beside large inputs
 
 
@@ -21,13 +23,12 @@ class Variant:
     tile: int
     min_blocks: int
     chunk: int = 0  # backward only: steps whose states are in registers at once
-    save: int = 0  # forward only: steps between two saved states where that is not the tile
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
-    @property
+    @functools.cached_property
     def warp_channels(self) -> int:
         return 32 * self.per_lane // self.padded_states * self.channels
 
@@ -35,10 +36,17 @@ class Variant:
     def block_channels(self) -> int:
         return self.warps * self.warp_channels
 
+    def vectors(self, dtype: int) -> tuple[int, int]:
+        """What the start of a row must be a multiple of to be copied in vectors (COPY_BYTES): bytes, elements."""
+        row = self.warp_channels * SCALAR_BYTES[dtype]
+        size = next(size for size in (16, 8, 4) if row % size == 0)
+        return size, max(size // SCALAR_BYTES[dtype], min(4, self.warp_channels))
+
     def groups(self, channels: int) -> int:
         """Blocks that one sequence needs."""
         return math.ceil(channels / self.block_channels)
 
+    @functools.cache  # noqa: B019  variants are few
     def shared_bytes(self, dtype: int, gated: bool) -> int:
         """The size of `struct Shared` in forward.cu, or backward.cu when there are chunks."""
         block = self.tile * self.block_channels
@@ -50,9 +58,9 @@ class Variant:
             vector = min(4, self.warp_channels)
             sizes += [4 * self.tile * self.padded_states] * 2 + [4 * self.tile]
             sizes += [2 * block * scalars, block * scalars, block * scalars, gate * scalars, gate * scalars]
-            sizes += [4 * block] * 4
+            sizes += [4 * block] * 3 + [4 * (block + self.warp_channels)]
             sizes += [4 * chunks * self.channels * self.per_lane * self.threads]
-            sizes += [4 * self.warps * self.tile * 2 * self.padded_states, 4 * 2 * self.threads * vector]
+            sizes += [4 * self.warps * self.tile * 2 * self.padded_states, 4 * 2 * self.threads * vector, 4]
         else:
             sizes += [8 * self.tile * self.padded_states] * 2 + [8 * self.tile]
             sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars, 4 * block, 4 * block]
@@ -73,7 +81,7 @@ class Variant:
             "ALIGNED": int(aligned),
             "SHARED_BYTES": self.shared_bytes(dtype, gated),
         }
-        return macros | ({"CHUNK": self.chunk} if self.chunk else {"SAVE": self.save or self.tile})
+        return macros | ({"CHUNK": self.chunk} if self.chunk else {})
 
 
 def padded(states: int) -> int:
@@ -100,41 +108,55 @@ def _shape(states: int, channels: int) -> dict[str, int]:
 # Milliseconds on an H100 (132 multiprocessors), bf16, 16 states, at (batch, length, channels); "wide" has two channels
 # per lane and needs fewer instructions, "narrow" one per lane and fills the GPU with fewer channels.
 #
-#                          (8, 2048, 1536) (4, 8192, 5120) (8, 2048, 4096) (8, 2048, 5120) (32, 2048, 1536)
-#   wide blocks for 132 multiprocessors 192             320             512             640              768
-#   forward   wide, 5 at once         0.299           1.538           0.487           0.594            0.727
-#             wide, 6 at once         0.302           1.563           0.499           0.615            0.712
-#             narrow, 5 at once       0.225           1.361           0.534           0.660            0.775
-#             narrow, 6 at once       0.235           1.421           0.549           0.673            0.788
-#   backward  wide, 3 at once         0.864           4.531           1.688           1.974            2.297
-#             wide, 4 at once         1.074           5.172           1.621           2.346            2.584
-#             narrow, 4 at once       0.779           5.323           1.878           2.411            2.833
-#             narrow, 5 at once       0.873           5.118           1.995           2.471            3.025
-#             wide, 10 warps, 1       1.133           4.564           2.247           2.261            3.381
-#             wide, 5 warps, 2        1.150           4.573           2.256           2.278            2.956
+#                        (8, 2048, 1536) (4, 8192, 5120) (8, 2048, 4096) (8, 2048, 5120) (32, 2048, 1536)
+#   wide blocks                       192             320             512             640              768
+#   forward   wide, 5 at once       0.289           1.468           0.480           0.587            0.700
+#             wide, 6 at once       0.305           1.538           0.500           0.611            0.714
+#             narrow, 5 at once     0.226           1.362           0.533           0.664            0.784
+#             narrow, 6 at once     0.242           1.430           0.559           0.677            0.808
+#   backward  wide, 2 at once       0.830           4.253           1.748           2.139            2.565
+#             wide, 3 at once       0.901           4.153           1.541           1.885            2.234
+#             wide, 4 at once       1.187           5.204           1.662           2.013            2.392
+#             narrow, 4 at once     0.844           4.625           1.841           2.309            2.758
+#             narrow, 5 at once     0.952           5.015           1.891           2.385            2.931
+#   without segments of time:
+#             wide, 3 at once       0.871           4.491           1.696           1.990            2.293
+#             narrow, 4 at once     0.776           5.165           1.889           2.378            2.862
 #
-# Six wide forward blocks on a multiprocessor hold fewer registers, and four wide backward blocks spill some: worth it
-# only where that saves a second round.
+# Segments of 64 steps were 8 to 11% slower than those of 256, of 128 2 to 4%, of 512 within 1.5%, of 1024 up to 6%.
 
 
+@functools.cache
 def forward_variant(states: int, batch: int, channels: int, processors: int) -> Variant:
     """The forward kernel for a shape."""
     if padded(states) != 16:
         return Variant(**_shape(states, 2), min_blocks=3)
     wide = Variant(**_shape(states, 2), min_blocks=5)
-    blocks = batch * wide.groups(channels)
-    if blocks >= 3 * processors:
-        return replace(wide, min_blocks=6) if 5 * processors < blocks <= 6 * processors else wide
+    if batch * wide.groups(channels) >= 3 * processors:
+        return wide
     return Variant(**_shape(states, 1), min_blocks=5)
 
 
+@functools.cache
 def backward_variant(states: int, batch: int, channels: int, processors: int) -> Variant:
     """The backward kernel for a shape."""
     if padded(states) != 16:
         chunk = 2 if padded(states) == 256 else 4
         return Variant(**_shape(states, 2), min_blocks=3 if states <= 8 else 2, chunk=chunk)
     wide = Variant(**_shape(states, 2), min_blocks=3, chunk=4)
-    blocks = batch * wide.groups(channels)
-    if blocks < 2 * processors:
-        return Variant(**_shape(states, 1), min_blocks=4, chunk=4)
-    return replace(wide, min_blocks=4) if 3 * processors < blocks <= 4 * processors else wide
+    if batch * wide.groups(channels) >= 2 * processors:
+        return wide
+    return Variant(**_shape(states, 1), min_blocks=4, chunk=4)
+
+
+def segments(units: int, length: int, states: int, processors: int, at_once: int) -> int:
+    """Into how many segments of time the backward cuts each unit of its work, for blocks to share the whole evenly.
+
+    at_once: blocks that a multiprocessor gets. One segment where the units are even enough: few on each
+    multiprocessor, which then has room to spare, or nearly as many as there are places.
+    """
+    places = processors * at_once
+    if units <= 2 * processors or 0.9 * places < units <= places:
+        return 1
+    tiles = math.ceil(length / tile_steps(states))
+    return math.ceil(tiles * tile_steps(states) / SEGMENT_STEPS)

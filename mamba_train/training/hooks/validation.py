@@ -1,6 +1,8 @@
-"""Loss on the held-out split."""
+"""Loss on held-out text, by domain."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -9,24 +11,41 @@ from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.trainer import LN_2, Trainer, summed_loss
 
 
-class ValidationHook(Hook):
-    """Validates every so many steps and after the last one, on the same tokens each time.
+@dataclass(frozen=True)
+class HeldOut:
+    """What one domain is judged by, the same on all ranks: batches, and the UTF-8 bytes of their targets' text.
 
-    batches: the fixed validation batches of all ranks together; rank r reads every world_size-th.
-    bytes_per_token: of the targets in these batches.
+    label: of the domain; "" for the only one.
     """
 
-    def __init__(self, batches: list[Batch], interval_steps: int, bytes_per_token: float) -> None:
-        self._batches = batches
+    label: str
+    batches: list[Batch]
+    n_bytes: int
+
+
+class ValidationHook(Hook):
+    """Validates every so many steps and after the last one, on the same tokens each time and at each world size.
+
+    Each domain has its loss, and all targets together have the one that chooses the best checkpoint.
+    """
+
+    def __init__(self, held_out: Sequence[HeldOut], interval_steps: int) -> None:
+        self._held_out = held_out
         self._interval_steps = interval_steps
-        self._bytes_per_token = bytes_per_token
+        self._batches = [(number, batch) for number, domain in enumerate(held_out) for batch in domain.batches]
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
-        if trainer.state.step % self._interval_steps and not trainer.finished:
+        if not self._batches or (trainer.state.step % self._interval_steps and not trainer.finished):
             return
-        loss = self._mean_loss(trainer)
+        sums = self._sums(trainer)
+        for domain, (nats, n_targets) in zip(self._held_out, sums, strict=True):
+            if domain.label:
+                metrics[f"validation/{domain.label}/loss"] = nats / max(1, n_targets)
+                metrics[f"validation/{domain.label}/bits_per_byte"] = nats / LN_2 / max(1, domain.n_bytes)
+        nats, n_targets = (sum(column) for column in zip(*sums, strict=True))
+        loss = nats / max(1, n_targets)
         metrics["validation/loss"] = loss
-        metrics["validation/bits_per_byte"] = loss / LN_2 / self._bytes_per_token
+        metrics["validation/bits_per_byte"] = nats / LN_2 / max(1, sum(domain.n_bytes for domain in self._held_out))
         state = trainer.state
         best = math.inf if state.best_validation_loss is None else state.best_validation_loss
         if loss < best:  # never true of NaN, which must not become the best
@@ -34,16 +53,18 @@ class ValidationHook(Hook):
             state.best_validation_step = state.step
 
     @torch.no_grad()
-    def _mean_loss(self, trainer: Trainer) -> float:
-        """Nats per token over all validation batches of all ranks."""
+    def _sums(self, trainer: Trainer) -> list[list[float]]:
+        """Nats and number of targets of each domain, over the batches of all ranks."""
         engine = trainer.engine
-        total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        sums = torch.zeros(len(self._held_out), 2, dtype=torch.float64, device=engine.device)
         for first in range(0, len(self._batches), engine.world_size):
             trainer.check_stop()
-            if first + engine.rank >= len(self._batches):
-                break
-            batch = self._batches[first + engine.rank]
-            total[0] += summed_loss(engine, batch)
-            total[1] += batch.targets.numel()
-        nats, n_tokens = engine.sum_over_ranks(total).tolist()
-        return nats / n_tokens
+            # A rank for which no batch is left reads one again, for nothing: the model of all ranks may be needed
+            # for the forward pass of each.
+            mine = first + engine.rank
+            domain, batch = self._batches[min(mine, len(self._batches) - 1)]
+            nats = summed_loss(engine, batch)
+            if mine < len(self._batches):
+                sums[domain, 0] += nats
+                sums[domain, 1] += batch.n_targets
+        return engine.sum_over_ranks(sums).tolist()

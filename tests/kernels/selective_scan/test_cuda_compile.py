@@ -1,7 +1,10 @@
 """The CUDA sources compile for every architecture without a GPU, within a budget of registers and spills."""
 
+import errno
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,7 @@ from kernels.selective_scan.cuda.variants import Variant
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 REGISTERS = 65536  # of a multiprocessor
 BLOCK_SHARED_BYTES = 99 * 1024  # the least that a block may have on these architectures
-SPILLED_BYTES = {"forward": 16, "backward": 160}
-# The forward variant with six blocks on a multiprocessor spills this much there; it was tuned, and run, on 9.0 only.
-SPILLED_BYTES_ON = {("forward", "sm_100"): 24, ("forward", "sm_120"): 24}
+SPILLED_BYTES = {"forward": 16, "backward": 64}
 BFLOAT16 = 2
 
 
@@ -53,7 +54,7 @@ def test_16_states_stay_within_their_registers(arch: str, batch: int, channels: 
         cubin = compile_kernel(name, arch, variant.macros(BFLOAT16, gated=True, packed=False, aligned=True))
         registers, stack = resources(cubin, f"scan_{name}", tmp_path)
         assert registers * variant.threads * variant.min_blocks <= REGISTERS
-        assert stack <= SPILLED_BYTES_ON.get((name, arch), SPILLED_BYTES[name])
+        assert stack <= SPILLED_BYTES[name]
 
 
 @pytest.mark.parametrize("states", [1, 8, 32, 64, 128, 256])
@@ -73,19 +74,52 @@ def test_every_option_compiles(dtype: int, gated: bool, packed: bool, aligned: b
         compile_kernel(name, "sm_90", variant.macros(dtype, gated, packed, aligned))
 
 
-def test_the_cache_is_used_and_holds_nothing_but_kernels(cache: Path) -> None:
-    macros = variants.forward_variant(16, 8, 5120, 132).macros(BFLOAT16, gated=True, packed=False, aligned=True)
-    first = compile_kernel("forward", "sm_90", macros)
+MACROS = variants.forward_variant(16, 8, 5120, 132).macros(BFLOAT16, gated=True, packed=False, aligned=True)
+
+
+def test_the_cache_is_used_and_holds_nothing_but_kernels(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compile_kernel("forward", "sm_90", MACROS)
     (path,) = cache.iterdir()
-    assert path.read_bytes() == first
-    path.write_bytes(b"cached")
-    assert compile_kernel("forward", "sm_90", macros) == b"cached"
-    assert compile_kernel("forward", "sm_80", macros) != b"cached"
+    assert path.stat().st_mode & 0o777 == 0o644, "a folder may serve several users"
+    with monkeypatch.context() as compiler_gone:
+        compiler_gone.setitem(sys.modules, "cuda.core", None)
+        assert compile_kernel("forward", "sm_90", MACROS) == first
+        with pytest.raises(ImportError):
+            compile_kernel("forward", "sm_80", MACROS)
+    compile_kernel("forward", "sm_80", MACROS)
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: bytes(len(b)), lambda b: b[:-1], lambda b: b[:-1] + b"x"])
+def test_a_damaged_file_is_compiled_again(cache: Path, damage: Callable[[bytes], bytes]) -> None:
+    first = compile_kernel("forward", "sm_90", MACROS)
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert compile_kernel("forward", "sm_90", MACROS) == first
+    assert path.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MAMBA_TRAIN_KERNEL_CACHE", str(tmp_path / "file" / "folder"))
-    macros = variants.forward_variant(16, 8, 5120, 132).macros(BFLOAT16, gated=True, packed=False, aligned=True)
-    assert compile_kernel("forward", "sm_90", macros)[:4] == b"\x7fELF"
+    assert compile_kernel("forward", "sm_90", MACROS)[:4] == b"\x7fELF"
+
+
+def test_a_full_disk_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kernels.selective_scan.cuda.compile.os.replace", full)
+    assert compile_kernel("forward", "sm_90", MACROS)[:4] == b"\x7fELF"
+    assert list(cache.iterdir()) == []
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MAMBA_TRAIN_KERNEL_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert compile_kernel("forward", "sm_90", MACROS)[:4] == b"\x7fELF"

@@ -1,0 +1,1 @@
+"""From raw text to verified token shards: `python -m data_prep COMMAND` (docs/data.md)."""

@@ -1,0 +1,69 @@
+"""Texts of a dataset that the `datasets` library can stream: by a name on the hub, or a local folder.
+
+Local files are the first choice (`text_files`): they are read faster and their bytes are hashed. Here the
+library decides how files become rows; each of its shards (files) is one input, so that the work can be
+spread and a killed group begins again at the start of its shard.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mamba_train.data.documents import Split
+from mamba_train.data.text_files import BadDocument, Fields, TextRecord, records_of
+
+
+@dataclass(frozen=True)
+class HubText:
+    """One part of a streamed dataset: shard `shard` of `n_shards` of the library's own."""
+
+    name: str
+    config: str | None
+    revision: str | None
+    hub_split: str
+    shard: int
+    n_shards: int
+
+    def label(self) -> str:
+        """How messages and records call it."""
+        return f"hf:{self.name}/{self.hub_split}/{self.shard + 1}-of-{self.n_shards}"
+
+
+def open_hub(name: str, split: Split, options: dict[str, Any]) -> list[HubText]:
+    """The parts of a dataset. options: `config`, `revision`, `split` (null: as `split`).
+
+    Raises ValueError that begins with --input.
+    """
+    hub_split = options.get("split") or split
+    whole = HubText(name, options.get("config"), options.get("revision"), hub_split, 0, 1)
+    n_shards = _stream(whole).num_shards
+    return [HubText(name, whole.config, whole.revision, hub_split, shard, n_shards) for shard in range(n_shards)]
+
+
+def read_hub(part: HubText, fields: Fields) -> Iterator[TextRecord | BadDocument]:
+    """All documents of one part, numbered from 1."""
+    stream = _stream(part)
+    columns = {key.split(".")[0] for key in (fields.text_key, fields.label_key) if key}
+    if stream.column_names is not None:
+        missing = sorted(columns - set(stream.column_names))
+        if missing:
+            there = ", ".join(stream.column_names)
+            raise ValueError(f"{part.label()}: no column {missing[0]!r}, only {there}")
+        stream = stream.select_columns(sorted(columns))
+    if part.n_shards > 1:
+        stream = stream.shard(num_shards=part.n_shards, index=part.shard)
+    try:
+        yield from records_of(enumerate(iter(stream), start=1), fields)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{part.label()}: cannot be read to its end ({error})") from error
+
+
+def _stream(part: HubText) -> Any:
+    # Here, because the import takes a second that local files need not wait for.
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(part.name, part.config, split=part.hub_split, revision=part.revision, streaming=True)
+    except Exception as error:  # the library raises many kinds: no such name, no such split, no network
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--input hf:{part.name}: cannot be opened, split {part.hub_split!r} ({reason})") from error

@@ -1,0 +1,211 @@
+"""The plan of a preparation at scale: which inputs become which group of shards.
+
+It is a function of the inputs and the settings alone, so every process of every task makes the same
+plan; the folder keeps it in `job.json`, and whoever comes with another plan is refused.
+"""
+
+import glob
+import json
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mamba_train.data.documents import SPLITS, Log, Split
+from mamba_train.data.hub_text import HubText, open_hub
+from mamba_train.data.manifest import TOKENIZER_NAME
+from mamba_train.data.shards import fsync_folder, write_durably
+from mamba_train.data.stored_files import find_text_files, readable
+from mamba_train.data.tokenizer import TextTokenizer
+
+JOB_NAME = "job.json"
+JOB_VERSION = 1
+HUB_PREFIX = "hf:"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file, or one part of a dataset of the hub; `name` is relative to what all files share."""
+
+    split: Split
+    name: str
+    size: int  # bytes as stored; 0 for a dataset of the hub
+    hub: HubText | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Inputs of one split that one worker turns into shards, in this order."""
+
+    number: int
+    split: Split
+    inputs: tuple[Input, ...]
+
+    @property
+    def name(self) -> str:
+        """For file names: the split and the number of the group within the job."""
+        return f"{self.split}-{self.number:05d}"
+
+    @property
+    def size(self) -> int:
+        """Stored bytes of the inputs."""
+        return sum(entry.size for entry in self.inputs)
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """Everything besides the inputs that determines the bytes of the shards."""
+
+    text_key: str
+    label_key: str | None
+    tokenizer_sha256: str
+    eos_id: int
+    vocab_size: int
+    group_bytes: int
+    shard_bytes: int
+    validation_fraction: float
+    bad_documents: str
+    max_bad_share: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """The whole plan."""
+
+    job_version: int
+    settings: JobSettings
+    versions: dict[str, str]
+    groups: tuple[Group, ...]
+
+    def to_json(self) -> str:
+        """Text of job.json."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def find_inputs(
+    patterns: Sequence[str], split: Split, suffixes: Sequence[str], hub_options: dict[str, Any], log: Log
+) -> tuple[list[Input], dict[str, Path]]:
+    """Inputs that the patterns name, in their order, and the path of each file by its name.
+
+    A pattern is a file, a folder, a glob (`**` for any depth) or hf:NAME, and may begin with SPLIT=.
+    Raises ValueError that begins with --input.
+    """
+    found: dict[Path, Split] = {}
+    hub: list[Input] = []
+    for pattern in patterns:
+        chosen, place = _split_of(pattern, split)
+        if place.startswith(HUB_PREFIX):
+            for part in open_hub(place.removeprefix(HUB_PREFIX), chosen, hub_options):
+                hub.append(Input(chosen, part.label(), 0, part))
+            continue
+        for file in _files(place, suffixes, log):
+            if found.setdefault(file, chosen) != chosen:
+                raise ValueError(f"--input {pattern}: {file} is already an input of the {found[file]} split")
+    base = os.path.commonpath([file.parent for file in found]) if found else ""
+    paths = {file.relative_to(base).as_posix(): file for file in found}
+    inputs = []
+    for name, file in sorted(paths.items()):
+        with readable(file):
+            inputs.append(Input(found[file], name, file.stat().st_size))
+    return inputs + hub, paths
+
+
+def _split_of(pattern: str, default: Split) -> tuple[Split, str]:
+    for split in SPLITS:
+        if pattern.startswith(f"{split}="):
+            return split, pattern.removeprefix(f"{split}=")
+    return default, pattern
+
+
+def _files(place: str, suffixes: Sequence[str], log: Log) -> Iterable[Path]:
+    path = Path(place).expanduser()
+    matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    files: dict[Path, None] = {}
+    n_ignored = 0
+    for match in matches:
+        is_one_of_many = len(matches) > 1 and match.is_file() and not match.name.lower().endswith(tuple(suffixes))
+        if is_one_of_many:
+            n_ignored += 1
+            continue
+        try:
+            with readable(match):
+                below, n_others = find_text_files(match, suffixes)
+        except ValueError as error:
+            raise ValueError(f"--input {error}") from error
+        n_ignored += n_others
+        # Two spellings of a path are one file; a link is what it is called.
+        files.update((Path(os.path.abspath(file)), None) for _, file in below)
+    if not files:
+        raise ValueError(f"--input {place}: no such file or folder, and no file of a supported kind matches")
+    if n_ignored:
+        log(f"--input {place}: {n_ignored} files are not {', '.join(suffixes)}: ignored")
+    return files
+
+
+def group_inputs(inputs: Iterable[Input], group_bytes: int) -> tuple[Group, ...]:
+    """Consecutive inputs of a split together, up to `group_bytes` of stored bytes (or one larger input)."""
+    groups: list[Group] = []
+
+    def close(members: list[Input]) -> None:
+        if members:
+            groups.append(Group(len(groups), members[0].split, tuple(members)))
+
+    for split in SPLITS:
+        members: list[Input] = []
+        for entry in (entry for entry in inputs if entry.split == split):
+            is_full = sum(member.size for member in members) + entry.size > group_bytes
+            if members and (is_full or entry.hub is not None):
+                close(members)
+                members = []
+            members.append(entry)
+        close(members)
+    return tuple(groups)
+
+
+def adopt_folder(folder: Path, job: Job, tokenizer: TextTokenizer) -> None:
+    """Make the folder that of this job, or check that it is. Raises ValueError that begins with --output."""
+    path = folder / JOB_NAME
+    if folder.is_dir() and not path.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise ValueError(f"--output {folder}: the folder is not empty and holds no {JOB_NAME}; choose another")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        _create(path, job.to_json().encode("utf-8"))
+    difference = _difference(json.loads(path.read_text(encoding="utf-8")), json.loads(job.to_json()))
+    if difference is not None:
+        raise ValueError(
+            f"--output {folder}: the folder was begun with other inputs or settings ({difference}); repeat those, "
+            "or choose another folder"
+        )
+    if not (folder / TOKENIZER_NAME).exists():
+        _create(folder / TOKENIZER_NAME, tokenizer.serialised)
+
+
+def _create(path: Path, data: bytes) -> None:
+    """Write a file that is complete or absent, and leave one alone that another process wrote first."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    write_durably(temporary, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def _difference(there: Any, here: Any, key: str = "") -> str | None:
+    """The first place where two JSON values differ, in words; None if nowhere."""
+    if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
+        pairs: list[tuple[Any, Any, Any]] = [(name, there[name], here[name]) for name in here]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = [(number, *pair) for number, pair in enumerate(zip(there, here, strict=True))]
+    elif isinstance(there, list) and isinstance(here, list):
+        return f"{key}: {len(there)} there, {len(here)} here"
+    else:
+        return None if there == here else f"{key}: {there!r} there, {here!r} here"
+    differences = (_difference(a, b, f"{key}.{name}".lstrip(".")) for name, a, b in pairs)
+    return next((difference for difference in differences if difference is not None), None)

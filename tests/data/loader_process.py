@@ -1,0 +1,40 @@
+"""A process that loads with workers, to be ended in several ways: `loader_process.py SCENARIO FOLDER`.
+
+It prints the process ids of its workers after the first step.
+"""
+
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+from mamba_train.data.batches import Batch, BatchSource, WindowForm
+from mamba_train.data.corpus import Corpus
+from mamba_train.data.loader import BatchLoader
+
+
+class Hanging(BatchSource):
+    """Its second step and those after it are never read, as from a disk that has gone away."""
+
+    def batch(self, first_sample: int, rows: slice | range) -> Batch:
+        if first_sample >= self.global_batch_size:
+            time.sleep(1e6)
+        return super().batch(first_sample, rows)
+
+
+def main(scenario: str, folder: str) -> None:
+    source = Hanging({"": Corpus.open(Path(folder), "train")}, 4, 0, WindowForm(8, False))
+    loader = BatchLoader(source, 0, 1, 2, workers=2, prefetch_batches=2)
+    loader.step(0)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    if scenario == "wait":
+        loader.step(4)
+    elif scenario == "close":
+        loader.close()
+        assert not multiprocessing.active_children()
+    elif scenario == "raise":
+        raise ZeroDivisionError
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

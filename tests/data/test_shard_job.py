@@ -1,0 +1,84 @@
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mamba_train.data.documents import SPLITS, Split
+from mamba_train.data.shard_group import label_folder
+from mamba_train.data.shard_job import Input, find_inputs, group_inputs
+from mamba_train.data.text_files import TEXT_SUFFIXES
+
+
+def find(patterns: list[str], split: Split = "train") -> tuple[list[tuple[str, str]], list[str]]:
+    log: list[str] = []
+    inputs, paths = find_inputs(patterns, split, TEXT_SUFFIXES, {}, log.append)
+    assert set(paths) == {entry.name for entry in inputs}
+    assert all(paths[entry.name].stat().st_size == entry.size for entry in inputs)
+    return [(entry.split, entry.name) for entry in inputs], log
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    for name in ("train/b.jsonl", "train/a.jsonl.zst", "train/deep/c.parquet", "train/README.md", "val.jsonl", "x.txt"):
+        path = tmp_path / "raw" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path / "raw"
+
+
+def test_files_folders_and_globs(raw: Path) -> None:
+    everything = [("train", "a.jsonl.zst"), ("train", "b.jsonl"), ("train", "deep/c.parquet")]
+    assert find([f"{raw}/train"])[0] == everything
+    assert find([f"{raw}/train/**/*.*"])[0] == everything
+    assert find([f"{raw}/train/b.jsonl", f"{raw}/train/*.zst"])[0] == everything[:2]
+    found, log = find([f"{raw}/train/*"])
+    assert found == everything
+    assert "1 files are not" in log[0]
+    found, _ = find([f"{raw}/train/*.jsonl", f"validation={raw}/val.jsonl", f"{raw}/x.txt"], "test")
+    assert found == [("test", "train/b.jsonl"), ("validation", "val.jsonl"), ("test", "x.txt")]
+
+
+def test_a_file_named_twice_is_read_once(raw: Path) -> None:
+    assert find([f"{raw}/val.jsonl", f"{raw}/*.jsonl", f"{raw}/train/../val.jsonl"])[0] == [("train", "val.jsonl")]
+    with pytest.raises(ValueError, match=r"--input validation=.*val\.jsonl is already an input of the train split"):
+        find([f"{raw}/val.jsonl", f"validation={raw}/val.jsonl"])
+
+
+@pytest.mark.parametrize("pattern", ["no", "no*", "train/README.md", "train/*.md"])
+def test_nothing_found(raw: Path, pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"--input .*(no such file|not a file of a supported kind)"):
+        find([f"{raw}/{pattern}"])
+
+
+@given(st.lists(st.tuples(st.sampled_from(SPLITS), st.integers(0, 50)), max_size=40), st.integers(1, 100))
+def test_groups_hold_each_input_once_in_order(sizes: list[tuple[Split, int]], limit: int) -> None:
+    inputs = [Input(split, f"{number:03d}", size) for number, (split, size) in enumerate(sizes)]
+    groups = group_inputs(inputs, limit)
+    assert [group.number for group in groups] == list(range(len(groups)))
+    for split in SPLITS:
+        grouped = [entry for group in groups if group.split == split for entry in group.inputs]
+        assert grouped == [entry for entry in inputs if entry.split == split]
+    for group, after in pairwise(groups):
+        assert group.size <= limit or len(group.inputs) == 1
+        if group.split == after.split:  # no group could have taken one more
+            assert group.size + after.inputs[0].size > limit
+
+
+def test_the_number_of_groups_stays_sane() -> None:
+    inputs = [Input("train", f"{number:05d}.jsonl.zst", 15_000_000) for number in range(59_166)]
+    assert len(group_inputs(inputs, 1 << 30)) == 834
+
+
+@given(st.sets(st.text(max_size=100), max_size=20))
+def test_every_label_has_a_folder_of_its_own(labels: set[str]) -> None:
+    assert len({label_folder(label) for label in labels}) == len(labels)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=100))
+def test_a_label_is_never_a_path(label: str) -> None:
+    folder = label_folder(label)
+    assert "/" not in folder
+    assert not folder.startswith(".") or folder.count(".") == 1
+    assert folder not in (".", "..")

@@ -1,0 +1,328 @@
+"""The commands as a person gives them, with processes of their own."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep import stats, tokenize
+from data_prep.__main__ import COMMANDS
+from mamba_train.data.manifest import file_sha256, read_manifest
+from tests.data_prep.conftest import LABELS, write_rows
+from tests.data_prep.helpers import REPOSITORY, Row, command, contents, documents, make_shards, members, start
+
+MakePile = Callable[..., dict[str, list[Row]]]
+
+
+def tokenize_arguments(tmp_path: Path, folder: Path, tokenizer_file: Path, *more: object) -> list[object]:
+    return [
+        "tokenize", "--preset", "pile", "--tokenizer", tokenizer_file, "--output", folder,
+        "--input", f"train={tmp_path}/raw/train/*.zst", f"validation={tmp_path}/raw/val.jsonl.zst", *more,
+    ]  # fmt: skip
+
+
+# Each of the small files is a group.
+GROUP_OPTIONS = ("--group-mib", 0.001)
+
+
+def test_workers_and_tasks_change_nothing(
+    tmp_path: Path, pile: MakePile, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rows = pile(7)  # not a multiple of the tasks
+    found = []
+    for workers in (1, 2, 4):
+        folder = tmp_path / f"workers-{workers}"
+        command(*tokenize_arguments(tmp_path, folder, tokenizer_file, *GROUP_OPTIONS, "--workers", workers))
+        found.append(contents(folder))
+    assert found[0] == found[1] == found[2]
+    assert "complete: " in capsys.readouterr().out
+
+    folder = tmp_path / "array"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    for number in (3, 1, 2):
+        assert not (folder / "manifest.json").exists()
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        command(*tokenize_arguments(tmp_path, folder, tokenizer_file, *GROUP_OPTIONS))
+    assert contents(folder) == found[0]
+    manifest = read_manifest(folder)
+    expected = sorted(text for name, listed in rows.items() if name.startswith("train") for text, _ in listed)
+    assert sorted(documents(folder, manifest, "train")) == expected
+
+    folder = tmp_path / "more-tasks-than-groups"
+    for index in range(11):
+        command(
+            *tokenize_arguments(tmp_path, folder, tokenizer_file, *GROUP_OPTIONS),
+            "--tasks", 11, "--task-index", index, "--workers", 1,
+        )  # fmt: skip
+    assert contents(folder) == found[0]
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants_it_goes_on(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
+    """kill -9 of the command, its workers included in its fate, ten times; then the same bytes."""
+    pile(12, 1200)
+    generator = random.Random(5)
+    began = time.monotonic()
+    arguments = tokenize_arguments(tmp_path, tmp_path / "timed", tokenizer_file, "--workers", 2, *GROUP_OPTIONS)
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    whole = contents(tmp_path / "timed")
+    assert len(read_manifest(tmp_path / "timed").source["inputs"]) == 13
+    seconds = time.monotonic() - began
+    n_killed = 0
+    for attempt in range(10):
+        folder = tmp_path / f"killed-{attempt}"
+        arguments = tokenize_arguments(tmp_path, folder, tokenizer_file, "--workers", 2, *GROUP_OPTIONS)
+        for _ in range(2):
+            process = start(*arguments)
+            time.sleep(generator.uniform(0.1, seconds))
+            process.send_signal(signal.SIGKILL)
+            n_killed += process.wait() == -signal.SIGKILL
+        process = start(*arguments)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        found = contents(folder)
+        assert {name: data for name, data in found.items() if not name.startswith(".")} == whole
+    assert n_killed >= 10
+
+
+@pytest.mark.slow
+def test_an_array_whose_tasks_run_at_the_same_time(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
+    """Three tasks, and each of them twice, as when a scheduler starts one again too early."""
+    pile(12, 300)
+    command(*tokenize_arguments(tmp_path, tmp_path / "one", tokenizer_file, *GROUP_OPTIONS, "--workers", 1))
+    arguments = tokenize_arguments(tmp_path, tmp_path / "array", tokenizer_file, *GROUP_OPTIONS, "--workers", 1)
+    processes = [start(*arguments, "--tasks", 3, "--task-index", index) for index in (0, 1, 2, 0, 1, 2)]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 6, outputs
+    assert any("complete: " in output for output in outputs)
+    assert contents(tmp_path / "array") == contents(tmp_path / "one")
+
+
+def test_a_killed_command_leaves_no_worker_behind(tmp_path: Path, tokenizer_file: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    os.mkfifo(tmp_path / "raw" / "a.jsonl")  # whoever reads it waits for ever
+    process = start(
+        "tokenize", "--input", tmp_path / "raw", "--tokenizer", tokenizer_file, "--output", tmp_path / "out"
+    )
+    give_up = time.monotonic() + 30
+    while not (tmp_path / "out" / ".work" / "train-00000.lock").exists():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    assert len(members(process.pid)) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while members(process.pid):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+def test_a_worker_that_dies_ends_the_command(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
+    pile(2)
+    killing = (
+        "import os, signal, sys\n"
+        "from data_prep import pool\n"
+        "from data_prep.__main__ import main\n"
+        "original = pool._work\n"
+        "def work(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pool._work = work\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    script = tmp_path / "killing.py"
+    script.write_text(killing)
+    line = [sys.executable, str(script), *map(str, tokenize_arguments(tmp_path, tmp_path / "out", tokenizer_file))]
+    found = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2
+    assert "error: a worker died (exit code -9" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--encoder", "x"], "invalid choice"),
+        (["--tasks", "2"], "--tasks and --task-index go together"),
+        (["--tasks", "2", "--task-index", "2"], "--task-index 2: expected 0 to 1"),
+        (["--tokenizer", "no.json"], "--tokenizer=no.json: no such file"),
+        (["--max-bad-share", "2"], "expected 0 to 1"),
+        (["--workers", "0"], "expected 1 or more"),
+        (["--checksums", "CHECKSUMS"], "has no line for train/00.jsonl.zst (2 of 2 inputs)"),
+        (["--input", "nothing*"], "--input nothing*: no such file"),
+    ],
+)
+def test_misuse_is_one_line(
+    tmp_path: Path, pile: MakePile, tokenizer_file: Path, more: list[str], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    pile(1)
+    (tmp_path / "sums").write_text("0" * 64 + "  other.jsonl\n")
+    more = [str(tmp_path / "sums") if word == "CHECKSUMS" else word for word in more]
+    with pytest.raises(SystemExit) as caught:
+        command(*tokenize_arguments(tmp_path, tmp_path / "out", tokenizer_file), *more)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command(name, "--help")
+    assert caught.value.code == 0
+    assert f"python -m data_prep {name}" in capsys.readouterr().out
+
+
+def test_a_bad_line_ends_the_command_with_its_place(
+    tmp_path: Path, pile: MakePile, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pile(2)
+    with (tmp_path / "raw" / "val.jsonl").open("w") as stream:
+        stream.write("[1]\n")
+    with pytest.raises(SystemExit) as caught:
+        command(*tokenize_arguments(tmp_path, tmp_path / "out", tokenizer_file), f"test={tmp_path}/raw/val.jsonl")
+    assert caught.value.code == 2
+    assert "raw/val.jsonl:1: expected a JSON object, got list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (1, 0)),
+        ({"SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_ID": "3"}, (8, 3)),
+        ({"SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "1"}, (8, 7)),
+    ],
+)
+def test_slurm_says_which_task_this_is(
+    environment: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert tokenize._task(Namespace(tasks=None, task_index=None)) == expected
+    assert tokenize._task(Namespace(tasks=5, task_index=4)) == (5, 4)
+
+
+def test_checksums_are_matched_by_the_end_of_the_path(tmp_path: Path) -> None:
+    file = tmp_path / "SHA256SUMS"
+    file.write_text(f"{'a' * 64}  train/00.jsonl.zst\n{'B' * 64} *./01.jsonl.zst\n")
+    found = tokenize._checksums(file, ["00.jsonl.zst", "part/01.jsonl.zst"])
+    assert found == {"00.jsonl.zst": "a" * 64, "part/01.jsonl.zst": "b" * 64}
+    file.write_text("abc  x\n")
+    with pytest.raises(ValueError, match=r"SHA256SUMS:1: expected a SHA-256"):
+        tokenize._checksums(file, ["x"])
+
+
+def test_a_dataset_that_the_library_streams(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
+    """A local folder stands for a name on the hub; each file is a part of the stream."""
+    rows = pile(3, 20)
+    folder = tmp_path / "hub"
+    for number in range(3):
+        write_rows(folder / "data" / f"train-{number}.jsonl", rows[f"train/{number:02d}.jsonl.zst"])
+    arguments = ["tokenize", "--tokenizer", tokenizer_file, "--label-key", "meta.pile_set_name", "--workers", 2]
+    command(*arguments, "--input", f"hf:{folder}", "--output", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    everything = [row for number in range(3) for row in rows[f"train/{number:02d}.jsonl.zst"]]
+    for label in LABELS:
+        assert documents(tmp_path / "out", manifest, "train", label) == [t for t, other in everything if other == label]
+    assert [read["sha256"] for read in manifest.source["inputs"]] == [None] * 3
+    assert set(manifest.versions) == {"tokenizers", "datasets"}
+    with pytest.raises(SystemExit):
+        command(*arguments, "--input", f"test=hf:{folder}", "--output", tmp_path / "no")
+
+
+def test_dna(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "raw").mkdir()
+    generator = random.Random(0)
+    sequences = ["".join(generator.choices("ACGTN", k=1000)) for _ in range(5)]
+    text = "".join(f">chr{i}\n{sequence[:500]}\n{sequence[500:].lower()}\n" for i, sequence in enumerate(sequences))
+    (tmp_path / "raw" / "genome.fna.gz").write_bytes(gzip.compress(text.encode()))
+    command("tokenize", "--preset", "dna", "--input", tmp_path / "raw", "--output", tmp_path / "out", "--workers", 1)
+    manifest = read_manifest(tmp_path / "out")
+    assert documents(tmp_path / "out", manifest, "train") == sequences
+    assert (manifest.vocab_size, manifest.total("train", "n_tokens")) == (17, 5 * 1001)
+    command("verify", tmp_path / "out", "--workers", 1)
+    command("inspect", tmp_path / "out", "--documents", 1, "--tokens", 10)
+    printed = capsys.readouterr().out
+    assert any(f"{sequence[-9:]}<|endoftext|>" in printed for sequence in sequences)
+    command("train-tokenizer", "--preset", "dna", "--input", tmp_path / "raw", "--output", tmp_path / "dna.json")
+    assert (tmp_path / "dna.json").read_bytes() == (tmp_path / "out" / "tokenizer.json").read_bytes()
+
+
+def test_inspect_shows_whole_documents(
+    tmp_path: Path, pile: MakePile, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pile(2)
+    make_shards([f"{tmp_path}/raw/train"], tmp_path / "out", tokenizer_file)
+    capsys.readouterr()
+    command("inspect", tmp_path / "out", "--label", "ArXiv", "--documents", 10_000, "--tokens", 1000)
+    printed = capsys.readouterr().out
+    train = {text for name in rows if name.startswith("train") for text, label in rows[name] if label == "ArXiv"}
+    assert train
+    assert all(text in printed for text in train)
+    command("inspect", tmp_path / "out", "--seed", 1)
+    first = capsys.readouterr().out
+    command("inspect", tmp_path / "out", "--seed", 1)
+    assert capsys.readouterr().out == first
+    command("inspect", tmp_path / "out", "--seed", 2)
+    assert capsys.readouterr().out != first
+    with pytest.raises(SystemExit):
+        command("inspect", tmp_path / "out", "--label", "GitHub")
+    assert "the split has ArXiv, Pile-CC, Wikipedia (en)" in capsys.readouterr().err
+
+
+def test_stats_counts_and_draws(
+    tmp_path: Path, pile: MakePile, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pile(3)
+    folder = tmp_path / "out"
+    manifest = make_shards(
+        [f"train={tmp_path}/raw/train", f"validation={tmp_path}/raw/val.jsonl.zst"], folder, tokenizer_file
+    )
+    assert manifest is not None
+    domains = stats.count(folder, manifest)
+    assert sum(domain.n_tokens for domain in domains if domain.split == "train") == manifest.total("train", "n_tokens")
+    for domain in domains:
+        assert domain.counts.sum() == domain.n_documents
+        assert (domain.lengths * domain.counts).sum() == domain.n_tokens
+    command("stats", folder)
+    printed = capsys.readouterr().out
+    assert all(label in printed for label in LABELS)
+    assert f"{domains[0].n_tokens:,}" in printed
+    assert (folder / "stats.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_percentiles() -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, 1001)
+    domain = stats.Domain("train", "", 0, 0, 0, *np.unique(lengths, return_counts=True))
+    for percent in (0.1, 5, 50, 95, 100):
+        assert stats.percentile(domain, percent) == np.percentile(lengths, percent, method="inverted_cdf")
+
+
+def test_train_tokenizer_reads_the_same_share_of_each_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, word in enumerate(["alpha", "beta", "gamma"]):
+        rows: list[Any] = [(f"{word}{i % 7} " * 300, "A") for i in range(300)]
+        write_rows(tmp_path / "raw" / f"{number}.jsonl", rows)
+    arguments = ["train-tokenizer", "--input", tmp_path / "raw", "--vocab-size", 300, "--sample-mib", 1]
+    for name in ("a.json", "b.json"):
+        command(*arguments, "--output", tmp_path / name)
+    assert file_sha256(tmp_path / "a.json") == file_sha256(tmp_path / "b.json")
+    vocabulary = json.loads((tmp_path / "a.json").read_text())["model"]["vocab"]
+    assert {"Ġalpha", "Ġbeta", "Ġgamma"} <= set(vocabulary)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert "tokens, end of document 0, SHA-256" in capsys.readouterr().out

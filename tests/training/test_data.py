@@ -1,0 +1,309 @@
+"""Runs on prepared shards: mixtures, masks, domains that are validated on, and what a run refuses."""
+
+import gc
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mamba_train.checkpoint.storage import load
+from mamba_train.commands.report import ensure_baseline
+from mamba_train.config import Config
+from mamba_train.data.batches import IGNORE_INDEX, Batch, WindowForm
+from mamba_train.data.corpus import Corpus
+from mamba_train.data.tokenizer import TextTokenizer, train_tokenizer
+from mamba_train.training.build import build_trainer
+from mamba_train.training.hooks.validation import HeldOut, ValidationHook
+from mamba_train.training.trainer import summed_loss
+from tests.data.folders import write_folder, write_text_folder
+from tests.helpers import curve, metrics, train
+from tests.training.test_trainer import RecordingEngine, make_config
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus: Path) -> TextTokenizer:
+    return train_tokenizer([path.read_text() for path in sorted(corpus.iterdir())], 300)
+
+
+@pytest.fixture
+def folders(tmp_path: Path, corpus: Path, tokenizer: TextTokenizer) -> dict[str, Path]:
+    """Two sources, one of two domains with something held out of each, one without labels."""
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    code = [("Easy (a)", texts[0::4]), ("Hard", texts[1::4])]
+    held_out = [("Easy (a)", texts[2:40:4]), ("Hard", texts[42:80:4])]
+    return {
+        "code": write_text_folder(tmp_path / "code", {"train": code, "validation": held_out}, tokenizer),
+        "prose": write_text_folder(tmp_path / "prose", {"train": [("", texts[3::4])]}, tokenizer),
+    }
+
+
+def shards_config(run_dir: Path, folders: dict[str, Path], *overrides: str) -> Config:
+    return make_config(run_dir, run_dir.parent, *shards(folders), *overrides)
+
+
+def shards(folders: dict[str, Path]) -> list[str]:
+    sources = [f"+data.sources.{name}={folder}" for name, folder in folders.items()]
+    return ["data=shards", "data.path=null", *sources, mixture(), "schedule.kind=constant", "schedule.warmup_steps=0"]
+
+
+def mixture(hard: int = 2, from_step: int = 7) -> str:
+    first = rf"{{from_step:0,weights:{{code/Easy \(a\):1,code/Hard:{hard},prose:1}}}}"
+    return f"data.mixture=[{first},{{from_step:{from_step},weights:{{prose:1}}}}]"
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Train to the end; returns the metrics."""
+    build_trainer(config).run()
+    return metrics(Path(config.run_dir))
+
+
+def test_a_mixture_is_trained_validated_by_domain_and_resumed_with_workers(
+    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = run(shards_config(tmp_path / "whole", folders, "training.total_steps=15"))
+    said = capsys.readouterr().out
+    assert "data: from step 0: code/Easy (a) 25.0000%, code/Hard 50.0000%, prose 25.0000%" in said
+    assert "data: from step 7: prose 100.0000%" in said
+    assert "data: the state in a checkpoint is " in said
+    domains = ["code/Easy (a)", "code/Hard"]
+    assert [name for name in records[9] if name.startswith("validation/")] == [
+        *(f"validation/{domain}/{figure}" for domain in domains for figure in ("loss", "bits_per_byte")),
+        "validation/loss",
+        "validation/bits_per_byte",
+    ]
+    losses = [records[9][f"validation/{domain}/loss"] for domain in domains]
+    assert min(losses) < records[9]["validation/loss"] < max(losses)
+    # 4 samples a step: a quarter of 28 from prose, and then all of them.
+    n_windows = -(-(Corpus.open(folders["prose"], "train").n_tokens - 1) // 32)
+    assert records[6]["epochs/prose"] * n_windows == pytest.approx(7, abs=6)
+    for step in range(7, 15):
+        assert (records[step]["epochs/prose"] - records[step - 1]["epochs/prose"]) * n_windows == pytest.approx(4)
+    assert all(record["data_wait_seconds"] >= 0 for record in records)
+
+    for steps, workers in ((5, 0), (10, 1), (15, 0)):
+        run(shards_config(tmp_path / "parts", folders, f"training.total_steps={steps}", f"data.workers={workers}"))
+    # The last step of each part validates, too.
+    assert [point[:6] for point in curve(tmp_path / "parts")] == [point[:6] for point in curve(tmp_path / "whole")]
+
+
+def test_what_a_resume_refuses_and_what_it_records(
+    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def go_on(steps: int, *overrides: str) -> None:
+        run(shards_config(tmp_path / "run", folders, f"training.total_steps={steps}", *overrides))
+
+    def refused(*overrides: str) -> str:
+        with pytest.raises(ValueError, match=r"^.+$") as caught:  # one line
+            go_on(10, *overrides)
+        message = str(caught.value)
+        del caught  # and with it the frame that holds the lock of the run folder
+        gc.collect()
+        return message
+
+    go_on(5)
+    assert "data.mixture: 5 steps are done" in refused(mixture(hard=3))
+    go_on(8, mixture(from_step=6))
+
+    shard = folders["prose"] / "train-00000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2])
+    assert f"data.sources.prose={folders['prose']}: train-00000.bin has" in refused(mixture(from_step=6))
+    shard.write_bytes(content)
+
+    other = folders["prose"].parent / "other"
+    tokens = Corpus.open(folders["prose"], "train").tokens().tolist()
+    tokenizer = (folders["prose"] / "tokenizer.json").read_bytes()
+    folders["prose"] = write_folder(other, {"train": [("", [tokens[:3000]])]}, 300, tokenizer)
+    message = refused(mixture(from_step=6))
+    assert "of prose (data.sources, data.path) are not the checkpoint's" in message
+    assert "data.allow_changed=true" in message
+    capsys.readouterr()
+    go_on(10, mixture(from_step=6), "data.allow_changed=true")
+    assert (
+        "warning: data.allow_changed=true: the tokens of prose are others than before step 8" in capsys.readouterr().out
+    )
+    state = load(tmp_path / "run" / "checkpoints" / "step_00000010").state["data"]
+    assert state["changes"] == [{"samples": 32, "sources": ["prose"]}]
+    go_on(11, mixture(from_step=6))
+
+
+def test_the_bigram_baseline_of_a_mixture_is_scored_on_all_domains(tmp_path: Path, folders: dict[str, Path]) -> None:
+    run(shards_config(tmp_path / "run", folders, "training.total_steps=1"))
+    assert ensure_baseline(tmp_path / "run") is None
+    baseline = json.loads((tmp_path / "run" / "baseline.json").read_text())
+    n_tokens = sum(Corpus.open(folder, "train").n_tokens for folder in folders.values())
+    assert baseline["bigram"]["n_train_tokens"] == n_tokens
+    assert len(baseline["scored_on"]["data"]) == 1 + 2  # what it is trained on, and two domains
+    run(shards_config(tmp_path / "masked", folders, "training.total_steps=1", "data.mask_loss_at_documents=true"))
+    assert "first token of a document" in str(ensure_baseline(tmp_path / "masked"))
+
+
+def test_other_held_out_text_is_mentioned_at_a_resume(
+    tmp_path: Path, folders: dict[str, Path], tokenizer: TextTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "held_out"
+
+    def go_on(steps: int) -> str:
+        paths = f"+data.validation_paths.held_out={held_out}"
+        run(shards_config(tmp_path / "run", folders, f"training.total_steps={steps}", paths))
+        return capsys.readouterr().out
+
+    write_text_folder(held_out, {"validation": [("", ["one text " * 50])]}, tokenizer)
+    warning = "warning: the held-out text has changed since the checkpoint"
+    assert warning not in go_on(1) + go_on(2)
+    shutil.rmtree(held_out)
+    write_text_folder(held_out, {"validation": [("", ["another text " * 50])]}, tokenizer)
+    assert warning in go_on(3)
+
+
+def test_a_shard_that_breaks_under_way_is_one_line(tmp_path: Path, corpus: Path, folders: dict[str, Path]) -> None:
+    shard = folders["prose"] / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    for offset in range(len(content) // 16 * 2, len(content), len(content) // 16 * 2):
+        content[offset : offset + 2] = (60_000).to_bytes(2, "little")
+    shard.write_bytes(content)
+    result = train(tmp_path / "run", corpus, *shards(folders), "training.total_steps=500", "data.workers=1")
+    assert result.returncode == 1
+    [line] = result.stderr.strip().splitlines()
+    assert re.search(rf"{re.escape(str(shard))}: token 60000 at offset [\d,]+, the vocabulary has 300", line)
+    assert len(metrics(tmp_path / "run")) > 1
+
+
+def test_a_folder_without_a_validation_split_trains_and_says_so(
+    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prose = ["data=shards", f"data.path={folders['prose']}", "training.total_steps=2", "schedule.warmup_steps=0"]
+    records = run(make_config(tmp_path / "run", tmp_path, *prose))
+    assert "warning: there is no text to validate on; name some by data.validation_paths" in capsys.readouterr().out
+    assert not any(name.startswith("validation/") for record in records for name in record)
+    judged = f"+data.validation_paths.code={folders['code']}"
+    assert "validation/code/Hard/loss" in run(make_config(tmp_path / "other", tmp_path, *prose, judged))[-1]
+
+
+class Model:
+    """In the place of a model: its loss is the number of targets, so that sums can be checked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.n_calls = 0
+
+    def model(self, inputs: torch.Tensor, targets: torch.Tensor, seq_idx: Any) -> torch.Tensor:
+        self.n_calls += 1
+        return (targets[targets != IGNORE_INDEX] * 1.0).sum()
+
+    compute = RecordingEngine.compute
+    sum_over_ranks = RecordingEngine.sum_over_ranks
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_validation_is_the_same_at_any_world_size(folders: dict[str, Path], mask: bool) -> None:
+    corpus = Corpus.open(folders["code"], "validation")
+    form = WindowForm(16, with_boundaries=True, mask_loss=mask)
+    starts = [0, 16, *(end - 8 for end in (corpus.tokens() == corpus.eos_id).nonzero()[0][:18].tolist()), 32]
+    batches = [form.read([(corpus, start) for start in starts[n : n + 3]]) for n in range(0, 21, 3)]
+    held_out = [HeldOut("a", batches[:5], 10), HeldOut("b", batches[5:], 10)]
+    expected = [
+        [sum(float(b.targets[b.targets >= 0].sum()) for b in part.batches), sum(b.n_targets for b in part.batches)]
+        for part in held_out
+    ]
+    assert (expected[0][1] + expected[1][1] < 7 * 3 * 16) == mask
+    hook = ValidationHook(held_out, 1)
+    for world_size in (1, 2, 3, 4, 8):
+        ranks = [Model(rank, world_size) for rank in range(world_size)]
+        trainers: list[Any] = [SimpleNamespace(engine=engine, check_stop=lambda: None) for engine in ranks]
+        sums = torch.tensor([hook._sums(trainer) for trainer in trainers]).sum(0)
+        assert sums.tolist() == expected
+        # The same number of forward passes on each rank, as engines that gather weights need it.
+        assert {engine.n_calls for engine in ranks} == {-(-7 // world_size)}
+
+
+def masked_config(tmp_path: Path, folder: Path, *overrides: str) -> Config:
+    return make_config(
+        tmp_path / "run",
+        tmp_path,
+        "data=shards",
+        f"data.path={folder}",
+        "data.mask_loss_at_documents=true",
+        "schedule.warmup_steps=0",
+        *overrides,
+    )
+
+
+def test_the_loss_is_divided_by_the_targets_that_count(tmp_path: Path, folders: dict[str, Path]) -> None:
+    config = masked_config(tmp_path, folders["prose"], "training.total_steps=1")
+    trainer = build_trainer(config)
+    whole = trainer.source.batch(0, slice(None))
+    assert whole.n_targets < whole.inputs.numel()
+    with torch.no_grad():
+        plain = Batch(whole.tokens, whole.seq_idx)
+        logits = trainer.engine.model(plain.inputs, None, plain.seq_idx[:, :-1] if plain.seq_idx is not None else None)
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), plain.targets.flatten(), reduction="none")
+    counted = (whole.inputs != 0).flatten()
+    trainer.run()
+    [record] = metrics(tmp_path / "run")
+    assert record["loss"] == pytest.approx(losses[counted].mean().item(), rel=1e-5)
+    assert record["loss"] != pytest.approx(losses.mean().item(), rel=1e-4)
+    assert record["tokens"] == 4 * 32
+
+
+def test_batches_without_a_target_are_no_nan(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """Documents without text: end of document behind end of document, none of them a target."""
+    folder = write_folder(tmp_path / "empty", {"train": [("", [[]] * 400)]}, 300, tokenizer.serialised)
+    for micro_batch_size in (2, 4):
+        config = masked_config(
+            tmp_path / str(micro_batch_size),
+            folder,
+            "training.total_steps=2",
+            f"training.micro_batch_size={micro_batch_size}",
+        )
+        build_trainer(config).run()
+        for record in metrics(tmp_path / str(micro_batch_size) / "run"):
+            assert record["loss"] == 0
+            assert record["grad_norm"] == 0
+            assert not record["skipped"]
+
+
+def test_one_micro_batch_without_a_target_does_not_disturb_the_others(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    texts = [[5, 6, 7, 8] * 100]
+    folder = write_folder(tmp_path / "half", {"train": [("", [*texts, *[[]] * 400])]}, 300, tokenizer.serialised)
+    config = masked_config(tmp_path, folder, "training.total_steps=1", "training.micro_batch_size=1")
+    trainer = build_trainer(config)
+    counts = [trainer.source.batch(0, range(row, row + 1)).n_targets for row in range(4)]
+    assert 0 in counts
+    assert max(counts) == 32
+    with torch.no_grad():
+        total = sum(
+            float(summed_loss(trainer.engine, trainer.source.batch(0, range(row, row + 1)))) for row in range(4)
+        )
+    trainer.run()
+    [record] = metrics(tmp_path / "run")
+    assert record["loss"] == pytest.approx(total / sum(counts), rel=1e-5)
+    assert math.isfinite(record["grad_norm"])
+
+
+def test_the_state_in_checkpoints_does_not_grow(tmp_path: Path, corpus: Path) -> None:
+    sizes = set()
+    for steps in (5, 10, 15):
+        trainer = build_trainer(make_config(tmp_path / "run", corpus, f"training.total_steps={steps}"))
+        trainer.run()
+        state = load(tmp_path / "run" / "checkpoints" / f"step_{steps:08d}").state["data"]
+        assert state["samples"] == 4 * steps
+        sizes.add(len(json.dumps({**state, "samples": 0})))
+    assert len(sizes) == 1
+    assert sizes.pop() < 300
+
+
+def test_a_trainer_closes_its_loader(tmp_path: Path, folders: dict[str, Path]) -> None:
+    trainer = build_trainer(masked_config(tmp_path, folders["prose"], "training.total_steps=1"))
+    closed_after: list[int] = []
+    trainer.loader.close = lambda: closed_after.append(trainer.state.step)  # type: ignore[method-assign]
+    trainer.run()
+    assert closed_after[-1] == 1
