@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import REPOSITORY, curve, metrics
+from slurm.script import LINE, TEMPLATE
+from tests.helpers import REPOSITORY, curve, metrics, train_command
 from tests.slurm.cluster import N_NODES, Cluster, wait_for
 from tests.slurm.conftest import Job, Undisturbed, submit, submit_job
 
@@ -261,3 +263,40 @@ def test_a_bad_node_is_named_and_excluded(cluster: Cluster, tmp_path: Path, corp
     cluster.run("scontrol", "update", f"JobId={job.id}", "ExcNodeList=node1")
     job.wait_for_end()
     assert cluster.job(job.id)["NodeList"] != "node1"
+
+
+def test_the_plain_script_filled_in_by_a_person(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    overrides = ("training.total_steps=200", "checkpoint.interval_steps=1000", "checkpoint.keep_best=false")
+    command = train_command(tmp_path / "run", corpus, *overrides)
+    filled_in = {
+        "#SBATCH --nodes": "1",
+        "#SBATCH --ntasks-per-node": "1",
+        "#SBATCH --gpus-per-node": None,
+        "#SBATCH --cpus-per-task": "1",
+        "#SBATCH --time": "0:05:00",
+        "RUN_DIR": str(tmp_path / "run"),
+        "CODE": str(REPOSITORY),
+        "PYTHON": sys.executable,
+        "OVERRIDES": f"({shlex.join(command[2:])})",
+        "GPUS_PER_NODE": "0",
+    }
+    head, line, body = TEMPLATE.read_text().partition(LINE)
+    lines = []
+    for text in head.splitlines():
+        key, _, value = text.rpartition("=") if text.startswith("#") else text.partition("=")
+        value = filled_in.pop(key, value)
+        lines += [] if value is None else [f"{key}={value}" if key else text]
+    assert not filled_in
+    (tmp_path / "mine.sbatch").write_text("\n".join([*lines, line + body]))
+    options = ["--parsable", f"--chdir={tmp_path}", "--export=ALL,OMP_NUM_THREADS=1"]
+    job = Job(cluster, cluster.run("sbatch", *options, str(tmp_path / "mine.sbatch")).strip(), tmp_path / "run")
+    job.wait_for_steps(20)
+    cluster.run("scontrol", "requeue", job.id)
+    undisturbed = Undisturbed(tmp_path, corpus, *overrides)
+    job.wait_for_end()
+    assert job.restarts == 1
+    assert not job.repeated_steps()
+    undisturbed.check_equal(job)
+    assert events(job) == ["start", "left to SLURM", "start", "finished"]
+    assert "saved (SIGTERM)" in history(job)[1]["reason"], "found in the log that the head of the script names"
+    assert (tmp_path / f"mamba-{job.id}.log").is_file()

@@ -113,6 +113,29 @@ def test_a_folder_without_runs_is_one_clear_line(tmp_path: Path) -> None:
     assert "no run there that was submitted" in result.stderr
 
 
+def test_follow_shows_it_again_and_again(run_dir: Path) -> None:
+    script = "import sys, slurm.status as status; status.FOLLOW_SECONDS = 0.2; status.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(run_dir), "--follow", "--lines", "1"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        seen = ""
+        while "line 99" not in seen:
+            seen += process.stdout.readline()
+        assert "step    57 of 200" in seen
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write("\n" + json.dumps({"step": 60, "loss": 2.4}) + "\n")
+        while "step    60 of 200" not in seen:
+            seen += process.stdout.readline()
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_it_needs_no_torch(repository: Path) -> None:
     script = "import sys, slurm.status, slurm.submit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=repository).returncode == 0
