@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "write text with a trained model",
     "plan": "say what a run needs: parameters, FLOPs, memory, disk, time",
     "report": "draw the curves of one or several runs",
+    "upload": "send what runs recorded offline to Weights & Biases",
 }
 
 

@@ -27,11 +27,12 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from mamba_train.config import LoggingConfig, WandbMode
-from mamba_train.monitor.jsonl import Metrics
+from mamba_train.monitor.jsonl import Metrics, read_metrics
 from mamba_train.monitor.redact import redact_credentials
 
 INIT_TIMEOUT_SECONDS = 20.0
 FINISH_TIMEOUT_SECONDS = 20.0  # must fit into the time between a warning and the end of a preempted job
+UPLOAD_TIMEOUT_SECONDS = 3600.0
 STALL_SECONDS = 30.0  # after so long without an answer it is said that wandb hangs
 FULL_DISK_BYTES = 2**16  # wandb writes blocks of 32 KiB
 QUEUED_RECORDS = 100_000  # that wait at most; about as many steps, and less than 100 MB
@@ -69,14 +70,7 @@ class WandbSink:
         if self.mode is WandbMode.disabled:
             return
         self.run_id = run_id or secrets.token_hex(4)
-        start = {
-            "dir": str(run_dir),
-            "project": logging_cfg.wandb_project,
-            "name": logging_cfg.wandb_name or self._run_dir.resolve().name,
-            "config": redact_credentials(config),
-            "id": self.run_id,
-            "resume": "allow",
-        }
+        start = _start_arguments(self._run_dir, logging_cfg, config, self.run_id)
         self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(QUEUED_RECORDS)
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._work, args=(start,), name="wandb", daemon=True)
@@ -86,9 +80,8 @@ class WandbSink:
         """Hand over the record of one step; entries that are None are left out, booleans become 0 or 1."""
         if self.mode is WandbMode.disabled:
             return
-        record = {key: int(value) if isinstance(value, bool) else value for key, value in metrics.items()}
         with contextlib.suppress(queue.Full):  # wandb hangs, which is said below
-            self._queue.put_nowait({key: value for key, value in record.items() if value is not None})
+            self._queue.put_nowait(_entries(metrics))
         since = self._busy_since
         if since is not None and time.monotonic() - since > STALL_SECONDS:
             self._warn_once(f"it has not answered for {STALL_SECONDS:g} s; training does not wait for it")
@@ -108,8 +101,8 @@ class WandbSink:
     @property
     def upload_command(self) -> str | None:
         """What uploads a run that was recorded offline; None if there is nothing to upload."""
-        wandb_dir = self._run_dir / "wandb"
-        return f"wandb sync {wandb_dir}/offline-run-*" if list(wandb_dir.glob("offline-run-*")) else None
+        recorded_offline = list((self._run_dir / "wandb").glob("offline-run-*"))
+        return f"mamba-train upload {self._run_dir}" if recorded_offline else None
 
     def _work(self, start: dict[str, Any]) -> None:
         """The thread: start the run, log what comes, finish."""
@@ -117,8 +110,7 @@ class WandbSink:
             with self._busy():
                 (self._run_dir / "wandb").mkdir(parents=True, exist_ok=True)
                 run = self._start(start)
-                run.define_metric("step")
-                run.define_metric("*", step_metric="step")
+                _define_axis(run)
             while isinstance(item := self._queue.get(), dict):
                 with self._busy():
                     _log(run, item)
@@ -179,6 +171,53 @@ def _from_environment(mode: WandbMode) -> WandbMode:
     return mode
 
 
+def upload(run_dir: Path, logging_cfg: LoggingConfig, config: Mapping[str, Any], run_id: str) -> tuple[int, str]:
+    """Send wandb the steps that it does not have yet; returns how many, and the address of the run there.
+
+    They are taken from metrics.jsonl: in the folders that wandb itself leaves offline the last records of a start
+    that was killed are missing, and `wandb sync` stops at a file that breaks off. Raises ValueError when there is no
+    login, no record, or no answer; what has arrived by then is not sent again by the next call.
+    """
+    if not _logged_in():
+        raise ValueError("wandb: not logged in; run `wandb login` first")
+    records = read_metrics(run_dir)
+    try:
+        run = _init(_start_arguments(run_dir, logging_cfg, config, run_id), "online", UPLOAD_TIMEOUT_SECONDS)
+        _define_axis(run)
+        last = run.summary.get("step", 0)
+        missing = [record for record in records if record["step"] > last]
+        for record in missing:
+            _log(run, _entries(record))
+        run.finish()
+    except Exception as error:  # wandb has many
+        _abandon_service()
+        raise ValueError(f"wandb: {_one_line(error)}") from error
+    return len(missing), run.url
+
+
+def _start_arguments(
+    run_dir: Path, logging_cfg: LoggingConfig, config: Mapping[str, Any], run_id: str
+) -> dict[str, Any]:
+    return {
+        "dir": str(run_dir),
+        "project": logging_cfg.wandb_project,
+        "name": logging_cfg.wandb_name or run_dir.resolve().name,
+        "config": redact_credentials(config),
+        "id": run_id,
+        "resume": "allow",
+    }
+
+
+def _define_axis(run: Any) -> None:
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+
+
+def _entries(metrics: Metrics) -> dict[str, float | int]:
+    record = {key: int(value) if isinstance(value, bool) else value for key, value in metrics.items()}
+    return {key: value for key, value in record.items() if value is not None}
+
+
 def _log(run: Any, record: dict[str, Any]) -> None:
     step = record.get("step")
     counter = int(step) if step is not None and math.isfinite(step) and step >= run.step else None
@@ -186,7 +225,9 @@ def _log(run: Any, record: dict[str, Any]) -> None:
     run.log(record, step=counter, commit=True)
 
 
-def _init(start: dict[str, Any], mode: Literal["online", "offline"]) -> Any:
+def _init(
+    start: dict[str, Any], mode: Literal["online", "offline"], finish_timeout: float = FINISH_TIMEOUT_SECONDS
+) -> Any:
     import wandb
 
     settings = wandb.Settings(
@@ -194,7 +235,7 @@ def _init(start: dict[str, Any], mode: Literal["online", "offline"]) -> Any:
         silent=True,
         save_code=False,
         init_timeout=INIT_TIMEOUT_SECONDS,
-        finish_timeout=FINISH_TIMEOUT_SECONDS,
+        finish_timeout=finish_timeout,
     )
     return wandb.init(mode=mode, settings=settings, **start)
 

@@ -214,7 +214,7 @@ def test_the_command_that_uploads(tmp_path: Path, warnings: list[str]) -> None:
     sink = WandbSink(tmp_path, OFFLINE, CONFIG, None, warnings.append)
     assert len(sink.run_id or "") == 8, "known at once, for the checkpoint"
     sink.finish(0)
-    assert sink.upload_command == f"wandb sync {tmp_path}/wandb/offline-run-*"
+    assert sink.upload_command == f"mamba-train upload {tmp_path}"
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 

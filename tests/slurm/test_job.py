@@ -72,7 +72,7 @@ def test_a_job_on_two_nodes(cluster: Cluster, tmp_path: Path, corpus: Path) -> N
 def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     # SLURM's signals reach the processes that read ahead, too.
     overrides = ("training.total_steps=60", "checkpoint.interval_steps=50", "data.workers=1")
-    job = submit_job(cluster, tmp_path, corpus, *overrides)
+    job = submit_job(cluster, tmp_path, corpus, *overrides, "logging.wandb=offline")
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_steps(10)
     page = status(job)
@@ -87,6 +87,9 @@ def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> Non
     undisturbed.check_equal(job)
     assert events(job) == ["start", "left to SLURM", "start", "finished"]
     assert "SIGTERM" in history(job)[1]["reason"]
+    starts = [folder.name for folder in (job.run_dir / "wandb").glob("offline-run-*")]
+    assert len(starts) == 2
+    assert len({name.rpartition("-")[2] for name in starts}) == 1, "the same wandb run"
     page = status(job)
     assert "last    finished" in page
     assert "step    60 of 60 (100.0%)" in page
