@@ -4,13 +4,15 @@
 
 Starts train.py by torchrun once for each engine, in folders under --runs, and prints a table from their metrics.jsonl:
 the median rate and its quartiles without the first tenth of the steps, the peak memory that torch allocated on rank 0,
-and how long the longest save held up the training. The curves go to --out. Also says how far the mean of the last
+and how long saves held up the training: the first, which also allocates the buffers on the host, and the longest of
+the others. The curves go to --out. Also says how far the mean of the last
 losses is from that of the first engine of the list.
 """
 
 import argparse
 import json
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,28 +30,41 @@ ENGINES = {
     "zero-3": ["engine=deepspeed", "engine.zero_stage=3"],
 }
 LAST = 50
+SAVES = 4  # of each run; that of the last step holds up nothing
 
 
 def run(engine: str, args: argparse.Namespace) -> list[dict]:
     """Train with one engine and return the records of its steps."""
     run_dir = args.runs / engine
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={args.processes}", "--standalone"]
+    # Not --standalone: its workers look for the name of this host, which need not resolve to an address.
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={args.processes}"]
+    command += ["--master-addr=localhost", f"--master-port={free_port()}"]
     command += [str(REPOSITORY / "train.py"), *ENGINES[engine], f"training.total_steps={args.steps}"]
-    command += [f"checkpoint.interval_steps={max(1, args.steps // 2)}", "checkpoint.keep_last=1"]
+    command += [f"checkpoint.interval_steps={max(1, args.steps // SAVES)}", "checkpoint.keep_last=1"]
     command += ["logging.wandb=disabled", f"run_dir={run_dir}", *args.overrides]
     subprocess.run(command, check=True)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return int(server.getsockname()[1])
+
+
 def row(engine: str, records: list[dict]) -> str:
     """One line of the table."""
-    steady = [record["tokens_per_second"] for record in records[len(records) // 10 :]]
+    tokens_per_step = records[0]["tokens"] // records[0]["step"]
+    # Of each step by itself: the record's tokens_per_second is a mean over the last steps, which hides the spread.
+    steady = [tokens_per_step / record["step_seconds"] for record in records[len(records) // 10 :]]
     low, median, high = statistics.quantiles(steady, n=4)
-    held_up = max((record.get("checkpoint/hold_up_seconds") or 0.0) for record in records)
+    held_up = [record["checkpoint/hold_up_seconds"] for record in records if "checkpoint/hold_up_seconds" in record]
+    first, later = (f"{held_up[0]:.3f}", f"{max(held_up[1:]):.3f}") if len(held_up) > 1 else ("-", "-")
     memory = max(record["memory_gib"] for record in records)
     last = statistics.fmean(record["loss"] for record in records[-LAST:])
-    return f"| {engine} | {median:,.0f} ({low:,.0f} to {high:,.0f}) | {memory:.2f} | {held_up:.3f} | {last:.4f} |"
+    return f"| {engine} | {median:,.0f} ({low:,.0f} to {high:,.0f}) | {memory:.2f} | {first}, {later} | {last:.4f} |"
 
 
 def draw(curves: dict[str, list[dict]], path: Path) -> None:
@@ -87,7 +102,8 @@ def main() -> None:
     print(
         f"\n{args.processes} x {device}, torch {torch.__version__}, {args.steps} steps of {' '.join(args.overrides)}\n"
     )
-    print(f"| engine | tokens/s (quartiles) | peak memory (GiB) | hold-up of a save (s) | mean of last {LAST} losses |")
+    held_up = "hold-up of the first save, of the longest later one (s)"
+    print(f"| engine | tokens/s (quartiles) | peak memory (GiB) | {held_up} | mean of last {LAST} losses |")
     print("|---|---|---|---|---|")
     for engine, records in curves.items():
         print(row(engine, records))

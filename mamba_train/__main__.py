@@ -25,7 +25,11 @@ def main() -> None:
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides that followed an option: argparse stops looking for them there
+        arguments.overrides += rest
     with user_errors_exit():
         arguments.run(arguments)
 

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run or of a sweep")
     parser.add_argument("--follow", action="store_true", help=f"show it again every {FOLLOW_SECONDS:g} seconds")
     parser.add_argument("--lines", type=int, default=10, help="how many lines of the log (default: 10)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with user_errors_exit():
         while True:
             text = show(args.runs, args.lines)

@@ -36,7 +36,7 @@ def main() -> None:
         "overrides", nargs="*", metavar="OVERRIDE", help="as for train.py; slurm.nodes=2 slurm.time=8:00:00"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch file and stop")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with user_errors_exit():
         submission = compose_submission(args.overrides, Path.cwd())
         if args.dry_run:

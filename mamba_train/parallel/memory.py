@@ -31,6 +31,8 @@ LOGITS_CHUNK = 2**26  # logits that linear_cross_entropy holds at once on a GPU
 GIB = 2**30
 # The CUDA context, NCCL's buffers, and what the allocator cannot use.
 OVERHEAD_BYTES = 3 * GIB
+GRADIENTS, SHARDED_GRADIENTS = "gradients (fp32)", "gradients (fp32, sharded)"
+FLAT_GRADIENT = "flat gradient of the update"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +63,29 @@ def memory_per_device(config: Config, model: ModelConfig, world_size: int) -> di
     else:
         memory = {
             "weights (fp32 masters)": MASTER_BYTES * sizes.total,
-            "gradients (fp32)": MASTER_BYTES * sizes.total,
+            GRADIENTS: MASTER_BYTES * sizes.total,
             "AdamW moments (2 x fp32)": 2 * MASTER_BYTES * sizes.total,
             "copies of the matrices in bf16": 0 if value_bytes == 4 else value_bytes * sizes.cast,
         }
     head = padded_vocab_size(model) * model.d_model
-    memory["activations (estimate)"] = activation_bytes(model, value_bytes, engine.recompute, micro_batch_tokens)
+    activations = activation_bytes(model, value_bytes, engine.recompute, micro_batch_tokens)
+    made = sum(memory.get(row, 0.0) for row in _made_at_the_end(engine, n_micro_batches))
+    # What is made while or after the backward pass frees the activations takes their place: the larger counts.
+    memory["activations (estimate)" + (", beyond gradients" if made else "")] = max(
+        activations / model.n_layer, activations - made
+    )
     memory["logits chunk and gradient of the head"] = (4 + value_bytes) * _logits(model, micro_batch_tokens) + 4 * head
     return {name: round(size) for name, size in memory.items() if size}
+
+
+def _made_at_the_end(engine: EngineConfig, n_micro_batches: int) -> list[str]:
+    """Rows that do not exist yet when the last backward pass of a step begins, and the activations are all there."""
+    if engine.name is EngineKind.ddp or (engine.name is EngineKind.deepspeed and engine.zero_stage == 3):
+        return []  # their buffers of gradients are there all the time
+    made = [FLAT_GRADIENT]
+    if n_micro_batches == 1:
+        made += [GRADIENTS, SHARDED_GRADIENTS]
+    return made
 
 
 def _fsdp(
@@ -80,12 +97,14 @@ def _fsdp(
     n_gathered = 3.0 if engine.reshard_after_forward else 1 + (sizes.total - sizes.root) / sizes.layer
     memory = {
         "weights (fp32 masters, sharded)": MASTER_BYTES * sizes.total / shards,
-        "gradients (fp32, sharded)": MASTER_BYTES * sizes.total / shards,
+        SHARDED_GRADIENTS: MASTER_BYTES * sizes.total / shards,
         "AdamW moments (2 x fp32, sharded)": 2 * MASTER_BYTES * sizes.total / shards,
         "gathered weights": 4 * sizes.root + n_gathered * layer_bytes,
         "gradients being summed over the ranks": 8.0 * max(sizes.root, sizes.layer),
     }
     if n_micro_batches > 1 and not engine.reduce_each_micro_batch:
+        # The part of this rank takes their place, layer by layer.
+        memory[SHARDED_GRADIENTS] = 0.0
         memory["whole gradients of accumulation (fp32)"] = float(MASTER_BYTES * sizes.total)
     return memory
 
@@ -95,17 +114,18 @@ def _zero(sizes: Sizes, stage: int, world_size: int, value_bytes: int) -> dict[s
     reduced = float(MASTER_BYTES * min(REDUCED_ELEMENTS, sizes.total))
     memory = {
         "weights (fp32)": MASTER_BYTES * sizes.total if stage < 3 else part,
-        "gradients (fp32)": MASTER_BYTES * sizes.total if stage == 1 else part,
+        GRADIENTS: MASTER_BYTES * sizes.total if stage == 1 else part,
         "AdamW moments (2 x fp32, sharded)": 2 * part,
         "gradients being summed over the ranks": 2 * reduced,
     }
     if stage < 3:
-        memory["fp32 copy and flat gradient of the part"] = 2 * part
+        memory["fp32 copy of the part"] = part
+        memory[FLAT_GRADIENT] = part
         memory["copies of the matrices in bf16"] = 0 if value_bytes == 4 else value_bytes * sizes.cast
     else:
         live = min(LIVE_ELEMENTS + PREFETCHED_ELEMENTS, sizes.total) + sizes.root
         memory["gathered weights (fp32)"] = float(MASTER_BYTES * live)
-        memory["flat gradient of this rank"] = part
+        memory["fp32 copy of the part"] = part
     return memory
 
 

@@ -55,6 +55,12 @@ class ShardedEngine(NativeEngine):
         self.model.set_requires_gradient_sync(is_last or self.config.reduce_each_micro_batch)
         self.model.set_is_last_backward(is_last)
 
+    def pieces_changed(self) -> None:
+        # What a forward pass left gathered is out of date: the root, and all with engine.reshard_after_forward=false.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _global_norm(self, local: Tensor) -> Tensor:
         # Squares of fp32 norms can leave the range of fp32. Each shard is there once per replica.
         total = local.double().square()

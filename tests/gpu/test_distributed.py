@@ -8,6 +8,7 @@ import torch
 
 from tests.distributed.conftest import common, runs, texts  # noqa: F401  fixtures
 from tests.distributed.launch import TOPOLOGIES, drive, losses, notes
+from tests.distributed.test_parity import skip_without
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,6 +28,7 @@ def one(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_engine_trains_and_resumes_what_one_gpu_wrote(one: Path, texts: Path, tmp_path: Path, name: str) -> None:  # noqa: F811
+    skip_without(name)
     result = drive(TOPOLOGIES[name], texts, tmp_path / "whole", *ON_GPUS)
     assert result.returncode == 0, result.stderr[-4000:]
     for rank in notes(tmp_path / "whole"):

@@ -184,6 +184,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("#!/bin/bash\n#SBATCH")
     assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
+    assert run(*BASE[:2], "--dry-run", *BASE[2:]).stdout == shown.stdout, "an option may stand anywhere"
     refused = run(*BASE, "model.d_modl=3")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1

@@ -21,7 +21,10 @@ from mamba_train.training.trainer import Trainer
 
 @dataclass
 class HoldUp(Hook):
-    """Adds `checkpoint/hold_up_seconds` to the step after a save: how long the training stood still for it."""
+    """Adds `checkpoint/hold_up_seconds` to the step after a save: how long the training stood still for it.
+
+    Also for the one before it, when that is still being written.
+    """
 
     seconds: list[float] = field(default_factory=list)
 
@@ -67,11 +70,13 @@ class CheckpointHook(Hook):
         is_new_best = self._config.keep_best and state.best_validation_step == state.step
         if state.step % self._config.interval_steps and not is_new_best:
             return
+        begin = time.perf_counter()
         try:
             self._finish_last()
             self._save(trainer)
         except NotEnoughDiskSpace as error:
             self._log(f"warning: {error}; the checkpoint of step {state.step} was not saved, training goes on")
+        self.hold_up.seconds.append(time.perf_counter() - begin)
 
     def on_end(self, trainer: Trainer) -> None:
         self._finish_last()
@@ -94,8 +99,7 @@ class CheckpointHook(Hook):
         self.on_end(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        state = trainer.state
-        begin = time.perf_counter()
+        state, begin = trainer.state, time.perf_counter()
         values: dict[str, Any] = {"train": state.to_json(), "data": state_of(trainer.source, state.samples)}
         if self._config.verify_forward:
             values["forward_loss"] = forward_loss(trainer.engine)
@@ -117,4 +121,3 @@ class CheckpointHook(Hook):
             then=then,
         )
         self._saved_step = state.step
-        self.hold_up.seconds.append(time.perf_counter() - begin)
