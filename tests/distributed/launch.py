@@ -79,7 +79,8 @@ def overrides(corpus: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    return {**environment(), "PYTHONPATH": str(REPOSITORY), **more}
+    places = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**environment(), "PYTHONPATH": os.pathsep.join(places), **more}
 
 
 def drive(
