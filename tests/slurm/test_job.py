@@ -140,7 +140,7 @@ def test_a_killed_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
 
 def test_a_lost_node(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """The daemon and everything else on one of two nodes dies at once; SLURM starts the job on others."""
-    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8", "checkpoint.keep_best=false", "engine=ddp")
+    overrides = ("training.total_steps=60", "checkpoint.interval_steps=8", "checkpoint.keep_best=false", "engine=fsdp")
     for name in ("plain", "lost"):
         (tmp_path / name).mkdir()
     plain = submit_job(cluster, tmp_path / "plain", corpus, *overrides, "slurm.nodes=2", "slurm.exclude='node[1-2]'")
