@@ -25,7 +25,7 @@ pytestmark = [
 MORE_THAN_OFFICIAL = 1.1
 # Beside two errors of this size, about one unit in the last place of fp32, their ratio means nothing.
 FP32_UNIT = 1.2e-7
-DRAWS = 4
+DRAWS = 16  # ratios of the means of 4 were seen from 0.91 to 1.31 where that of 160 was 1.05
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_errors_are_those_of_mamba_ssm(
                 for name in ("y", *(f"d{name}" for name in inputs)):
                     scale = exact[name].norm().clamp_min(1e-30)  # with one step dA is 0
                     error = (results[name].double() - exact[name]).detach().norm() / scale
-                    errors[name] = errors.get(name, 0.0) + float(error) / DRAWS
+                    errors[name] = errors.get(name, 0.0) + error.item() / DRAWS
     finally:
         torch.use_deterministic_algorithms(False)
     for name, error in ours.items():
