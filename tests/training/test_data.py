@@ -13,10 +13,12 @@ import torch
 
 from mamba_train.checkpoint.storage import load
 from mamba_train.commands.report import ensure_baseline
-from mamba_train.config import Config
+from mamba_train.config import Config, DataConfig
 from mamba_train.data.batches import IGNORE_INDEX, Batch, WindowForm
 from mamba_train.data.corpus import Corpus
+from mamba_train.data.opening import OpenedData, open_folders
 from mamba_train.data.tokenizer import TextTokenizer, train_tokenizer
+from mamba_train.training import build
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.validation import HeldOut, ValidationHook
 from mamba_train.training.trainer import summed_loss
@@ -306,3 +308,45 @@ def test_a_trainer_closes_its_loader(tmp_path: Path, folders: dict[str, Path]) -
     trainer.loader.close = lambda: closed_after.append(trainer.state.step)  # type: ignore[method-assign]
     trainer.run()
     assert closed_after[-1] == 1
+
+
+def test_a_domain_too_small_to_validate_on_is_mentioned(
+    tmp_path: Path, folders: dict[str, Path], tokenizer: TextTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = write_text_folder(
+        tmp_path / "held_out", {"validation": [("Large", ["one text " * 50]), ("Rare", ["x"])]}, tokenizer
+    )
+    paths = f"+data.validation_paths.v={held_out}"
+    [record] = run(shards_config(tmp_path / "run", folders, "training.total_steps=1", paths))
+    assert (
+        "warning: not validated on, as they have fewer tokens than one window of 33: v/Rare" in capsys.readouterr().out
+    )
+    assert [name for name in record if name.endswith("/loss")] == ["validation/v/Large/loss", "validation/loss"]
+
+
+def test_shards_are_hashed_by_one_rank_only(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[bool] = []
+    original = build.open_data
+
+    def recorded(data: DataConfig, log: Any) -> OpenedData:
+        hashed.append(data.check_hashes)
+        return original(data, log)
+
+    monkeypatch.setattr(build, "open_data", recorded)
+    build_trainer(shards_config(tmp_path / "run", folders, "data.check_hashes=true"))
+    assert hashed == [True, False]  # what the first rank does before the others, and what each rank does
+
+
+def test_nodes_with_different_copies_of_the_shards_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    mine = open_folders({"prose": folders["prose"]}, {})
+    build._check_same(mine, build._what_is_read(mine))
+    for other in (
+        open_folders({"prose": folders["code"]}, {}),  # other tokens
+        open_folders({"prose": folders["prose"]}, {"v": folders["code"]}),  # other held-out text
+    ):
+        with pytest.raises(
+            ValueError, match=r"^data\.path, data\.sources: .* has other tokens than on the node of rank 0"
+        ):
+            build._check_same(mine, build._what_is_read(other))
