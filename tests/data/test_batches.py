@@ -217,9 +217,9 @@ def test_a_shard_that_is_damaged_while_it_is_read_is_named(make_corpus: MakeCorp
     path = corpus.folder / "train-00001.bin"
     content = bytearray(path.read_bytes())
     out = np.empty(42, dtype=np.int64)
-    content[2 * 7] = 99
+    content[2 * 7] = 10  # the first id that is none
     path.write_bytes(content)
-    with pytest.raises(ReadError, match=r"train-00001\.bin: token 99 at offset 7, the vocabulary has 10"):
+    with pytest.raises(ReadError, match=r"train-00001\.bin: token 10 at offset 7, the vocabulary has 10"):
         corpus.read(0, out)
     corpus.read(0, out[:28])  # up to the damage
     path.write_bytes(content[: 2 * 5])
