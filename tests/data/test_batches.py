@@ -265,3 +265,13 @@ def test_a_batch_survives_the_way_to_the_device(make_corpus: MakeCorpus, monkeyp
             if boundaries:
                 assert copy.seq_idx.dtype is torch.int32
                 assert torch.equal(copy.seq_idx, batch.seq_idx)
+
+
+def test_sources_of_one_size_have_orders_of_their_own(make_corpus: MakeCorpus) -> None:
+    """Else what lies at one place of two folders, such as two versions of a text, would always come together."""
+    corpora = {name: make_corpus([[list(range(1, 400))]]) for name in ("a", "b")}
+    source = BatchSource(corpora, 4, 0, WindowForm(8, False), [(0, {"a": 1.0, "b": 1.0})])
+    sources, windows = source.windows(np.arange(200))
+    first, second = (windows[sources == number][:50] for number in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert (first == second).sum() < 10
