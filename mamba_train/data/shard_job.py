@@ -83,6 +83,16 @@ class Job:
         """Text of job.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        """The plan that `to_json` wrote. Raises ValueError, KeyError or TypeError for another text."""
+        record = json.loads(text)
+        groups = []
+        for group in record["groups"]:
+            inputs = [{**entry, "hub": entry["hub"] and HubText(**entry["hub"])} for entry in group["inputs"]]
+            groups.append(Group(group["number"], group["split"], tuple(Input(**entry) for entry in inputs)))
+        return cls(record["job_version"], JobSettings(**record["settings"]), record["versions"], tuple(groups))
+
 
 def find_inputs(
     patterns: Sequence[str], split: Split, suffixes: Sequence[str], hub_options: dict[str, Any], log: Log

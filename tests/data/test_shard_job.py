@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba_train.data.documents import SPLITS, Split
+from mamba_train.data.hub_text import HubText
 from mamba_train.data.shard_group import label_folder
 from mamba_train.data.shard_job import (
     JOB_NAME,
@@ -113,6 +114,16 @@ def test_groups_hold_each_input_once_in_order(sizes: list[tuple[Split, int]], li
         assert group.size <= limit or len(group.inputs) == 1
         if group.split == after.split:  # no group could have taken one more
             assert group.size + after.inputs[0].size > limit
+
+
+@given(st.lists(st.tuples(st.sampled_from(SPLITS), st.integers(0, 50), st.booleans()), max_size=10))
+def test_a_plan_is_read_as_it_was_written(entries: list[tuple[Split, int, bool]]) -> None:
+    hub = HubText("NAME", None, "main", "train", 1, 3)
+    inputs = [Input(split, f"{n}", size, hub if is_hub else None) for n, (split, size, is_hub) in enumerate(entries)]
+    job = Job(
+        JOB_VERSION, JobSettings("t", "l", "0", 0, 1, 1, 1, 0.1, "skip", 0.2), {"a": "1"}, group_inputs(inputs, 60)
+    )
+    assert Job.from_json(job.to_json()) == job
 
 
 def test_each_size_is_looked_at_a_few_times_only() -> None:
