@@ -223,7 +223,7 @@ def test_a_shard_that_is_damaged_while_it_is_read_is_named(make_corpus: MakeCorp
         corpus.read(0, out)
     corpus.read(0, out[:28])  # up to the damage
     path.write_bytes(content[: 2 * 5])
-    with pytest.raises(ReadError, match=r"train-00001\.bin: ends at token 5 of 21"):
+    with pytest.raises(ReadError, match=r"train-00001\.bin: token 5 of 21 is not there; it was cut short"):
         corpus.read(0, out)
     other = make_corpus([[[1] * 20]])
     (other.folder / "train-00000.bin").unlink()

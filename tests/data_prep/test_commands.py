@@ -354,3 +354,18 @@ def test_train_tokenizer_reads_the_same_share_of_each_file(tmp_path: Path, capsy
     assert {"Ġalpha", "Ġbeta", "Ġgamma"} <= set(vocabulary)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert "tokens, end of document 0, SHA-256" in capsys.readouterr().out
+
+
+def test_a_tokenizer_needs_text_and_a_file_to_go_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "raw" / "0.jsonl", [("text", "A")])
+    for arguments, message in (
+        (
+            ["--input", f"validation={tmp_path}/raw", "--output", tmp_path / "a.json"],
+            "--input: there is no text to learn",
+        ),
+        (["--input", tmp_path / "raw", "--output", tmp_path], f"--output {tmp_path}: is a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            command("train-tokenizer", "--vocab-size", 300, *arguments)
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.json"))
