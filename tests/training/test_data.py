@@ -343,17 +343,22 @@ def test_shards_are_hashed_by_one_rank_only(
     assert hashed == [True, False]  # what the first rank does before the others, and what each rank does
 
 
-def test_nodes_with_different_copies_of_the_shards_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_nodes_with_different_copies_of_the_shards_are_refused(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = open_folders({"prose": folders["prose"]}, {})
     build._check_same(mine, build._what_is_read(mine))
+    refused = r"^data\.path, data\.sources: .* has other tokens than on the node of rank 0"
     for other in (
         open_folders({"prose": folders["code"]}, {}),  # other tokens
         open_folders({"prose": folders["prose"]}, {"v": folders["code"]}),  # other held-out text
     ):
-        with pytest.raises(
-            ValueError, match=r"^data\.path, data\.sources: .* has other tokens than on the node of rank 0"
-        ):
+        with pytest.raises(ValueError, match=refused):
             build._check_same(mine, build._what_is_read(other))
+    answers = iter([build._what_is_read(other), build._what_is_read(mine)])  # of rank 0, and of this one
+    monkeypatch.setattr(build, "_what_is_read", lambda data: next(answers))
+    with pytest.raises(ValueError, match=refused):
+        build_trainer(shards_config(tmp_path / "run", folders))
 
 
 class MeetingEngine(RecordingEngine):
