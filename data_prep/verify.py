@@ -3,7 +3,8 @@
   python -m data_prep verify pile_shards
 
 Finds a changed byte, a truncated or missing shard, an id outside the vocabulary, doubled or missing
-end-of-document ids, a wrong index, and a manifest that belongs to another tokenizer. It changes nothing.
+end-of-document ids, a wrong index, and a manifest that belongs to another tokenizer or is not what the
+entries of the groups say. It changes nothing.
 """
 
 import argparse
