@@ -118,10 +118,10 @@ def positive(text: str) -> int:
 
 def mebibytes(text: str) -> int:
     """A number of MiB, as bytes."""
-    value = int(float(text) * (1 << 20))
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
-    return value
+    value = float(text) * (1 << 20)
+    if not 1 <= value < 1 << 62:
+        raise argparse.ArgumentTypeError(f"expected more than 0 and not that much, got {text}")
+    return int(value)
 
 
 def default_workers() -> int:

@@ -17,6 +17,7 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.encoder == "fastokens":
         fastokens_call(tokenizer)  # says at once if that cannot work
     job = _plan(arguments, tokenizer, group_inputs(inputs, arguments.group_mib))
-    checksums = _checksums(arguments.checksums, list(paths))
+    checksums = _checksums(arguments.checksums, paths)
     folder: Path = arguments.output.expanduser()
     adopt_folder(folder, job, tokenizer)
     mine = [group for group in job.groups if group.number % n_tasks == task]
@@ -146,25 +147,50 @@ def _plan(arguments: argparse.Namespace, tokenizer: TextTokenizer, groups: tuple
     return Job(JOB_VERSION, settings, versions, groups)
 
 
-def _checksums(file: Path | None, names: list[str]) -> dict[str, str]:
-    """Expected SHA-256 by the name of an input; a line matches the input whose path ends with its own."""
+def _checksums(file: Path | None, paths: dict[str, Path]) -> dict[str, str]:
+    """Expected SHA-256 of each input (`paths` by name), from the lines of a file as `sha256sum` writes them.
+
+    A line is for the input whose path ends with the line's, the longest such line if there are several; where none
+    is, for the input that the line's path ends with. Raises ValueError that begins with --checksums.
+    """
     if file is None:
         return {}
-    expected = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    whole: dict[str, set[str]] = {}  # digests by the path of their line
+    endings: dict[str, set[str]] = {}  # and by each of its endings
+    for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
         if match is None:
             raise ValueError(f"--checksums {file}:{number}: expected a SHA-256, two spaces and a file name")
-        digest, listed = match.groups()
-        for name in names:
-            if f"/{name}".endswith("/" + listed.removeprefix("./")) or f"/{listed}".endswith("/" + name):
-                expected[name] = digest.lower()
-    missing = sorted(set(names) - expected.keys())
+        digest, listed = match.group(1).lower(), match.group(2).removeprefix("./")
+        whole.setdefault(listed, set()).add(digest)
+        for ending in _endings(listed):
+            endings.setdefault(ending, set()).add(digest)
+    expected, missing = {}, []
+    for name, path in sorted(paths.items()):
+        digests = next((whole[ending] for ending in _endings(str(path)) if ending in whole), endings.get(name, set()))
+        if len(digests) > 1:
+            raise ValueError(f"--checksums {file}: {len(digests)} lines could be for {path} and differ")
+        expected[name] = next(iter(digests), "")
+        if not digests:
+            missing.append(name)
     if missing:
-        raise ValueError(f"--checksums {file}: has no line for {missing[0]} ({len(missing)} of {len(names)} inputs)")
+        raise ValueError(f"--checksums {file}: has no line for {missing[0]} ({len(missing)} of {len(paths)} inputs)")
     return expected
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--checksums {file}: cannot be read ({error})") from error
+
+
+def _endings(path: str) -> Iterator[str]:
+    """The path itself, then what is left of it without its first folder, without its first two, ..."""
+    parts = path.split("/")
+    return ("/".join(parts[first:]) for first in range(len(parts)))
 
 
 def _make(work: Work, n_workers: int, arguments: argparse.Namespace) -> None:

@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read the sample, train, write."""
     output: Path = arguments.output.expanduser()
+    if output.is_dir():
+        raise ValueError(f"--output {output}: is a folder; expected the name of a file, such as tokenizer.json in it")
     if arguments.preset and PRESETS[arguments.preset].tokenizer == "dna":
         tokenizer = dna_tokenizer()
     else:
@@ -50,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
             texts = _sample([i for i in inputs if i.split == "train"], paths, fields_of(arguments), bad, n_bytes, bar)
             tokenizer = train_tokenizer(texts, arguments.vocab_size, n_bytes, "--vocab-size")
         bad.check_share("the sample")
+        if not bad.n_good.total():
+            raise ValueError("--input: there is no text to learn from (only inputs of the train split are read)")
     if tokenizer.vocab_size < arguments.vocab_size and arguments.preset != "dna":
         print(f"the text is too small for more than {tokenizer.vocab_size:,} tokens (--vocab-size, --sample-mib)")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
   python -m data_prep verify pile_shards
 
 Finds a changed byte, a truncated or missing shard, an id outside the vocabulary, doubled or missing
-end-of-document ids, a wrong index, and a manifest that belongs to another tokenizer. It changes nothing.
+end-of-document ids, a wrong index, and a manifest that belongs to another tokenizer or is not what the
+entries of the groups say. It changes nothing.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from data_prep.options import default_workers, positive
 from data_prep.progress import Bar
 from mamba_train.data.documents import SPLITS
 from mamba_train.data.manifest import Manifest, ShardEntry, read_manifest
-from mamba_train.data.verification import folder_problems, shard_problems
+from mamba_train.data.verification import folder_problems, plan_problems, shard_problems
 
 EXIT_DAMAGED = 1
 
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check the manifest, then all shards in parallel."""
     folder: Path = arguments.folder
     manifest = read_manifest(folder)
-    problems = list(folder_problems(folder, manifest))
+    problems = [*folder_problems(folder, manifest), *plan_problems(folder, manifest)]
     shards = [shard for split in SPLITS for shard in manifest.shards[split]]
     n_bytes = sum(shard.bin_size + shard.idx_size for shard in shards)
     n_workers = min(arguments.workers or default_workers(), max(1, len(shards)))

@@ -121,6 +121,12 @@ def explain(error: Exception) -> str:
         group, option = match.groups()
         options = sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))
         return f"{group}={option}: there is no such option{_nearest(option, options)}; {group} can be {_list(options)}"
+    if re.search(r"MixtureStage|Dict\[str, float\]", text):  # OmegaConf names no key inside of a list
+        reason = str(error.__cause__ or error).splitlines()[0]
+        return (
+            f"data.mixture: {reason}; expected a list of stages such as [{{from_step:0,weights:{{A:0.3,B:0.7}}}}], "
+            "with from_step a whole number, weights numbers, and quotes around a name that is a number"
+        )
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1).split("@")[0]
         if parent := key if _is_open(key) else _open_parent(key):

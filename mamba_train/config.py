@@ -167,7 +167,7 @@ class DataConfig:
     sequence_length: int = 256  # tokens the model sees at once
     reset_state_at_documents: bool = True
     cache_dir: str = ".cache/data"
-    check_hashes: bool = False  # read all shards at the start and compare them with the manifest
+    check_hashes: bool = False  # the first rank reads all shards at the start and compares them with the manifest
     # Several folders in the place of `path`, each by a name, for source=shards
     sources: dict[str, str] = field(default_factory=dict)
     mixture: list[MixtureStage] = field(default_factory=list)  # empty: all windows once, then again in another order

@@ -6,6 +6,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Tracking of test runs concerns nobody; the tests of the sink itself set their own mode.
@@ -14,6 +15,11 @@ os.environ["WANDB_MODE"] = "disabled"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+# How long an example takes says something about the machine only.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -95,6 +95,11 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         (["data.mixture=[{from_step:0,weights:{a:-1,b:2}}]"], ["data.mixture[0].weights", "0 or more"]),
         (["data.mixture=[{from_step:0}]"], ["data.mixture[0].weights has no value"]),
+        (["data.mixture=[{from_step:0,weight:{a:1}}]"], ["data.mixture: Key 'weight' not in", "weights:{A:0.3,B:0.7}"]),
+        (["data.mixture=[{from_step:0,weights:{a:x}}]"], ["data.mixture: Value 'x'", "weights numbers"]),
+        (["data.mixture=[{from_step:0,weights:{2020:1}}]"], ["data.mixture: Key 2020 (int)", "quotes around a name"]),
+        (["data.mixture=[{from_step:0.5,weights:{a:1}}]"], ["data.mixture: Value '0.5'", "from_step a whole number"]),
+        (["data.mixture={}"], ["data.mixture: Cannot merge", "expected a list of stages"]),
         (
             ["data=shards", "data.path=null", "+data.sources.a=/tmp", "data.mixture=[{from_step:0,weights:{b/x:1}}]"],
             ["data.mixture[0].weights=b/x", "a source of data.sources (a)"],

@@ -66,7 +66,7 @@ class _Shard:
             raise ReadError(f"{self.path}: cannot be read at token {offset:,}: {error.strerror}") from error
         if len(content) < n * size:
             raise ReadError(
-                f"{self.path}: ends at token {offset + len(content) // size:,} of {self.n_tokens:,}; "
+                f"{self.path}: token {offset + len(content) // size:,} of {self.n_tokens:,} is not there; "
                 "it was cut short after the run began"
             )
         tokens = np.frombuffer(content, dtype=self.dtype)

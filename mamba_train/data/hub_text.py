@@ -5,6 +5,7 @@ library decides how files become rows; each of its shards (files) is one input, 
 spread and a killed group begins again at the start of its shard.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,10 +53,20 @@ def read_hub(part: HubText, fields: Fields) -> Iterator[TextRecord | BadDocument
         stream = stream.select_columns(sorted(columns))
     if part.n_shards > 1:
         stream = stream.shard(num_shards=part.n_shards, index=part.shard)
-    try:
-        yield from records_of(enumerate(iter(stream), start=1), fields)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{part.label()}: cannot be read to its end ({error})") from error
+    yield from records_of(_rows(stream, part), fields)
+
+
+def _rows(stream: Any, part: HubText) -> Iterator[tuple[int, Any]]:
+    rows = iter(stream)
+    for number in itertools.count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # the library raises many kinds: a line that is no JSON, the network
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{part.label()}: cannot be read beyond row {number - 1} ({reason})") from error
+        yield number, row
 
 
 def _stream(part: HubText) -> Any:

@@ -6,7 +6,7 @@ the same text twice gives the same file.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,10 @@ def read_manifest(folder: Path) -> Manifest:
         if record["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {record['format_version']}, expected {FORMAT_VERSION}")
         shards = {split: [ShardEntry(**entry) for entry in record["shards"].get(split, [])] for split in SPLITS}
+        for entry in (entry for listed in shards.values() for entry in listed):
+            for field in fields(entry):
+                if type(getattr(entry, field.name)) is not field.type:
+                    raise ValueError(f"{field.name} of shard {entry.name} is {getattr(entry, field.name)!r}")
         return Manifest(**{**record, "shards": shards})
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: not a prepared data folder ({MANIFEST_NAME} is missing)") from error

@@ -36,7 +36,8 @@ def shares_of(weights: Mapping[str, float]) -> dict[str, Fraction]:
     for name, share in shares.items():
         if share < MIN_SHARE:
             raise ValueError(
-                f"{name} has a share of {float(share):.1e}, less than one sample in a million; leave it out"
+                f"data.mixture: {name} has a share of {float(share):.1e}, less than one sample in a million; "
+                "leave it out"
             )
     return shares
 

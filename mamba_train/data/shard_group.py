@@ -167,6 +167,8 @@ def _tokenise_input(
             writers.add(entry, record, ids)
             n_documents, n_bytes, n_tokens = n_documents + 1, n_bytes + record.n_bytes, n_tokens + len(ids) + 1
         around.progress(0, len(batch), n_tokens)
+    if not n_documents:
+        around.log(f"WARNING: {where}: there is no document in it")
     digest = None if entry.hub else sha256.hexdigest()
     _check_input(entry, digest, around)
     return {

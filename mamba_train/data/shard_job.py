@@ -83,6 +83,16 @@ class Job:
         """Text of job.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        """The plan that `to_json` wrote. Raises ValueError, KeyError or TypeError for another text."""
+        record = json.loads(text)
+        groups = []
+        for group in record["groups"]:
+            inputs = [{**entry, "hub": entry["hub"] and HubText(**entry["hub"])} for entry in group["inputs"]]
+            groups.append(Group(group["number"], group["split"], tuple(Input(**entry) for entry in inputs)))
+        return cls(record["job_version"], JobSettings(**record["settings"]), record["versions"], tuple(groups))
+
 
 def find_inputs(
     patterns: Sequence[str], split: Split, suffixes: Sequence[str], hub_options: dict[str, Any], log: Log
@@ -96,6 +106,8 @@ def find_inputs(
     hub: list[Input] = []
     for pattern in patterns:
         chosen, place = _split_of(pattern, split)
+        if not place:
+            raise ValueError(f"--input {pattern!r}: names no file or folder")
         if place.startswith(HUB_PREFIX):
             for part in open_hub(place.removeprefix(HUB_PREFIX), chosen, hub_options):
                 hub.append(Input(chosen, part.label(), 0, part))
@@ -154,12 +166,13 @@ def group_inputs(inputs: Iterable[Input], group_bytes: int) -> tuple[Group, ...]
 
     for split in SPLITS:
         members: list[Input] = []
+        size = 0  # counted on, as a group may have a million files
         for entry in (entry for entry in inputs if entry.split == split):
-            is_full = sum(member.size for member in members) + entry.size > group_bytes
-            if members and (is_full or entry.hub is not None):
+            if members and (size + entry.size > group_bytes or entry.hub is not None):
                 close(members)
-                members = []
+                members, size = [], 0
             members.append(entry)
+            size += entry.size
         close(members)
     return tuple(groups)
 
@@ -167,9 +180,14 @@ def group_inputs(inputs: Iterable[Input], group_bytes: int) -> tuple[Group, ...]
 def adopt_folder(folder: Path, job: Job, tokenizer: TextTokenizer) -> None:
     """Make the folder that of this job, or check that it is. Raises ValueError that begins with --output."""
     path = folder / JOB_NAME
-    if folder.is_dir() and not path.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+    # In this order: another task may make the folder that of this job at any moment, and job.json comes first in it.
+    has_files = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+    if has_files and not path.exists():
         raise ValueError(f"--output {folder}: the folder is not empty and holds no {JOB_NAME}; choose another")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder}: cannot be made ({error.strerror})") from error
     if not path.exists():
         _create(path, job.to_json().encode("utf-8"))
     difference = _difference(json.loads(path.read_text(encoding="utf-8")), json.loads(job.to_json()))

@@ -18,6 +18,21 @@ def assemble(folder: Path, job: Job) -> Manifest | None:
 
     Its bytes depend on the job alone, so it does not matter which process writes it, or how many do.
     """
+    manifest = compose(folder, job)
+    if manifest is None:
+        return None
+    data = manifest.to_json().encode("utf-8")
+    path = folder / MANIFEST_NAME
+    if not path.exists() or path.read_bytes() != data:
+        temporary = folder / f".{MANIFEST_NAME}.{uuid.uuid4().hex}"
+        write_durably(temporary, data)
+        os.replace(temporary, path)
+        fsync_folder(folder)
+    return manifest
+
+
+def compose(folder: Path, job: Job) -> Manifest | None:
+    """The manifest that the entries of the groups make together, None if one of them is not finished."""
     entries = [read_entry(folder, group) for group in job.groups]
     finished = [entry for entry in entries if entry is not None]
     if len(finished) < len(entries):
@@ -33,7 +48,7 @@ def assemble(folder: Path, job: Job) -> Manifest | None:
     rule = "each input belongs to the split named with it"
     if settings.validation_fraction:
         rule += f"; about {settings.validation_fraction:.3%} of the training documents held out by a hash"
-    manifest = Manifest(
+    return Manifest(
         format_version=FORMAT_VERSION,
         source={"kind": "data_prep", "inputs": [read for entry in finished for read in entry.inputs]},
         settings=asdict(settings),
@@ -45,11 +60,3 @@ def assemble(folder: Path, job: Job) -> Manifest | None:
         shards=shards,
         versions=job.versions,
     )
-    data = manifest.to_json().encode("utf-8")
-    path = folder / MANIFEST_NAME
-    if not path.exists() or path.read_bytes() != data:
-        temporary = folder / f".{MANIFEST_NAME}.{uuid.uuid4().hex}"
-        write_durably(temporary, data)
-        os.replace(temporary, path)
-        fsync_folder(folder)
-    return manifest

@@ -49,9 +49,9 @@ def _decompressed(chunks: Iterator[bytes], file: Path, kind: str, begin: Callabl
     The libraries' stream readers take the end of the file for the end of the text (zstd); only the
     decompression object says whether the last frame was complete.
     """
-    frame = None
+    frame, is_empty = None, True
     for chunk in chunks:
-        rest = chunk
+        rest, is_empty = chunk, False
         while rest:
             frame = frame or begin()
             try:
@@ -61,7 +61,7 @@ def _decompressed(chunks: Iterator[bytes], file: Path, kind: str, begin: Callabl
             rest = frame.unused_data if frame.eof else b""
             if frame.eof:
                 frame = None
-    if frame is not None:
+    if frame is not None or is_empty:  # even no text at all takes some bytes
         raise ValueError(f"{file}: the {kind} data is truncated; copy or download the file again")
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,28 @@ class TextTokenizer:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def n_bytes(self, ids: np.ndarray) -> int:
-        """UTF-8 bytes of the text of token ids (n,); end-of-document tokens count nothing."""
-        return len(self.decode(ids[ids != self.eos_id]).encode("utf-8"))
+        """UTF-8 bytes of the text of token ids (n,); end-of-document tokens count nothing.
+
+        Exact for byte-level tokenizers, also where the ids begin or end inside a character; with others that takes
+        part of a character for three bytes.
+        """
+        ids = ids[ids != self.eos_id]
+        if self._bytes_of_ids is None:
+            return len(self.decode(ids).encode("utf-8"))
+        return int(self._bytes_of_ids[ids[ids < len(self._bytes_of_ids)]].sum())
+
+    @cached_property
+    def _bytes_of_ids(self) -> np.ndarray | None:
+        """Bytes of each id (vocab_size,) if the tokenizer writes each byte as a letter of its vocabulary, else None."""
+        definition = json.loads(self.serialised)
+        if (definition.get("decoder") or {}).get("type") != "ByteLevel":
+            return None
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, i in definition["model"]["vocab"].items():
+            sizes[i] = len(token)
+        for token in definition.get("added_tokens") or []:
+            sizes[token["id"]] = len(token["content"].encode("utf-8"))
+        return sizes
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -47,10 +47,11 @@ class ValidationSet:
 def validation_sets(corpora: Mapping[str, Corpus], form: WindowForm, n_sequences: int) -> list[ValidationSet]:
     """Divide about `n_sequences` windows among domains by the size of their text, with a least number for each.
 
-    Raises ValueError (`data.sequence_length`) if one is smaller than a window.
+    A domain smaller than a window is left out. Raises ValueError (`data.sequence_length`) if all of them are.
     """
-    for label, corpus in corpora.items():
-        form.check(corpus, label)
+    if corpora:
+        form.check(*max(((corpus, label) for label, corpus in corpora.items()), key=lambda pair: pair[0].n_tokens))
+    corpora = {label: corpus for label, corpus in corpora.items() if corpus.n_tokens > form.length}
     n_windows = {label: (corpus.n_tokens - 1) // form.length for label, corpus in corpora.items()}
     total = sum(n_windows.values())
     least = MIN_SEQUENCES if len(corpora) > 1 else 0

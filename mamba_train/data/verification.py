@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from mamba_train.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardEntry, file_sha256
+from mamba_train.data.shard_group import GROUPS_FOLDER
+from mamba_train.data.shard_job import JOB_NAME, Job
+from mamba_train.data.shard_manifest import compose
 from mamba_train.data.shards import ShardReader, token_dtype
 from mamba_train.data.tokenizer import load_tokenizer
 
@@ -37,6 +40,20 @@ def folder_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         name = file.relative_to(folder).as_posix()
         if file.suffix in (".bin", ".idx") and not name.startswith(".") and name not in listed:
             yield f"{file}: this shard is not in the manifest"
+
+
+def plan_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What of the manifest is not what the plan and the entries of the groups make together, where they are there."""
+    path = folder / JOB_NAME
+    if not path.exists():
+        return
+    try:
+        expected = compose(folder, Job.from_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{path}: it or an entry in {GROUPS_FOLDER} cannot be read ({error})"
+        return
+    if expected is not None and expected != manifest:
+        yield f"{folder / MANIFEST_NAME}: is not what {GROUPS_FOLDER} says; delete it and run `tokenize` again"
 
 
 def shard_problems(folder: Path, manifest: Manifest, entry: ShardEntry) -> Iterator[str]:

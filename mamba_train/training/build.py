@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,11 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
         open_data(config.data, log)
 
     ranks.first(prepare_data)
-    data = ranks.together(lambda: open_data(config.data, _say_nothing))
+    # Not hashed by each rank once more: hundreds of them would read all shards.
+    unhashed = dataclasses.replace(config.data, check_hashes=False)
+    data = ranks.together(lambda: open_data(unhashed, _say_nothing))
+    of_first = ranks.first(lambda: _what_is_read(data))
+    ranks.together(lambda: _check_same(data, of_first))
     source = _batch_source(config, data)
     config = dataclasses.replace(config, model=resolve_model_config(config.model, data.everything.vocab_size))
     shown_config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
@@ -101,6 +106,20 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     ranks.first(lambda: _write_run_files(run_dir, config, data, engine))
     hooks = _hooks(config, engine, data, source.form, progress, shown_config, fingerprints, log)
     return Trainer(config, engine, source, state, [*hooks, lock], stop)
+
+
+def _what_is_read(data: OpenedData) -> list[list[str]]:
+    named = [data.corpora, data.validation]
+    return [[f"{name}: {corpus.fingerprint}" for name, corpus in corpora.items()] for corpora in named]
+
+
+def _check_same(data: OpenedData, of_first: list[list[str]]) -> None:
+    """Raise ValueError if this rank's tokens are not those of rank 0, as when each node has its own copy of them."""
+    if _what_is_read(data) != of_first:
+        raise ValueError(
+            f"data.path, data.sources: {data.folder} on {platform.node()} has other tokens than on the node of rank 0; "
+            "all nodes need the same"
+        )
 
 
 def _say_nothing(text: str) -> None:
@@ -243,9 +262,12 @@ def _hooks(
     """In the order in which they run: those that measure, then the record, then the checkpoint."""
     training, run_dir = config.training, Path(config.run_dir)
     length, tokenizer = config.data.sequence_length, load_tokenizer(data.folder / TOKENIZER_NAME)
+    domains = validation_sets(data.validation, form, training.validation_sequences)
+    if short := sorted(data.validation.keys() - {domain.label for domain in domains}):
+        log(f"warning: not validated on, as they have fewer tokens than one window of {length + 1}: {', '.join(short)}")
     held_out = [
         HeldOut(domain.label, list(domain.batches(training.micro_batch_size)), domain.n_bytes(tokenizer))
-        for domain in validation_sets(data.validation, form, training.validation_sequences)
+        for domain in domains
     ]
     checkpointing = CheckpointHook(
         checkpoints_dir(run_dir), config.checkpoint, engine.ranks, shown_config, fingerprints, log

@@ -217,13 +217,13 @@ def test_a_shard_that_is_damaged_while_it_is_read_is_named(make_corpus: MakeCorp
     path = corpus.folder / "train-00001.bin"
     content = bytearray(path.read_bytes())
     out = np.empty(42, dtype=np.int64)
-    content[2 * 7] = 99
+    content[2 * 7] = 10  # the first id that is none
     path.write_bytes(content)
-    with pytest.raises(ReadError, match=r"train-00001\.bin: token 99 at offset 7, the vocabulary has 10"):
+    with pytest.raises(ReadError, match=r"train-00001\.bin: token 10 at offset 7, the vocabulary has 10"):
         corpus.read(0, out)
     corpus.read(0, out[:28])  # up to the damage
     path.write_bytes(content[: 2 * 5])
-    with pytest.raises(ReadError, match=r"train-00001\.bin: ends at token 5 of 21"):
+    with pytest.raises(ReadError, match=r"train-00001\.bin: token 5 of 21 is not there; it was cut short"):
         corpus.read(0, out)
     other = make_corpus([[[1] * 20]])
     (other.folder / "train-00000.bin").unlink()
@@ -265,3 +265,13 @@ def test_a_batch_survives_the_way_to_the_device(make_corpus: MakeCorpus, monkeyp
             if boundaries:
                 assert copy.seq_idx.dtype is torch.int32
                 assert torch.equal(copy.seq_idx, batch.seq_idx)
+
+
+def test_sources_of_one_size_have_orders_of_their_own(make_corpus: MakeCorpus) -> None:
+    """Else what lies at one place of two folders, such as two versions of a text, would always come together."""
+    corpora = {name: make_corpus([[list(range(1, 400))]]) for name in ("a", "b")}
+    source = BatchSource(corpora, 4, 0, WindowForm(8, False), [(0, {"a": 1.0, "b": 1.0})])
+    sources, windows = source.windows(np.arange(200))
+    first, second = (windows[sources == number][:50] for number in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert (first == second).sum() < 10

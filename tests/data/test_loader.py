@@ -92,7 +92,7 @@ def test_workers_give_the_same_batches_and_survive_what_ends_a_job(source: Batch
         path = source.corpora["b"].folder / "train-00000.bin"
         content = path.read_bytes()
         path.write_bytes(content[:100])
-        with pytest.raises(ReadError, match=r"train-00000\.bin: ends at token \d+ of 500") as caught:
+        with pytest.raises(ReadError, match=r"train-00000\.bin: token \d+ of 500 is not there") as caught:
             collections.deque((loader.step(12 * step) for step in range(101, 140)), maxlen=0)
         assert "\n" not in str(caught.value)
         # A worker that is gone, as for want of memory.

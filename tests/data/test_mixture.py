@@ -73,7 +73,9 @@ def test_a_share_of_less_than_a_sample_per_block_makes_longer_blocks() -> None:
     assert stage.block_samples == 8 * BLOCK_SAMPLES
     for block in range(4):
         assert min(counts(mixture, block * stage.block_samples, (block + 1) * stage.block_samples)) in (1, 2)
-    with pytest.raises(ValueError, match=r"rare has a share of 1\.0e-07, less than one sample in a million"):
+    with pytest.raises(
+        ValueError, match=r"data\.mixture: rare has a share of 1\.0e-07, less than one sample in a million"
+    ):
         shares_of({"rare": 1e-7, "rest": 1 - 1e-7})
 
 

@@ -6,9 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba_train.data.documents import SPLITS, Split
+from mamba_train.data.hub_text import HubText
 from mamba_train.data.shard_group import label_folder
-from mamba_train.data.shard_job import Input, find_inputs, group_inputs
+from mamba_train.data.shard_job import (
+    JOB_NAME,
+    JOB_VERSION,
+    Input,
+    Job,
+    JobSettings,
+    adopt_folder,
+    find_inputs,
+    group_inputs,
+)
 from mamba_train.data.text_files import TEXT_SUFFIXES
+from mamba_train.data.tokenizer import dna_tokenizer
 
 
 def find(patterns: list[str], split: Split = "train") -> tuple[list[tuple[str, str]], list[str]]:
@@ -52,6 +63,45 @@ def test_nothing_found(raw: Path, pattern: str) -> None:
         find([f"{raw}/{pattern}"])
 
 
+@pytest.mark.parametrize("pattern", ["", "train="])
+def test_an_empty_name_is_not_the_current_folder(pattern: str) -> None:
+    with pytest.raises(ValueError, match=rf"--input '{pattern}': names no file or folder"):
+        find([pattern])
+
+
+def test_tasks_that_begin_at_the_same_moment_share_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one makes the folder that of the job just when this one has found no job.json."""
+    tokenizer = dna_tokenizer()
+    settings = JobSettings("text", None, tokenizer.sha256, 0, 17, 1, 1, 0.0, "error", 0.0)
+    job = Job(JOB_VERSION, settings, {}, ())
+    folder = tmp_path / "out"
+    folder.mkdir()
+    exists = Path.exists
+    n_asked = 0
+
+    def overtaken(path: Path) -> bool:
+        nonlocal n_asked
+        found = exists(path)
+        if path.name == JOB_NAME:
+            n_asked += 1
+            if n_asked == 1:
+                adopt_folder(folder, job, tokenizer)
+        return found
+
+    monkeypatch.setattr(Path, "exists", overtaken)
+    adopt_folder(folder, job, tokenizer)
+    assert n_asked > 1
+    assert sorted(path.name for path in folder.iterdir()) == [JOB_NAME, "tokenizer.json"]
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    tokenizer = dna_tokenizer()
+    settings = JobSettings("text", None, tokenizer.sha256, 0, 17, 1, 1, 0.0, "error", 0.0)
+    with pytest.raises(ValueError, match=r"--output .*out: cannot be made \(File exists\)"):
+        adopt_folder(tmp_path / "out", Job(JOB_VERSION, settings, {}, ()), tokenizer)
+
+
 @given(st.lists(st.tuples(st.sampled_from(SPLITS), st.integers(0, 50)), max_size=40), st.integers(1, 100))
 def test_groups_hold_each_input_once_in_order(sizes: list[tuple[Split, int]], limit: int) -> None:
     inputs = [Input(split, f"{number:03d}", size) for number, (split, size) in enumerate(sizes)]
@@ -64,6 +114,31 @@ def test_groups_hold_each_input_once_in_order(sizes: list[tuple[Split, int]], li
         assert group.size <= limit or len(group.inputs) == 1
         if group.split == after.split:  # no group could have taken one more
             assert group.size + after.inputs[0].size > limit
+
+
+@given(st.lists(st.tuples(st.sampled_from(SPLITS), st.integers(0, 50), st.booleans()), max_size=10))
+def test_a_plan_is_read_as_it_was_written(entries: list[tuple[Split, int, bool]]) -> None:
+    hub = HubText("NAME", None, "main", "train", 1, 3)
+    inputs = [Input(split, f"{n}", size, hub if is_hub else None) for n, (split, size, is_hub) in enumerate(entries)]
+    job = Job(
+        JOB_VERSION, JobSettings("t", "l", "0", 0, 1, 1, 1, 0.1, "skip", 0.2), {"a": "1"}, group_inputs(inputs, 60)
+    )
+    assert Job.from_json(job.to_json()) == job
+
+
+def test_each_size_is_looked_at_a_few_times_only() -> None:
+    """A group may have a million small files: what it holds so far must not be added up for each of them."""
+    looked_at = 0
+
+    class Counted(Input):
+        def __getattribute__(self, name: str) -> object:
+            nonlocal looked_at
+            looked_at += name == "size"
+            return super().__getattribute__(name)
+
+    inputs = [Counted("train", f"{number:05d}.txt", 10) for number in range(1000)]
+    assert len(group_inputs(inputs, 1 << 30)) == 1
+    assert looked_at <= 5 * len(inputs)
 
 
 def test_the_number_of_groups_stays_sane() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba_train.data.manifest import ShardEntry
-from mamba_train.data.shards import ShardReader, ShardWriter, index_bytes, token_dtype
+from mamba_train.data.shards import ShardReader, ShardSeries, ShardWriter, index_bytes, token_dtype
 
 UINT16 = np.dtype(np.uint16)
 
@@ -117,3 +117,12 @@ def test_our_writer_gives_megatrons_bytes(materials: Path, tmp_path: Path) -> No
     for suffix in (".bin", ".idx"):
         theirs = prefix.with_name(prefix.name + suffix).read_bytes()
         assert (tmp_path / f"x{suffix}").read_bytes() == theirs
+
+
+def test_a_series_fills_its_shards_to_the_brim(tmp_path: Path) -> None:
+    series = ShardSeries(tmp_path, lambda n: f"{n}", np.dtype(np.uint16), 0, max_bytes=20)
+    for length in (4, 4, 4, 5, 30, 1):
+        series.add(np.ones(length, dtype=np.uint16), 1)
+    series.close()
+    assert [entry.n_documents for entry in series.entries] == [2, 1, 1, 1, 1]
+    assert [entry.bin_size for entry in series.entries] == [20, 10, 12, 62, 4]

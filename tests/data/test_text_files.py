@@ -112,6 +112,16 @@ def test_truncated_gzip_is_not_taken_for_the_end(tmp_path: Path, keep: int) -> N
         read(tmp_path / "a.jsonl.gz")
 
 
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_compressed_file_of_no_bytes_was_not_copied_to_its_end(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a\.jsonl\..*: the (gzip|zstd) data is truncated"):
+        list(read_texts(path, Fields("text")))
+    path.write_bytes(gzip.compress(b"") if suffix == "gz" else zstandard.compress(b""))
+    assert list(read_texts(path, Fields("text"))) == []
+
+
 def test_a_flipped_byte_in_gzip(tmp_path: Path) -> None:
     data = bytearray(gzip.compress(jsonl(ROWS * 50)))
     data[-6] ^= 1  # in the checksum

@@ -52,6 +52,26 @@ def test_bytes_of_tokens_are_the_bytes_of_the_text(tokenizer: TextTokenizer, tex
     assert tokenizer.n_bytes(np.concatenate([np.zeros(0, np.int64), *ids])) == len("".join(texts).encode())
 
 
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20)), st.lists(st.integers(0, 500)))
+def test_bytes_are_exact_where_characters_are_cut(tokenizer: TextTokenizer, texts: list[str], cuts: list[int]) -> None:
+    ids = np.concatenate([np.zeros(0, np.int64), *(np.append(ids, 0) for ids in tokenizer.encode_batch(texts))])
+    parts = np.split(ids, sorted(min(cut, len(ids)) for cut in cuts))
+    assert sum(tokenizer.n_bytes(part) for part in parts) == len("".join(texts).encode())
+
+
+def test_bytes_of_ids_that_are_no_byte_level_pieces(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    """Padding of the embedding has no text, added tokens have their own, and other decoders are asked."""
+    assert tokenizer.n_bytes(np.array([tokenizer.vocab_size, 400, 0])) == 0
+    run = {"id": 320, "content": "   ", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    added = [*json.loads(tokenizer.serialised)["added_tokens"], {**run, "special": False}]
+    spaces = load_tokenizer(changed(tokenizer, tmp_path / "spaces.json", added_tokens=added))
+    ids = spaces.encode("a    ü")
+    assert 320 in ids
+    assert spaces.n_bytes(ids) == len("a    ü".encode())
+    dna = dna_tokenizer()
+    assert dna.n_bytes(np.append(dna.encode("ACGT"), 0)) == 4
+
+
 @pytest.mark.parametrize("seed", ["0", "1"])
 def test_training_is_deterministic_across_processes(tokenizer: TextTokenizer, seed: str) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": "3"}

@@ -65,3 +65,12 @@ def test_bytes_are_those_of_the_targets_that_count(tmp_path: Path) -> None:
         first_bytes = [len(tokenizer.decode(tokenizer.encode(text)[:1]).encode()) for text in texts]
         expected = n_all - (sum(first_bytes) if mask else first_bytes[0])
         assert found.n_bytes(tokenizer) == expected
+
+
+def test_a_domain_smaller_than_a_window_is_left_out(make_corpus: MakeCorpus) -> None:
+    corpora = {"small": make_corpus([[[1] * 9]]), "large": make_corpus([[[1] * 300]])}
+    form = WindowForm(10, with_boundaries=False)
+    assert [found.label for found in validation_sets(corpora, form, 20)] == ["large"]
+    with pytest.raises(ValueError, match=r"data\.sequence_length=10: the .* split of small has only 10 tokens"):
+        validation_sets({"small": corpora["small"]}, form, 20)
+    assert validation_sets({}, form, 20) == []

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def test_a_worker_that_dies_ends_the_command(tmp_path: Path, pile: MakePile, tok
         (["--tokenizer", "no.json"], "--tokenizer=no.json: no such file"),
         (["--max-bad-share", "2"], "expected 0 to 1"),
         (["--workers", "0"], "expected 1 or more"),
+        (["--group-mib", "inf"], "expected more than 0 and not that much"),
         (["--checksums", "CHECKSUMS"], "has no line for train/00.jsonl.zst (2 of 2 inputs)"),
         (["--input", "nothing*"], "--input nothing*: no such file"),
     ],
@@ -221,14 +223,32 @@ def test_slurm_says_which_task_this_is(
 def test_checksums_are_matched_by_the_end_of_the_path(tmp_path: Path) -> None:
     file = tmp_path / "SHA256SUMS"
     file.write_text(f"{'a' * 64}  train/00.jsonl.zst\n{'B' * 64} *./01.jsonl.zst\n")
-    found = tokenize._checksums(file, ["00.jsonl.zst", "part/01.jsonl.zst"])
-    assert found == {"00.jsonl.zst": "a" * 64, "part/01.jsonl.zst": "b" * 64}
+    paths = {name: Path("/raw") / name for name in ("00.jsonl.zst", "part/01.jsonl.zst")}
+    assert tokenize._checksums(file, paths) == {"00.jsonl.zst": "a" * 64, "part/01.jsonl.zst": "b" * 64}
     file.write_text("abc  x\n")
     with pytest.raises(ValueError, match=r"SHA256SUMS:1: expected a SHA-256"):
-        tokenize._checksums(file, ["x"])
+        tokenize._checksums(file, {"x": Path("/x")})
+    with pytest.raises(ValueError, match=r"--checksums .*none: cannot be read"):
+        tokenize._checksums(tmp_path / "none", {})
 
 
-def test_a_dataset_that_the_library_streams(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
+def test_checksums_of_files_that_are_called_alike(tmp_path: Path) -> None:
+    """Each chunk of SlimPajama has the same names of files."""
+    file = tmp_path / "SHA256SUMS"
+    file.write_text(
+        "".join(f"{n:064}  {split}/chunk{n % 3}/0.jsonl\n" for n, split in enumerate(["train"] * 3 + ["val"]))
+    )
+    paths = {"0.jsonl": Path("/slim/train/chunk1/0.jsonl")}  # the only input: its name says nothing of the chunk
+    assert tokenize._checksums(file, paths) == {"0.jsonl": f"{1:064}"}
+    paths = {f"chunk{n}/0.jsonl": Path(f"/elsewhere/chunk{n}/0.jsonl") for n in (1, 2)}
+    assert tokenize._checksums(file, paths) == {f"chunk{n}/0.jsonl": f"{n:064}" for n in (1, 2)}
+    with pytest.raises(ValueError, match=r"SHA256SUMS: 4 lines could be for /elsewhere/0\.jsonl and differ"):
+        tokenize._checksums(file, {"0.jsonl": Path("/elsewhere/0.jsonl")})
+
+
+def test_a_dataset_that_the_library_streams(
+    tmp_path: Path, pile: MakePile, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A local folder stands for a name on the hub; each file is a part of the stream."""
     rows = pile(3, 20)
     folder = tmp_path / "hub"
@@ -244,6 +264,14 @@ def test_a_dataset_that_the_library_streams(tmp_path: Path, pile: MakePile, toke
     assert set(manifest.versions) == {"tokenizers", "datasets"}
     with pytest.raises(SystemExit):
         command(*arguments, "--input", f"test=hf:{folder}", "--output", tmp_path / "no")
+    with (folder / "data" / "train-1.jsonl").open("a") as stream:
+        stream.write("no json\n")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        command(*arguments, "--input", f"hf:{folder}", "--output", tmp_path / "broken")
+    assert re.search(
+        rf"^error: hf:{folder}/train/2-of-3: cannot be read beyond row \d+ \(", capsys.readouterr().err, re.M
+    )
 
 
 def test_dna(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,3 +354,18 @@ def test_train_tokenizer_reads_the_same_share_of_each_file(tmp_path: Path, capsy
     assert {"Ġalpha", "Ġbeta", "Ġgamma"} <= set(vocabulary)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert "tokens, end of document 0, SHA-256" in capsys.readouterr().out
+
+
+def test_a_tokenizer_needs_text_and_a_file_to_go_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "raw" / "0.jsonl", [("text", "A")])
+    for arguments, message in (
+        (
+            ["--input", f"validation={tmp_path}/raw", "--output", tmp_path / "a.json"],
+            "--input: there is no text to learn",
+        ),
+        (["--input", tmp_path / "raw", "--output", tmp_path], f"--output {tmp_path}: is a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            command("train-tokenizer", "--vocab-size", 300, *arguments)
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.json"))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,13 @@ from mamba_train.data import shard_group
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.manifest import file_sha256, find_problem, read_manifest
 from mamba_train.data.prepare import prepare
+from mamba_train.data.shard_job import JOB_VERSION, Group, Job, find_inputs, group_inputs
+from mamba_train.data.shard_manifest import assemble
 from mamba_train.data.shards import ShardReader
-from mamba_train.data.text_files import FASTA_SUFFIXES
-from mamba_train.data.tokenizer import dna_tokenizer
+from mamba_train.data.text_files import FASTA_SUFFIXES, TEXT_SUFFIXES
+from mamba_train.data.tokenizer import dna_tokenizer, load_tokenizer
 from tests.data_prep.conftest import LABELS, write_rows
-from tests.data_prep.helpers import REPOSITORY, Row, contents, documents, make_shards, pile_inputs
+from tests.data_prep.helpers import REPOSITORY, Row, contents, documents, make_shards, pile_inputs, settings
 
 MakePile = Callable[..., dict[str, list[Row]]]
 
@@ -99,6 +102,80 @@ def test_what_is_missing_is_made_again(tmp_path: Path, pile: MakePile, tokenizer
     assert contents(folder) != before
     make_shards(pile_inputs(tmp_path), folder, tokenizer_file)
     assert contents(folder) == before
+
+
+def test_no_manifest_while_one_group_is_missing(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
+    pile(2)
+    folder = tmp_path / "out"
+    make_shards(pile_inputs(tmp_path), folder, tokenizer_file)
+    tokenizer = load_tokenizer(tokenizer_file)
+    inputs, _ = find_inputs(pile_inputs(tmp_path), "train", TEXT_SUFFIXES, {}, lambda line: None)
+    job = Job(JOB_VERSION, settings(tokenizer), {}, group_inputs(inputs, 1))
+    (folder / "manifest.json").unlink()
+    for group in job.groups:
+        entry = folder / "groups" / f"{group.name}.json"
+        entry.rename(tmp_path / "aside")
+        assert assemble(folder, job) is None
+        assert not (folder / "manifest.json").exists()
+        (tmp_path / "aside").rename(entry)
+    assert assemble(folder, job) == read_manifest(folder)
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, pile: MakePile, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename may reach the disk before the contents do: after a loss of power the name would stand for nothing."""
+    flushed: dict[int, int] = {}  # size of a file when it was flushed, by inode
+    renamed: dict[Path, int] = {}  # inode of the folder
+    done: set[int] = set()  # folders flushed since the last rename in them
+    fsync, replace = os.fsync, os.replace
+
+    def fsync_and_tell(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        flushed[status.st_ino] = status.st_size
+        done.add(status.st_ino)
+
+    def checked_replace(source: Path, target: Path) -> None:
+        status = os.stat(source)
+        assert flushed.get(status.st_ino) == status.st_size, source
+        if target.suffix == ".json":  # an entry or the manifest: says that others are there
+            assert set(renamed.values()) <= done
+        replace(source, target)
+        renamed[target] = target.parent.stat().st_ino
+        done.discard(renamed[target])
+
+    monkeypatch.setattr(os, "fsync", fsync_and_tell)
+    monkeypatch.setattr(os, "replace", checked_replace)
+    pile(2)
+    make_shards(pile_inputs(tmp_path), tmp_path / "out", tokenizer_file)
+    assert set(renamed.values()) <= done
+    assert {path.suffix for path in renamed} == {".bin", ".idx", ".json"}
+
+
+def test_an_input_that_grows_while_the_job_runs(
+    tmp_path: Path, pile: MakePile, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pile(2)
+    path = tmp_path / "raw" / "train" / "00.jsonl.zst"
+
+    def grow_and_check(folder: Path, group: Group) -> None:
+        with path.open("ab") as stream:
+            stream.write(zstandard.compress(b'{"text": "more", "meta": {"pile_set_name": "ArXiv"}}\n'))
+
+    monkeypatch.setattr(shard_group, "read_entry", grow_and_check)
+    with pytest.raises(ValueError, match=r"00\.jsonl\.zst: has \d+ bytes, \d+ when the job began: was it changed\?"):
+        make_shards([str(path)], tmp_path / "out", tokenizer_file)
+
+
+def test_an_input_without_a_document_is_mentioned(tmp_path: Path, tokenizer_file: Path) -> None:
+    write_rows(tmp_path / "raw" / "a.jsonl", [("text", "A")])
+    (tmp_path / "raw" / "b.jsonl").write_text("\n")
+    log: list[str] = []
+    assert make_shards([f"{tmp_path}/raw"], tmp_path / "out", tokenizer_file, log) is not None
+    assert [line for line in log if "WARNING" in line] == [
+        f"WARNING: {tmp_path}/raw/b.jsonl: there is no document in it"
+    ]
 
 
 def test_other_inputs_or_settings_are_refused(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,8 +7,9 @@ import numpy as np
 import pytest
 
 from mamba_train.data.manifest import MANIFEST_NAME, ShardEntry, file_sha256, read_manifest
+from mamba_train.data.shard_job import JOB_NAME
 from mamba_train.data.shards import ShardWriter, index_bytes
-from mamba_train.data.verification import folder_problems, shard_problems
+from mamba_train.data.verification import folder_problems, plan_problems, shard_problems
 from tests.data_prep.helpers import Row, command, make_shards
 
 NAME = "train/ArXiv/00001-000"
@@ -164,3 +166,39 @@ def test_the_command(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
         command("verify", shards / "train")
     assert caught.value.code == 2
     assert "not a prepared data folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["label", "n_bytes", "order", "split", "input"])
+def test_a_manifest_that_was_changed(shards: Path, change: str) -> None:
+    """What no shard can tell: which domain it is, how much text, in which order they come."""
+    path = shards / MANIFEST_NAME
+    before = path.read_text()
+    record = json.loads(before)
+    train = record["shards"]["train"]
+    if change == "order":
+        train.reverse()
+    elif change == "split":
+        record["shards"]["test"].append(train.pop())
+    elif change == "input":
+        record["source"]["inputs"].pop()
+    else:
+        train[0][change] = "Books" if change == "label" else train[0][change] + 1
+    assert not list(plan_problems(shards, read_manifest(shards)))
+    path.write_text(json.dumps(record))
+    expected = f"{path}: is not what groups says; delete it and run `tokenize` again"
+    assert list(plan_problems(shards, read_manifest(shards))) == [expected]
+    with pytest.raises(SystemExit):
+        command("verify", shards, "--workers", 1)
+    path.write_text(before)
+    shutil.rmtree(shards / "groups")  # whoever passes shards on may leave them out
+    assert not list(plan_problems(shards, read_manifest(shards)))
+    (shards / JOB_NAME).write_text("{")
+    assert "cannot be read" in next(plan_problems(shards, read_manifest(shards)))
+
+
+def test_a_manifest_with_a_size_that_is_none(shards: Path) -> None:
+    record = json.loads((shards / MANIFEST_NAME).read_text())
+    record["shards"]["train"][0]["bin_size"] = "1"
+    (shards / MANIFEST_NAME).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"manifest\.json: not a readable manifest \(bin_size of shard .* is '1'\)"):
+        read_manifest(shards)

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +16,17 @@ import torch
 
 from mamba_train.checkpoint.storage import load
 from mamba_train.commands.report import ensure_baseline
-from mamba_train.config import Config
-from mamba_train.data.batches import IGNORE_INDEX, Batch, WindowForm
+from mamba_train.config import Config, DataConfig
+from mamba_train.data.batches import IGNORE_INDEX, Batch, BatchSource, WindowForm
 from mamba_train.data.corpus import Corpus
+from mamba_train.data.opening import OpenedData, open_folders
 from mamba_train.data.tokenizer import TextTokenizer, train_tokenizer
+from mamba_train.parallel.engine import StepResult
+from mamba_train.training import build
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.validation import HeldOut, ValidationHook
-from mamba_train.training.trainer import summed_loss
+from mamba_train.training.state import TrainState
+from mamba_train.training.trainer import Trainer, summed_loss
 from tests.data.folders import write_folder, write_text_folder
 from tests.helpers import curve, metrics, train
 from tests.training.test_trainer import RecordingEngine, make_config
@@ -307,3 +313,101 @@ def test_a_trainer_closes_its_loader(tmp_path: Path, folders: dict[str, Path]) -
     trainer.loader.close = lambda: closed_after.append(trainer.state.step)  # type: ignore[method-assign]
     trainer.run()
     assert closed_after[-1] == 1
+
+
+def test_a_domain_too_small_to_validate_on_is_mentioned(
+    tmp_path: Path, folders: dict[str, Path], tokenizer: TextTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = write_text_folder(
+        tmp_path / "held_out", {"validation": [("Large", ["one text " * 50]), ("Rare", ["x"])]}, tokenizer
+    )
+    paths = f"+data.validation_paths.v={held_out}"
+    [record] = run(shards_config(tmp_path / "run", folders, "training.total_steps=1", paths))
+    assert (
+        "warning: not validated on, as they have fewer tokens than one window of 33: v/Rare" in capsys.readouterr().out
+    )
+    assert [name for name in record if name.endswith("/loss")] == ["validation/v/Large/loss", "validation/loss"]
+
+
+def test_shards_are_hashed_by_one_rank_only(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[bool] = []
+    original = build.open_data
+
+    def recorded(data: DataConfig, log: Any) -> OpenedData:
+        hashed.append(data.check_hashes)
+        return original(data, log)
+
+    monkeypatch.setattr(build, "open_data", recorded)
+    build_trainer(shards_config(tmp_path / "run", folders, "data.check_hashes=true"))
+    assert hashed == [True, False]  # what the first rank does before the others, and what each rank does
+
+
+def test_nodes_with_different_copies_of_the_shards_are_refused(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = open_folders({"prose": folders["prose"]}, {})
+    build._check_same(mine, build._what_is_read(mine))
+    refused = r"^data\.path, data\.sources: .* has other tokens than on the node of rank 0"
+    for other in (
+        open_folders({"prose": folders["code"]}, {}),  # other tokens
+        open_folders({"prose": folders["prose"]}, {"v": folders["code"]}),  # other held-out text
+    ):
+        with pytest.raises(ValueError, match=refused):
+            build._check_same(mine, build._what_is_read(other))
+    answers = iter([build._what_is_read(other), build._what_is_read(mine)])  # of rank 0, and of this one
+    monkeypatch.setattr(build, "_what_is_read", lambda data: next(answers))
+    with pytest.raises(ValueError, match=refused):
+        build_trainer(shards_config(tmp_path / "run", folders))
+
+
+class MeetingEngine(RecordingEngine):
+    """One of several ranks, each in a thread: sums are really taken over all of them. A loss is its targets' sum."""
+
+    def __init__(self, rank: int, world_size: int, meeting: threading.Barrier, values: list[Any]) -> None:
+        super().__init__(rank, world_size)
+        self.meeting, self.values = meeting, values
+        self.losses: list[list[float]] = [[]]
+
+    def model(self, inputs: torch.Tensor, targets: torch.Tensor, seq_idx: Any) -> torch.Tensor:
+        return targets[targets != IGNORE_INDEX].double().sum()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.losses[-1].append(float(loss))
+
+    def step(self, lr: float) -> StepResult:
+        self.losses.append([])
+        return StepResult(1.0, skipped=False)
+
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        self.values[self.rank] = value
+        self.meeting.wait(30)
+        total: torch.Tensor = sum(self.values)
+        self.meeting.wait(30)
+        return total
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 12), (1, 2), (2, 6), (3, 1), (4, 3), (4, 1)])
+def test_the_divisor_is_the_count_over_all_ranks_and_micro_batches(
+    tmp_path: Path, tokenizer: TextTokenizer, world_size: int, micro_batch_size: int
+) -> None:
+    """Ranks have very different numbers of targets: long documents, and pages of nothing but ends of documents."""
+    texts = [[5, 6, 7, 8] * 100, *[[9]] * 300, *[[]] * 300]
+    folder = write_folder(tmp_path / "half", {"train": [("", texts)]}, 300, tokenizer.serialised)
+    config = masked_config(tmp_path, folder, "training.total_steps=3", "training.global_batch_size=12")
+    config.training.micro_batch_size = micro_batch_size
+    form = WindowForm(32, with_boundaries=True, mask_loss=True)
+    source = BatchSource({"": Corpus.open(folder, "train")}, 12, 0, form)
+    meeting, values = threading.Barrier(world_size), [None] * world_size
+    engines = [MeetingEngine(rank, world_size, meeting, values) for rank in range(world_size)]
+    trainers = [Trainer(config, engine, source, TrainState(), []) for engine in engines]  # type: ignore[arg-type]
+    for step in range(3):
+        with ThreadPoolExecutor(world_size) as pool:
+            records = list(pool.map(lambda trainer: trainer._step(), trainers))
+        whole = source.batch(12 * step, slice(None))
+        by_rank = [int((part != IGNORE_INDEX).sum()) for part in whole.targets.chunk(world_size)]
+        assert world_size == 1 or len(set(by_rank)) > 1, "a divisor of each rank's own must not do"
+        expected = float(whole.targets[whole.targets != IGNORE_INDEX].double().sum()) / whole.n_targets
+        assert sum(loss for engine in engines for loss in engine.losses[step]) == pytest.approx(expected)
+        assert [record["loss"] for record in records] == pytest.approx([expected] * world_size)

@@ -92,6 +92,21 @@ def test_ranks_and_micro_batches_do_not_change_the_tokens_of_a_step(tmp_path: Pa
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (world_size, micro_batch_size)
 
 
+def test_a_run_goes_on_from_the_samples_and_not_from_the_steps(tmp_path: Path, corpus: Path) -> None:
+    """They differ when the batch had another size before."""
+    config = make_config(tmp_path / "run", corpus, "training.total_steps=9", "schedule.warmup_steps=0")
+    source = BatchSource(
+        {"": Corpus.open(prepare(config.data, lambda line: None), "train")}, 4, 0, WindowForm(32, True)
+    )
+    engine = RecordingEngine(0, 1)
+    Trainer(config, engine, source, TrainState(step=7, samples=100), []).run()  # type: ignore[arg-type]
+    expected = [source.batch(first, slice(None)).tokens for first in (100, 104)]
+    assert [torch.equal(torch.cat(step), tokens) for step, tokens in zip(engine.steps[:-1], expected, strict=True)] == [
+        True,
+        True,
+    ]
+
+
 def test_a_run_records_validates_saves_and_learns(tmp_path: Path, corpus: Path) -> None:
     run_dir = tmp_path / "run"
     config = make_config(run_dir, corpus, "training.total_steps=40", "checkpoint.permanent_interval_steps=15")
