@@ -20,6 +20,7 @@ from mamba_train.config import Config, ModelConfig, OptimConfig, Recompute
 from mamba_train.model import selective_ssm
 from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import resolve_model_config
+from mamba_train.model.observe import observe_scans
 from mamba_train.parallel import native, sharded
 from mamba_train.parallel.build import build_engine
 from mamba_train.parallel.engine import Engine
@@ -219,6 +220,19 @@ def rounded(name: str) -> Callable[..., Any]:
     return rounded_forward
 
 
+def left_gathered(config: Config, group: Ranks) -> float:
+    """What the first training forward receives for D, 1, after the audit has probed with other values.
+
+    Where the engine may keep gathered weights after a forward pass, it is told to.
+    """
+    settings = dataclasses.replace(config.engine, reshard_after_forward=False)
+    engine = make(dataclasses.replace(config, engine=settings), group)
+    audit(engine, MODEL, fresh=True)
+    with observe_scans() as records:
+        backward(engine)
+    return float(records[0]["D"].max())
+
+
 def misplaced(names: Any) -> tuple[list[str], list[str]]:
     """One parameter of the contract among those that decay."""
     decayed, undecayed = decay_split(names)
@@ -239,6 +253,7 @@ def main() -> None:
     found["accumulation"] = accumulation(engine)
     found["recomputed"] = recomputed(exact, engine)
     found["skip"] = skip(engine)
+    found["D after the audit"] = left_gathered(exact, group)
 
     engine = make(mixed, group)
     found["clean in bf16"] = verdict(engine, fresh=True)
