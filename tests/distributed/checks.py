@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mamba_train import ranks
@@ -103,6 +104,38 @@ def accumulation(engine: Engine) -> float:
                 key = name.removesuffix(".exp_avg")
                 sums[key] = sums.get(key, 0) + whole(piece, engine.ranks).double()
     return max(float((at_once[n] - sums[n]).norm() / sums[n].norm()) for n in sums)
+
+
+@contextlib.contextmanager
+def counted(prefix: str) -> Iterator[list[str]]:
+    """The names of the collectives of torch.distributed that are called and begin like that."""
+    calls: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for name in [name for name in vars(dist) if name.startswith(prefix) and callable(getattr(dist, name))]:
+
+            def counting(*args: Any, name: str = name, original: Any = getattr(dist, name), **kwargs: Any) -> Any:
+                calls.append(name)
+                return original(*args, **kwargs)
+
+            stack.enter_context(replaced(dist, name, counting))
+        yield calls
+
+
+def traffic(config: Config, engine: Engine) -> dict[str, list[int]]:
+    """Collectives of one step: sums with one and three micro-batches, gathers with and without freeing the weights."""
+    sums, gathers = [], []
+    for n in (1, 3):
+        with counted("reduce_scatter") as scattered, counted("all_reduce") as reduced:
+            backward(engine, n_micro_batches=n)
+        sums.append(len(scattered) + len(reduced))
+        engine.step(0.0)
+    for reshard in (True, False):
+        settings = dataclasses.replace(config.engine, reshard_after_forward=reshard)
+        other = make(dataclasses.replace(config, engine=settings), engine.ranks)
+        with counted("all_gather") as gathered:
+            backward(other)
+        gathers.append(len(gathered))
+    return {"sums": sums, "gathers": gathers}
 
 
 def flat(engine: Engine) -> dict[str, Tensor]:
@@ -251,6 +284,7 @@ def main() -> None:
     found["clean"] = verdict(engine, fresh=True)
     found["wrong_initial_values"] = wrong_initial_values(engine)
     found["accumulation"] = accumulation(engine)
+    found["traffic"] = traffic(exact, engine)
     found["recomputed"] = recomputed(exact, engine)
     found["skip"] = skip(engine)
     found["D after the audit"] = left_gathered(exact, group)
