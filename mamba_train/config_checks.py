@@ -16,6 +16,7 @@ from mamba_train.config import (
     MixerKind,
     ModelConfig,
     Precision,
+    Recompute,
     SlurmConfig,
     layer_mixers,
 )
@@ -257,6 +258,11 @@ def _engine(config: Config) -> Iterable[Problem]:
         yield "engine.compile", engine.compile, "expected false with engine=deepspeed; engine=fsdp compiles"
     if engine.replicas != 1 and engine.name is not EngineKind.fsdp:
         yield "engine.replicas", engine.replicas, f"expected 1 with engine={engine.name}; engine=fsdp has replicas"
+    may_be_fsdp = engine.name in (EngineKind.fsdp, EngineKind.auto)
+    if may_be_fsdp and engine.recompute is Recompute.keep_scan and not engine.reshard_after_forward:
+        # torch counts the operations of the forward pass, and a pass that finds its weights gathered has fewer.
+        problem = "expected true with engine.recompute=keep_scan, or engine.recompute=layer"
+        yield "engine.reshard_after_forward", engine.reshard_after_forward, problem
     world_size = launch().world_size
     if world_size > 1 and config.training.global_batch_size % (config.training.micro_batch_size * world_size):
         product = f"training.micro_batch_size * processes ({config.training.micro_batch_size} * {world_size})"

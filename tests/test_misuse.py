@@ -75,6 +75,10 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["engine=deepspeed", "engine.zero_stage=4"], ["engine.zero_stage=4", "1, 2 or 3"]),
         (["engine=deepspeed", "engine.compile=true"], ["engine.compile=True", "engine=fsdp compiles"]),
         (["engine=ddp", "engine.replicas=2"], ["engine.replicas=2", "engine=fsdp has replicas"]),
+        (
+            ["engine=fsdp", "engine.recompute=keep_scan", "engine.reshard_after_forward=false"],
+            ["engine.reshard_after_forward=False", "engine.recompute=layer"],
+        ),
         (["engine.reduce_precision=auto"], ["engine.reduce_precision=auto", "fp32 or bf16"]),
         (["run_dir="], ["run_dir=''"]),
         (["run_dir=/etc/passwd/run"], ["run_dir=/etc/passwd/run", "/etc/passwd is a file"]),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mamba_train.composition import compose_config
 from mamba_train.config import Config, WandbMode
+from mamba_train.config_checks import check_config
 
 if TYPE_CHECKING:
     from mamba_train.parallel.engine import Engine
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 PACKAGES = ("torch", "triton", "cuda-core", "deepspeed", "tokenizers", "safetensors", "hydra-core", "wandb")
-# The text may be elsewhere; what is looked at here is the machine.
+# Said at the end, so that the machine is looked at all the same.
 MAY_BE_MISSING = ("data.path", "data.tokenizer", "init_from")
 # Bytes that each rank sends; large enough for the rate not to depend on it.
 BANDWIDTH_BYTES = {"cuda": 2**28, "cpu": 2**24}
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     _bandwidth(engine, say)
     group.first(lambda: _disk(config, say, problems))
     group.first(lambda: _wandb(config, say, problems))
+    _inputs(config, problems)
 
     def conclude() -> None:
         if problems:
@@ -58,6 +60,14 @@ def run(args: argparse.Namespace) -> None:
 
 def _say_nothing(text: str) -> None:
     """What the other ranks print."""
+
+
+def _inputs(config: Config, problems: list[str]) -> None:
+    """What the run reads must be there on every rank."""
+    try:
+        check_config(config)
+    except ValueError as error:
+        problems.append(str(error))
 
 
 def _versions(say: Callable[[str], None]) -> None:

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
     device = f"{peak / 1e12:g} TFLOP/s" if args.peak_tflops else f"{args.device} ({peak / 1e12:g} TFLOP/s in bf16)"
     plan = make_plan(config, probable_vocab_size(config))
     n_gpus = 1 if config.engine.name is EngineKind.single else _n_gpus(config, args) or DEFAULT_GPUS
+    if n_gpus % config.engine.replicas:
+        raise ValueError(f"engine.replicas={config.engine.replicas}: expected a divisor of the {n_gpus} GPUs")
     gpu_bytes = GIB * (args.gpu_memory_gib or DEVICE_MEMORY_GIB.get(args.device.upper(), float("inf")))
     if config.engine.name is EngineKind.auto:
         config.engine.name, reason = choose_engine(config, n_gpus, gpu_bytes)

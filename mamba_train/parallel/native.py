@@ -179,7 +179,7 @@ def choose_device(kind: DeviceKind, local_rank: int) -> torch.device:
     if local_rank >= n_devices:
         raise ValueError(
             f"engine.device={kind}: {local_rank + 1} or more processes on a machine with {n_devices} GPUs; "
-            "start one process per GPU"
+            "start one process per GPU, and let each see all of them (srun --gpus-per-node, not --gpus-per-task)"
         )
     return torch.device("cuda", local_rank)
 

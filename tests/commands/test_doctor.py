@@ -59,6 +59,23 @@ def test_a_disk_without_room_for_a_checkpoint(tmp_path: Path) -> None:
         call(f"run_dir={tmp_path / 'run'}", "checkpoint.reserve_gib=1e6")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data=local", "data.path=/no/such/text"], "data.path=/no/such/text: there is no such file"),
+        (["data=local"], "data.path=None: expected a folder"),
+        (["init_from=/no/such/run"], "init_from=/no/such/run: there is no such folder"),
+        (["data.tokenizer=/no/tokenizer.json"], "data.tokenizer=/no/tokenizer.json"),
+    ],
+)
+def test_a_run_without_its_inputs_would_not_start(
+    overrides: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=f"a run would not start: .*{said}"):
+        call(f"run_dir={tmp_path / 'run'}", *overrides)
+    assert "wandb:" in capsys.readouterr().out, "the machine is looked at all the same"
+
+
 def test_wandb_that_must_be_online_needs_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)

@@ -86,6 +86,7 @@ def test_the_size_of_the_job_is_that_of_slurm_nodes(capsys: pytest.CaptureFixtur
         (["slurm.nodes=0"], "slurm.nodes=0: expected null or more than 0"),
         (["--gpus", "0"], "--gpus 0: expected at least 1"),
         (["--device", "abacus"], "--device abacus: its peak is not known here; give --peak-tflops"),
+        (["--gpus", "3", "engine=fsdp", "engine.replicas=2"], "engine.replicas=2: expected a divisor of the 3 GPUs"),
         (["--peak-tflops", "-1"], "--peak-tflops -1.0: expected more than 0"),
     ],
 )

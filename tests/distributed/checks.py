@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mamba_train import ranks
@@ -20,6 +21,7 @@ from mamba_train.config import Config, ModelConfig, OptimConfig, Recompute
 from mamba_train.model import selective_ssm
 from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import resolve_model_config
+from mamba_train.model.observe import observe_scans
 from mamba_train.parallel import native, sharded
 from mamba_train.parallel.build import build_engine
 from mamba_train.parallel.engine import Engine
@@ -102,6 +104,38 @@ def accumulation(engine: Engine) -> float:
                 key = name.removesuffix(".exp_avg")
                 sums[key] = sums.get(key, 0) + whole(piece, engine.ranks).double()
     return max(float((at_once[n] - sums[n]).norm() / sums[n].norm()) for n in sums)
+
+
+@contextlib.contextmanager
+def counted(prefix: str) -> Iterator[list[str]]:
+    """The names of the collectives of torch.distributed that are called and begin like that."""
+    calls: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for name in [name for name in vars(dist) if name.startswith(prefix) and callable(getattr(dist, name))]:
+
+            def counting(*args: Any, name: str = name, original: Any = getattr(dist, name), **kwargs: Any) -> Any:
+                calls.append(name)
+                return original(*args, **kwargs)
+
+            stack.enter_context(replaced(dist, name, counting))
+        yield calls
+
+
+def traffic(config: Config, engine: Engine) -> dict[str, list[int]]:
+    """Collectives of one step: sums with one and three micro-batches, gathers with and without freeing the weights."""
+    sums, gathers = [], []
+    for n in (1, 3):
+        with counted("reduce_scatter") as scattered, counted("all_reduce") as reduced:
+            backward(engine, n_micro_batches=n)
+        sums.append(len(scattered) + len(reduced))
+        engine.step(0.0)
+    for reshard in (True, False):
+        settings = dataclasses.replace(config.engine, reshard_after_forward=reshard)
+        other = make(dataclasses.replace(config, engine=settings), engine.ranks)
+        with counted("all_gather") as gathered:
+            backward(other)
+        gathers.append(len(gathered))
+    return {"sums": sums, "gathers": gathers}
 
 
 def flat(engine: Engine) -> dict[str, Tensor]:
@@ -219,6 +253,19 @@ def rounded(name: str) -> Callable[..., Any]:
     return rounded_forward
 
 
+def left_gathered(config: Config, group: Ranks) -> float:
+    """What the first training forward receives for D, 1, after the audit has probed with other values.
+
+    Where the engine may keep gathered weights after a forward pass, it is told to.
+    """
+    settings = dataclasses.replace(config.engine, reshard_after_forward=False)
+    engine = make(dataclasses.replace(config, engine=settings), group)
+    audit(engine, MODEL, fresh=True)
+    with observe_scans() as records:
+        backward(engine)
+    return float(records[0]["D"].max())
+
+
 def misplaced(names: Any) -> tuple[list[str], list[str]]:
     """One parameter of the contract among those that decay."""
     decayed, undecayed = decay_split(names)
@@ -237,8 +284,10 @@ def main() -> None:
     found["clean"] = verdict(engine, fresh=True)
     found["wrong_initial_values"] = wrong_initial_values(engine)
     found["accumulation"] = accumulation(engine)
+    found["traffic"] = traffic(exact, engine)
     found["recomputed"] = recomputed(exact, engine)
     found["skip"] = skip(engine)
+    found["D after the audit"] = left_gathered(exact, group)
 
     engine = make(mixed, group)
     found["clean in bf16"] = verdict(engine, fresh=True)

@@ -121,7 +121,12 @@ class SharedRuns:
 
 def losses(run_dir: Path) -> list[float]:
     """The loss of each step."""
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return metric(run_dir, "loss")
+
+
+def metric(run_dir: Path, key: str) -> list[float]:
+    """A figure of each step."""
+    return [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def kill(pids: Sequence[int]) -> None:

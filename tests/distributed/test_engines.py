@@ -48,8 +48,14 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
         assert "reaches the scan" in said, parameter
         assert "layers.0.mixer.ssm." in said
     assert "A_log has weight decay" in found["misplaced"]
+    assert found["D after the audit"] == 1.0
     assert found["lost"] == [], "gradients are not summed in fp32"
     assert found["accumulation"] < 1e-5
+    (summed_once, summed_thrice), (gathered_twice, gathered_once) = found["traffic"].values()
+    if not name.startswith("zero"):  # ZeRO-2 and 3 cannot but sum after each micro-batch
+        assert summed_once == summed_thrice > 0
+    if name.startswith(("fsdp", "hsdp")):
+        assert gathered_twice > gathered_once > 0
     assert max(found["recomputed"].values()) < 1e-6
     assert found["clipped_norm"] == pytest.approx(0.5, rel=1e-3)
     norms = found["layer_norms"]

@@ -56,6 +56,41 @@ def test_what_accumulation_under_fsdp_costs() -> None:
     assert key not in memory_per_device(summing_each, model, 2)
 
 
+def total(*overrides: str, world_size: int = 2) -> int:
+    config, model = planned(*overrides)
+    return sum(memory_per_device(config, model, world_size).values())
+
+
+def test_what_takes_the_place_of_something_else_is_not_added_to_it() -> None:
+    """The backward pass frees activations while it makes gradients, so the larger of the two counts."""
+    long, short = "data.sequence_length=8192", "data.sequence_length=64"
+    rows, one_row = "training.micro_batch_size=4", "training.micro_batch_size=2"
+    gradients = 4 * N_130M
+    # With a second micro-batch the gradients of the first one are there beside the activations.
+    once, twice = (total("engine=single", f"training.global_batch_size={n}", rows, long, world_size=1) for n in (4, 8))
+    assert twice - once == gradients
+    config, model = planned("engine=single", "training.global_batch_size=4", rows, long)
+    without = sum(size for name, size in memory_per_device(config, model, 1).items() if "activations" not in name)
+    activations = activation_bytes(model, 2, Recompute.none, 4 * 8192)
+    assert once == pytest.approx(without - gradients + activations, abs=2)
+    # Short activations: the gradients count whole, and of the activations those of one layer.
+    few = activation_bytes(model, 2, Recompute.none, 4 * 64)
+    config, _ = planned("engine=single", "training.global_batch_size=4", rows, short)
+    (kept,) = (size for name, size in memory_per_device(config, model, 1).items() if "activations" in name)
+    assert kept == pytest.approx(few / model.n_layer, abs=2)
+    # Buckets of DDP and of ZeRO-3 are there all the time.
+    for engine in ("engine=ddp", "engine=deepspeed engine.zero_stage=3"):
+        config, _ = planned(*engine.split(), "training.global_batch_size=4", one_row, long)
+        assert memory_per_device(config, model, 2)["activations (estimate)"] == activation_bytes(
+            model, 2, Recompute.none, 2 * 8192
+        )
+    # Under FSDP2 the sharded gradient takes the place of the whole one.
+    config, _ = planned("engine=fsdp", "training.global_batch_size=8", one_row, long)
+    memory = memory_per_device(config, model, 2)
+    assert memory["whole gradients of accumulation (fp32)"] == gradients
+    assert "gradients (fp32, sharded)" not in memory
+
+
 def test_the_remedy_fits_and_is_the_least_that_does() -> None:
     config, model = planned("engine=ddp", "training.micro_batch_size=4", "data.sequence_length=2048")
     needed = sum(memory_per_device(config, model, 2).values())
