@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.causal_conv1d import reference  # noqa: F401  registers torch.ops.mamba_train.causal_conv1d
+from kernels.causal_conv1d import dispatch  # noqa: F401  registers torch.ops.mamba_train.causal_conv1d
 from kernels.checks import (
     check_floating,
     check_not_empty,
