@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_floating, check_same_device, check_tensor
-from kernels.rms_norm import gated, reference  # noqa: F401  registers torch.ops.mamba_train.*rms_norm
+from kernels.rms_norm import dispatch  # noqa: F401  registers torch.ops.mamba_train.*rms_norm
 
 __all__ = ["add_rms_norm", "gated_rms_norm", "rms_norm"]
 
