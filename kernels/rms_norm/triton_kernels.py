@@ -67,7 +67,7 @@ def forward_kernel(
             gate *= tl.sigmoid(gate)
             if not NORM_FIRST:
                 values *= gate
-        scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / size + eps)
+        scale = tl.rsqrt(tl.sum(values * values, axis=1) / size + eps)
         tl.store(inverse_rms + row * groups + group, scale, mask=row < rows)
         values = values * scale[:, None] * w
         if z is not None and NORM_FIRST:
