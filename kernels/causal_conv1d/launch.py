@@ -54,8 +54,8 @@ def forward(
             *(x, weight, bias, seq_idx, initial_state, y, final_state),
             *(x.stride(0) // align, x.stride(1) // align, weight.stride(0), weight.stride(1)),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
-            *(length, channels // align, chunks),
-            *(width, silu, align, shape.block, shape.unroll, shape.steps),
+            *(length, channels // align, chunks, shape.steps),
+            *(width, silu, align, shape.block, shape.unroll),
             num_warps=shape.warps,
         )
     return y, final_state
@@ -93,8 +93,8 @@ def backward(
             *(y_grad.stride(0) // align, y_grad.stride(1) // align),
             *(x.stride(0) // align, x.stride(1) // align, weight.stride(0), weight.stride(1)),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
-            *(length, channels // align, chunks),
-            *(width, silu, align, shape.block, shape.unroll, shape.steps),
+            *(length, channels // align, chunks, shape.steps),
+            *(width, silu, align, shape.block, shape.unroll),
             num_warps=shape.warps,
         )
         sum_parts[(-(-channels // COLUMNS), kinds)](

@@ -4,6 +4,8 @@ A thread owns some channels and walks through time with the last inputs in regis
 thread needs anything of another. A program owns BLOCK channels and a stretch of one sequence.
 """
 
+# ruff: noqa: RUF005  (tuples in Triton know "+", not "*")
+
 import triton
 import triton.language as tl
 
@@ -52,7 +54,7 @@ def _before_activation(rows, now: tl.constexpr, taps, bias, age, WIDTH: tl.const
 @triton.jit(
     do_not_specialize=[
         *("x_batch", "x_row", "weight_channel", "weight_tap", "seq_batch", "seq_row"),
-        *("length", "channels", "chunks"),
+        *("length", "channels", "chunks", "steps"),
     ]
 )
 def forward_kernel(
@@ -72,23 +74,23 @@ def forward_kernel(
     length,
     channels,
     chunks,
+    steps,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
-    """y of STEPS positions, and by the last program of a sequence the final state.
+    """y of `steps` positions, and by the last program of a sequence the final state.
 
-    channels and the strides of x are given in units of ALIGN, which tells the compiler how wide its loads may be.
+    steps: a multiple of UNROLL. channels and the strides of x are given in units of ALIGN, which tells the compiler how wide its loads may be.
     """
     PACKED: tl.constexpr = seq_idx is not None
     channels = channels * ALIGN
     groups = tl.cdiv(channels, BLOCK)
     pid = tl.program_id(0)
     batch = (pid // groups // chunks).to(tl.int64)
-    start = pid // groups % chunks * STEPS
+    start = pid // groups % chunks * steps
     c = pid % groups * BLOCK + tl.arange(0, BLOCK)
     is_channel = c < channels
     x += batch * x_batch * ALIGN
@@ -112,7 +114,7 @@ def forward_kernel(
         if PACKED:
             age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
 
-    for t in range(start, min(start + STEPS, length), UNROLL):
+    for t in range(start, min(start + steps, length), UNROLL):
         rows = history
         for u in tl.static_range(UNROLL):
             rows = rows + (_input(x, None, t + u, x_row, length, channels, c, is_channel, WIDTH),)
@@ -126,7 +128,7 @@ def forward_kernel(
             tl.store(target, value.to(y.dtype.element_ty), mask=is_channel & (t + u < length))
         history = rows[UNROLL:]
 
-    if start + STEPS >= length:
+    if start + steps >= length:
         final_state += batch * (WIDTH - 1) * channels
         for lag in tl.static_range(WIDTH - 1, 0, -1):
             t = length - lag
@@ -141,7 +143,7 @@ def forward_kernel(
 @triton.jit(
     do_not_specialize=[
         *("grad_batch", "grad_row", "x_batch", "x_row", "weight_channel", "weight_tap", "seq_batch", "seq_row"),
-        *("length", "channels", "chunks"),
+        *("length", "channels", "chunks", "steps"),
     ]
 )
 def backward_kernel(
@@ -166,28 +168,28 @@ def backward_kernel(
     length,
     channels,
     chunks,
+    steps,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
-    """x_grad of STEPS - (WIDTH-1) positions, and this program's part of the gradients of weight and bias.
+    """x_grad of `steps` - (WIDTH-1) positions, and this program's part of the gradients of weight and bias.
 
     The gradient of a position is complete WIDTH-1 positions later: the walk goes that far into the next program's
     positions, and past the end, where the final state stands for what would have read them. `pending` holds the
     incomplete ones. parts: (program, WIDTH by lag from the longest, then the bias, channel), fp32.
     """
     PACKED: tl.constexpr = seq_idx is not None
-    OWNED: tl.constexpr = STEPS - (WIDTH - 1)
+    owned = steps - (WIDTH - 1)
     KINDS: tl.constexpr = WIDTH + (bias is not None)
     channels = channels * ALIGN
     groups = tl.cdiv(channels, BLOCK)
     pid = tl.program_id(0)
     batch = (pid // groups // chunks).to(tl.int64)
-    start = pid // groups % chunks * OWNED
-    stop = min(start + OWNED, length)
+    start = pid // groups % chunks * owned
+    stop = min(start + owned, length)
     c = pid % groups * BLOCK + tl.arange(0, BLOCK)
     is_channel = c < channels
     x += batch * x_batch * ALIGN
