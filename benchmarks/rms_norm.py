@@ -3,9 +3,9 @@
     python -m benchmarks.rms_norm [--quick]
 
 "add" is the residual add and norm that open a block (bf16 activations, fp32 residual), against `rms_norm_fn`; "gated"
-is the norm over groups that follows SSD, against `layernorm_gated.rmsnorm_fn`. One process, one GPU: each row times the same
-inputs. GPU times are medians over replays of a CUDA graph of several calls, with the middle half's spread; eager times
-are what a user sees who calls it from Python.
+is the norm over groups that follows SSD, against `layernorm_gated.rmsnorm_fn`. One process, one GPU: each row times the
+same inputs. GPU times are medians over replays of a CUDA graph of several calls, with the middle half's spread; eager
+times are what a user sees who calls it from Python.
 """
 
 from __future__ import annotations

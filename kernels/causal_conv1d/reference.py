@@ -78,12 +78,13 @@ def causal_conv1d_backward_op(
             padded_grad[:, window].addcmul_(grad, taps[width - 1 - lag])
             torch.mul(grad, padded[:, window], out=products)
             weight_grad[:, width - 1 - lag] = torch.mm(ones, products.view(-1, x.shape[2]))[0]
-    dense = {"dtype": x.dtype, "memory_format": torch.contiguous_format, "copy": True}
+    before, inside = padded_grad.split((width - 1, length), dim=1)
+    dense = torch.contiguous_format
     return (
-        padded_grad[:, width - 1 :].to(**dense),
+        inside.to(x.dtype, memory_format=dense, copy=True),
         weight_grad.to(weight.dtype),
         bias_grad,
-        x.new_empty((0,)) if initial_state is None else padded_grad[:, : width - 1].to(**dense),
+        x.new_empty((0,)) if initial_state is None else before.to(x.dtype, memory_format=dense, copy=True),
     )
 
 

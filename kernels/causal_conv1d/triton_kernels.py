@@ -4,7 +4,9 @@ A thread owns some channels and walks through time with the last inputs in regis
 thread needs anything of another. A program owns BLOCK channels and a stretch of one sequence.
 """
 
-# ruff: noqa: RUF005  (tuples in Triton know "+", not "*")
+# Tuples of Triton know "+" and not "*", and grow in its unrolled loops:
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated, misc"
 
 import triton
 import triton.language as tl
@@ -83,7 +85,8 @@ def forward_kernel(
 ):
     """y of `steps` positions, and by the last program of a sequence the final state.
 
-    steps: a multiple of UNROLL. channels and the strides of x are given in units of ALIGN, which tells the compiler how wide its loads may be.
+    steps: a multiple of UNROLL. channels and the strides of x are given in units of ALIGN, which tells the compiler how
+    wide its loads may be.
     """
     PACKED: tl.constexpr = seq_idx is not None
     channels = channels * ALIGN

