@@ -11,6 +11,8 @@ thread needs anything of another. A program owns BLOCK channels and a stretch of
 import triton
 import triton.language as tl
 
+from kernels.triton_math import sigmoid
+
 
 @triton.jit
 def _begins_document(seq_idx, t, seq_row, length):
@@ -22,12 +24,16 @@ def _begins_document(seq_idx, t, seq_row, length):
 
 
 @triton.jit
-def _input(x, initial_state, t, x_row, length, width_channels, c, is_channel, WIDTH: tl.constexpr):
-    """The input at position t in fp32: of x, of the initial state where t < 0, and 0 past the end. Strides: int64."""
-    row = tl.load(x + t * x_row + c, mask=is_channel & (t >= 0) & (t < length), other=0.0).to(tl.float32)
+def _row(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row_before(x, initial_state, t, x_row, channels, c, is_channel, WIDTH: tl.constexpr):
+    """The input at a position of x, or of the initial state where t < 0."""
+    row = _row(x + t * x_row + c, is_channel & (t >= 0))
     if initial_state is not None:
-        before = initial_state + (t + WIDTH - 1) * width_channels + c
-        row += tl.load(before, mask=is_channel & (t < 0), other=0.0).to(tl.float32)
+        row += _row(initial_state + (t + WIDTH - 1) * channels + c, is_channel & (t < 0))
     return row
 
 
@@ -113,29 +119,31 @@ def forward_kernel(
     history = ()  # the inputs before this position, oldest first
     age = WIDTH - 1  # steps since the document began, or more than any lag
     for lag in tl.static_range(WIDTH - 1, 0, -1):
-        history = history + (_input(x, initial_state, start - lag, x_row, length, channels, c, is_channel, WIDTH),)
+        history = history + (_row_before(x, initial_state, start - lag, x_row, channels, c, is_channel, WIDTH),)
         if PACKED:
             age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
 
+    x_here, y_here = x + start * x_row + c, y + start * y_row + c
     for t in range(start, min(start + steps, length), UNROLL):
         rows = history
         for u in tl.static_range(UNROLL):
-            rows = rows + (_input(x, None, t + u, x_row, length, channels, c, is_channel, WIDTH),)
+            rows = rows + (_row(x_here + u * x_row, is_channel & (t + u < length)),)
         for u in tl.static_range(UNROLL):
             if PACKED:
                 age = tl.where(_begins_document(seq_idx, t + u, seq_row, length), 0, age + 1)
             value = _before_activation(rows, WIDTH - 1 + u, taps, offset, age, WIDTH, PACKED)
             if SILU:
-                value = value * tl.sigmoid(value)
-            target = y + (t + u) * y_row + c
-            tl.store(target, value.to(y.dtype.element_ty), mask=is_channel & (t + u < length))
+                value = value * sigmoid(value)
+            tl.store(y_here + u * y_row, value.to(y.dtype.element_ty), mask=is_channel & (t + u < length))
         history = rows[UNROLL:]
+        x_here += UNROLL * x_row
+        y_here += UNROLL * y_row
 
     if start + steps >= length:
         final_state += batch * (WIDTH - 1) * channels
         for lag in tl.static_range(WIDTH - 1, 0, -1):
             t = length - lag
-            row = _input(x, initial_state, t, x_row, length, channels, c, is_channel, WIDTH)
+            row = _row_before(x, initial_state, t, x_row, channels, c, is_channel, WIDTH)
             if PACKED:
                 for later in tl.static_range(1, lag):
                     row = tl.where(_begins_document(seq_idx, t + later, seq_row, length), 0.0, row)
@@ -199,8 +207,8 @@ def backward_kernel(
     x_row = x_row.to(tl.int64) * ALIGN
     y_grad += batch * grad_batch * ALIGN
     grad_row = grad_row.to(tl.int64) * ALIGN
-    y_row = channels.to(tl.int64)
-    x_grad += batch * length * y_row
+    out_row = channels.to(tl.int64)
+    x_grad += batch * length * out_row
     if PACKED:
         seq_idx += batch * seq_batch
         seq_row = seq_row.to(tl.int64)
@@ -219,19 +227,22 @@ def backward_kernel(
     pending = ()
     age = WIDTH - 1
     for lag in tl.static_range(WIDTH - 1, 0, -1):
-        history = history + (_input(x, initial_state, start - lag, x_row, length, channels, c, is_channel, WIDTH),)
+        history = history + (_row_before(x, initial_state, start - lag, x_row, channels, c, is_channel, WIDTH),)
         pending = pending + (zeros,)
         if PACKED:
             age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
     weight_sums = pending + (zeros,)  # by lag
     bias_sum = zeros
 
+    x_here, y_grad_here = x + start * x_row + c, y_grad + start * grad_row + c
+    x_grad_here = x_grad + (start - (WIDTH - 1)) * out_row + c
     for t0 in range(start, stop + WIDTH - 1, UNROLL):
         rows = history
         grads = ()
         for u in tl.static_range(UNROLL):
-            rows = rows + (_input(x, None, t0 + u, x_row, length, channels, c, is_channel, WIDTH),)
-            grads = grads + (_input(y_grad, None, t0 + u, grad_row, length, channels, c, is_channel, WIDTH),)
+            mask = is_channel & (t0 + u < length)
+            rows = rows + (_row(x_here + u * x_row, mask),)
+            grads = grads + (_row(y_grad_here + u * grad_row, mask),)
         for u in tl.static_range(UNROLL):
             t = t0 + u
             if PACKED:
@@ -239,7 +250,7 @@ def backward_kernel(
             grad = grads[u]
             if SILU:
                 value = _before_activation(rows, WIDTH - 1 + u, taps, offset, age, WIDTH, PACKED)
-                gate = tl.sigmoid(value)
+                gate = sigmoid(value)
                 grad = grad * (gate * (1.0 + value * (1.0 - gate)))
             own = tl.where(t < stop, grad, 0.0)
             bias_sum += own
@@ -266,13 +277,15 @@ def backward_kernel(
                 end = tl.load(final_grad + (t - length) * channels + c, mask=is_channel & is_end, other=0.0)
                 complete += end.to(tl.float32)
             position = t - (WIDTH - 1)
-            target = x_grad + position * y_row + c
-            is_own = (position >= start) & (position < stop)
-            tl.store(target, complete.to(x_grad.dtype.element_ty), mask=is_channel & is_own)
+            mask = is_channel & (position >= start) & (position < stop)
+            tl.store(x_grad_here + u * out_row, complete.to(x_grad.dtype.element_ty), mask=mask)
             if initial_state is not None:
                 target = state_grad + (position + WIDTH - 1) * channels + c
                 tl.store(target, complete.to(state_grad.dtype.element_ty), mask=is_channel & (position < 0))
         history = rows[UNROLL:]
+        x_here += UNROLL * x_row
+        y_grad_here += UNROLL * grad_row
+        x_grad_here += UNROLL * out_row
 
     parts += (pid // groups).to(tl.int64) * KINDS * channels + c
     for lag in tl.static_range(WIDTH):

@@ -7,6 +7,8 @@ channels and a span of rows, so that the weight, and in the backward its gradien
 import triton
 import triton.language as tl
 
+from kernels.triton_math import sigmoid
+
 
 @triton.jit
 def _load(tensor, row, row_stride, channel, is_inside):
@@ -64,7 +66,7 @@ def forward_kernel(
             _store(total, row, y_row, channel, is_inside, values)
         if z is not None:
             gate = _load(z, row, z_row.to(tl.int64) * ALIGN, channel, is_inside)
-            gate *= tl.sigmoid(gate)
+            gate *= sigmoid(gate)
             if not NORM_FIRST:
                 values *= gate
         scale = tl.rsqrt(tl.sum(values * values, axis=1) / size + eps)
@@ -122,9 +124,9 @@ def backward_kernel(
         values, norm_slope = given, y_slope
         if z is not None:
             z_given = _load(z, row, z_row.to(tl.int64) * ALIGN, channel, is_inside)
-            sigmoid = tl.sigmoid(z_given)
-            gate = z_given * sigmoid
-            gate_slope = sigmoid * (1.0 + z_given * (1.0 - sigmoid))
+            of_z = sigmoid(z_given)
+            gate = z_given * of_z
+            gate_slope = of_z * (1.0 + z_given * (1.0 - of_z))
             if NORM_FIRST:
                 norm_slope = y_slope * gate
             else:
