@@ -126,12 +126,14 @@ def forward_kernel(
     x_here, y_here = x + start * x_row + c, y + start * y_row + c
     for t in range(start, min(start + steps, length), UNROLL):
         rows = history
+        ages = ()
         for u in tl.static_range(UNROLL):
             rows = rows + (_row(x_here + u * x_row, is_channel & (t + u < length)),)
-        for u in tl.static_range(UNROLL):
             if PACKED:
                 age = tl.where(_begins_document(seq_idx, t + u, seq_row, length), 0, age + 1)
-            value = _before_activation(rows, WIDTH - 1 + u, taps, offset, age, WIDTH, PACKED)
+            ages = ages + (age,)
+        for u in tl.static_range(UNROLL):
+            value = _before_activation(rows, WIDTH - 1 + u, taps, offset, ages[u], WIDTH, PACKED)
             if SILU:
                 value = value * sigmoid(value)
             tl.store(y_here + u * y_row, value.to(y.dtype.element_ty), mask=is_channel & (t + u < length))
@@ -239,17 +241,20 @@ def backward_kernel(
     for t0 in range(start, stop + WIDTH - 1, UNROLL):
         rows = history
         grads = ()
+        ages = ()
         for u in tl.static_range(UNROLL):
             mask = is_channel & (t0 + u < length)
             rows = rows + (_row(x_here + u * x_row, mask),)
             grads = grads + (_row(y_grad_here + u * grad_row, mask),)
+            if PACKED:
+                age = tl.where(_begins_document(seq_idx, t0 + u, seq_row, length), 0, age + 1)
+            ages = ages + (age,)
         for u in tl.static_range(UNROLL):
             t = t0 + u
-            if PACKED:
-                age = tl.where(_begins_document(seq_idx, t, seq_row, length), 0, age + 1)
+            age_here = ages[u]
             grad = grads[u]
             if SILU:
-                value = _before_activation(rows, WIDTH - 1 + u, taps, offset, age, WIDTH, PACKED)
+                value = _before_activation(rows, WIDTH - 1 + u, taps, offset, age_here, WIDTH, PACKED)
                 gate = sigmoid(value)
                 grad = grad * (gate * (1.0 + value * (1.0 - gate)))
             own = tl.where(t < stop, grad, 0.0)
@@ -258,7 +263,7 @@ def backward_kernel(
             for lag in tl.static_range(WIDTH):
                 row = rows[WIDTH - 1 + u - lag]
                 if PACKED:
-                    row = tl.where(age >= lag, row, 0.0)
+                    row = tl.where(age_here >= lag, row, 0.0)
                 sums = sums + (weight_sums[lag] + own * row,)
             weight_sums = sums
             reached = pending + (zeros,)
@@ -266,14 +271,14 @@ def backward_kernel(
             for lag in tl.static_range(WIDTH - 1, -1, -1):
                 by_lag = grad
                 if PACKED:
-                    by_lag = tl.where(age >= lag, grad, 0.0)
+                    by_lag = tl.where(age_here >= lag, grad, 0.0)
                 with_this = with_this + (reached[WIDTH - 1 - lag] + taps[lag] * by_lag,)
             complete = with_this[0]
             pending = with_this[1:]
             if final_grad is not None:
                 is_end = (t >= length) & (t < length + WIDTH - 1)
                 if PACKED:
-                    is_end = is_end & (age >= WIDTH - 1)
+                    is_end = is_end & (age_here >= WIDTH - 1)
                 end = tl.load(final_grad + (t - length) * channels + c, mask=is_channel & is_end, other=0.0)
                 complete += end.to(tl.float32)
             position = t - (WIDTH - 1)
