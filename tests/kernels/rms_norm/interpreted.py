@@ -94,12 +94,20 @@ def test_gated(size: int, before: bool, dtype: torch.dtype) -> None:
 
 
 def test_views_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves of a projection's output: no copy, and gradients whose rows lie side by side."""
     halves = torch.randn(2, 5, 48)
-    x, z = halves.chunk(2, dim=-1)
-    expected = gated_rms_norm(x.contiguous(), z.contiguous(), torch.ones(24))
+    x, z = (half.requires_grad_() for half in halves.detach().chunk(2, dim=-1))
+    dense = [t.detach().contiguous().requires_grad_() for t in (x, z)]
+    weight = torch.randn(24)
+    y_grad = halves.flip(0).chunk(2, dim=-1)[0]
+    expected = gated_rms_norm(*dense, weight)
+    expected_grads = torch.autograd.grad(expected, dense, y_grad.contiguous())
     monkeypatch.setattr(Tensor, "contiguous", lambda tensor: pytest.fail("a copy") if tensor.dim() > 1 else tensor)
     monkeypatch.setattr(Tensor, "clone", lambda tensor: pytest.fail("a copy"))
-    assert torch.equal(gated_rms_norm(x, z, torch.ones(24)), expected)
+    y = gated_rms_norm(x, z, weight)
+    assert torch.equal(y, expected)
+    for found, wanted in zip(torch.autograd.grad(y, [x, z], y_grad), expected_grads, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_no_rows() -> None:
