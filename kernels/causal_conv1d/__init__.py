@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.causal_conv1d import reference  # noqa: F401  registers torch.ops.mamba_train.causal_conv1d
+from kernels.causal_conv1d import dispatch  # noqa: F401  registers torch.ops.mamba_train.causal_conv1d
 from kernels.checks import (
     check_floating,
     check_not_empty,
@@ -79,7 +79,9 @@ def causal_conv1d(
     floating = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
     check_floating(name, **floating)
     check_same_device(name, "x", **floating, seq_idx=seq_idx)
-    y, final_state = torch.ops.mamba_train.causal_conv1d(x, weight, bias, activation == "silu", seq_idx, initial_state)
+    y, final_state = torch.ops.mamba_train.causal_conv1d.default(
+        x, weight, bias, activation == "silu", seq_idx, initial_state
+    )
     return (y, final_state) if return_final_state else y
 
 

@@ -51,7 +51,7 @@ def causal_conv1d_backward_op(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight, bias (empty when absent) and initial_state."""
+    """Return the gradients of x, weight, bias and initial_state, empty for an absent one."""
     length, width, dtype = x.shape[1], weight.shape[1], compute_dtype(x)
     padded = _padded(x, width, initial_state)
     hidden = None if seq_idx is None else _hidden(seq_idx, width)
@@ -78,18 +78,20 @@ def causal_conv1d_backward_op(
             padded_grad[:, window].addcmul_(grad, taps[width - 1 - lag])
             torch.mul(grad, padded[:, window], out=products)
             weight_grad[:, width - 1 - lag] = torch.mm(ones, products.view(-1, x.shape[2]))[0]
+    before, inside = padded_grad.split((width - 1, length), dim=1)
+    dense = torch.contiguous_format
     return (
-        padded_grad[:, width - 1 :].to(x.dtype, memory_format=torch.contiguous_format, copy=True),
+        inside.to(x.dtype, memory_format=dense, copy=True),
         weight_grad.to(weight.dtype),
         bias_grad,
-        padded_grad[:, : width - 1].to(x.dtype, memory_format=torch.contiguous_format, copy=True),
+        x.new_empty((0,)) if initial_state is None else before.to(x.dtype, memory_format=dense, copy=True),
     )
 
 
 @causal_conv1d_backward_op.register_fake
 def _(y_grad, final_state_grad, x, weight, bias, silu, seq_idx, initial_state):
     bias_grad = x.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
-    state_grad = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
+    state_grad = x.new_empty((0,) if initial_state is None else initial_state.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias_grad, state_grad
 
 
@@ -102,7 +104,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, y_grad, final_state_grad):
     x, weight, bias, seq_idx, initial_state = ctx.saved_tensors
-    x_grad, weight_grad, bias_grad, state_grad = torch.ops.mamba_train.causal_conv1d_backward(
+    x_grad, weight_grad, bias_grad, state_grad = torch.ops.mamba_train.causal_conv1d_backward.default(
         y_grad, final_state_grad, x, weight, bias, ctx.silu, seq_idx, initial_state
     )
     return (

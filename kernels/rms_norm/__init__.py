@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_floating, check_same_device, check_tensor
-from kernels.rms_norm import gated, reference  # noqa: F401  registers torch.ops.mamba_train.*rms_norm
+from kernels.rms_norm import dispatch  # noqa: F401  registers torch.ops.mamba_train.*rms_norm
 
 __all__ = ["add_rms_norm", "gated_rms_norm", "rms_norm"]
 
@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     of x. Raises ValueError naming the argument that does not fit. Source: arXiv 1910.07467, equation 4.
     """
     _check("rms_norm", x, None, weight)
-    return torch.ops.mamba_train.rms_norm(x, weight, eps)[0]
+    return torch.ops.mamba_train.rms_norm.default(x, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float 
     Raises ValueError naming the argument that does not fit.
     """
     _check("add_rms_norm", x, residual, weight)
-    y, total, _ = torch.ops.mamba_train.add_rms_norm(x, residual, weight, eps)
+    y, total, _ = torch.ops.mamba_train.add_rms_norm.default(x, residual, weight, eps)
     return y, total
 
 
@@ -58,7 +58,7 @@ def gated_rms_norm(
     group_size = channels if group_size is None else group_size
     if group_size < 1 or channels % group_size:
         raise ValueError(f"{name}: group_size is {group_size}, expected a divisor of the {channels} channels of x")
-    return torch.ops.mamba_train.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)[0]
+    return torch.ops.mamba_train.gated_rms_norm.default(x, z, weight, eps, group_size, norm_before_gate)[0]
 
 
 def _check(name: str, x: Tensor, residual: Tensor | None, weight: Tensor) -> None:

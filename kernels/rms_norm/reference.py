@@ -44,13 +44,19 @@ def _(x, residual, weight, eps):
 
 @torch.library.custom_op("mamba_train::rms_norm_backward", mutates_args=())
 def rms_norm_backward_op(
-    y_grad: Tensor, through: Tensor | None, x: Tensor, inverse_rms: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x (in the compute dtype, plus `through`) and of weight."""
-    dtype = inverse_rms.dtype
-    normalised = x.to(dtype) * inverse_rms
-    y_grad = y_grad.to(dtype)
-    weighted = y_grad * weight.to(dtype)
+    y_grad: Tensor,
+    through: Tensor | None,
+    x: Tensor,
+    inverse_rms: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    with_total: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of x, plus `through`, in `dtype`; the same in the compute dtype or empty; that of weight."""
+    compute = inverse_rms.dtype
+    normalised = x.to(compute) * inverse_rms
+    y_grad = y_grad.to(compute)
+    weighted = y_grad * weight.to(compute)
     # d(x / rms) removes from the gradient its component along the normalised row.
     along = torch.linalg.vecdot(weighted, normalised).unsqueeze(-1) / x.shape[-1]
     x_grad = weighted.addcmul_(normalised, along, value=-1).mul_(inverse_rms)
@@ -58,12 +64,15 @@ def rms_norm_backward_op(
         x_grad += through
     channels = x.shape[-1]
     weight_grad = normalised.mul_(y_grad).reshape(-1, channels).sum(dim=0)
-    return x_grad.contiguous(), weight_grad.to(weight.dtype)
+    x_grad = x_grad.contiguous()
+    total_grad = x_grad if with_total else x_grad.new_empty((0,))
+    return x_grad.to(dtype, copy=with_total), total_grad, weight_grad.to(weight.dtype)
 
 
 @rms_norm_backward_op.register_fake
-def _(y_grad, through, x, inverse_rms, weight):
-    return x.new_empty(x.shape, dtype=inverse_rms.dtype), weight.new_empty(weight.shape)
+def _(y_grad, through, x, inverse_rms, weight, dtype, with_total):
+    total_grad = x.new_empty(x.shape if with_total else (0,), dtype=inverse_rms.dtype)
+    return x.new_empty(x.shape, dtype=dtype), total_grad, weight.new_empty(weight.shape)
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -78,8 +87,10 @@ def _setup_norm(ctx, inputs, output) -> None:
 
 def _norm_backward(ctx, y_grad, _inverse_rms_grad):
     x, weight, inverse_rms = ctx.saved_tensors
-    x_grad, weight_grad = torch.ops.mamba_train.rms_norm_backward(y_grad, None, x, inverse_rms, weight)
-    return x_grad.to(x.dtype), weight_grad, None
+    x_grad, _, weight_grad = torch.ops.mamba_train.rms_norm_backward.default(
+        y_grad, None, x, inverse_rms, weight, x.dtype, False
+    )
+    return x_grad, weight_grad, None
 
 
 rms_norm_op.register_autograd(_norm_backward, setup_context=_setup_norm)
@@ -88,6 +99,7 @@ rms_norm_op.register_autograd(_norm_backward, setup_context=_setup_norm)
 def _setup_add_norm(ctx, inputs, output) -> None:
     x, residual, weight, _ = inputs
     _, total, inverse_rms = output
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, weight, inverse_rms)
     ctx.x_dtype = x.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
@@ -95,9 +107,19 @@ def _setup_add_norm(ctx, inputs, output) -> None:
 
 def _add_norm_backward(ctx, y_grad, total_grad, _inverse_rms_grad):
     total, weight, inverse_rms = ctx.saved_tensors
-    total_grad, weight_grad = torch.ops.mamba_train.rms_norm_backward(y_grad, total_grad, total, inverse_rms, weight)
+    if y_grad is None and total_grad is None:
+        return None, None, None, None
+    if y_grad is None:
+        x_grad, weight_grad = total_grad.to(ctx.x_dtype), torch.zeros_like(weight)
+    else:
+        # The residual's gradient is that of the sum; where x has the dtype of the sum, theirs are one tensor.
+        with_total = ctx.residual_dtype is not None and ctx.x_dtype != total.dtype
+        x_grad, total_grad, weight_grad = torch.ops.mamba_train.rms_norm_backward.default(
+            y_grad, total_grad, total, inverse_rms, weight, ctx.x_dtype, with_total
+        )
+        total_grad = total_grad if with_total else x_grad
     residual_grad = None if ctx.residual_dtype is None else total_grad.to(ctx.residual_dtype)
-    return total_grad.to(ctx.x_dtype), residual_grad, weight_grad, None
+    return x_grad, residual_grad, weight_grad, None
 
 
 add_rms_norm_op.register_autograd(_add_norm_backward, setup_context=_setup_add_norm)

@@ -54,6 +54,16 @@ def gated_backward_inputs() -> tuple[Any, ...]:
     return strided(2, 9, 6), x, z, weight, OPS.gated_rms_norm(x, z, weight, 1e-5, 3, False)[1], False
 
 
+def conv_backward_inputs(state: bool) -> tuple[Any, ...]:
+    x, initial_state = strided(2, 9, 6), torch.randn(2, 3, 6) if state else None
+    return strided(2, 9, 6), None, x, torch.randn(6, 4), torch.randn(6), True, None, initial_state
+
+
+def norm_backward_inputs(with_total: bool) -> tuple[Any, ...]:
+    x = strided(2, 9, 6)
+    return strided(2, 9, 6), None, x, torch.rand(2, 9, 1), torch.randn(6), torch.bfloat16, with_total
+
+
 CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "scan": (OPS.selective_scan, lambda: (*scan_inputs(), True)),
     "scan without gradient": (OPS.selective_scan, lambda: (*scan_inputs(gate=False), False)),
@@ -69,6 +79,10 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     ),
     "gated norm backward": (OPS.gated_rms_norm_backward, gated_backward_inputs),
     "conv": (OPS.causal_conv1d, lambda: (strided(2, 9, 6), torch.randn(6, 4), torch.randn(6), True, None, None)),
+    "conv backward": (OPS.causal_conv1d_backward, lambda: conv_backward_inputs(state=True)),
+    "conv backward without state": (OPS.causal_conv1d_backward, lambda: conv_backward_inputs(state=False)),
+    "norm backward": (OPS.rms_norm_backward, lambda: norm_backward_inputs(with_total=True)),
+    "norm backward without the sum's": (OPS.rms_norm_backward, lambda: norm_backward_inputs(with_total=False)),
     "norm": (OPS.rms_norm, lambda: (strided(2, 9, 6), torch.randn(6), 1e-5)),
     "add norm": (OPS.add_rms_norm, lambda: (strided(2, 9, 6), strided(2, 9, 6), torch.randn(6), 1e-5)),
     "first add norm": (OPS.add_rms_norm, lambda: (strided(2, 9, 6), None, torch.randn(6), 1e-5)),

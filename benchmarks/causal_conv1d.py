@@ -1,0 +1,87 @@
+"""The causal convolution beside the official one and PyTorch's own, with the floor that bytes set.
+
+    python -m benchmarks.causal_conv1d [--quick]
+
+One process, one GPU: each row times the same inputs, channel last, bf16, with bias and SiLU. GPU times are medians over
+replays of a CUDA graph of several calls, with the middle half's spread; eager times are what a user sees who calls it
+from Python. The package causal-conv1d may be absent; its column is then empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.selective_scan import Time, ask_device, calls, copy_bytes_per_second, eager_time, graph_time
+from kernels.causal_conv1d import causal_conv1d
+
+ROWS = [(8, 2048, 5120), (1, 131072, 5376), (8, 2048, 5376), (8, 2048, 1536), (8, 2048, 4096), (1, 2048, 5120)]
+WIDTH = 4
+FORWARD_TENSORS, BOTH_TENSORS = 2, 5  # that must be read or written once: x, y; and x, dy, dx
+
+
+def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return causal_conv1d(x, weight, bias, activation="silu")
+
+
+def pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = F.conv1d(x.transpose(1, 2), weight[:, None].to(x.dtype), bias.to(x.dtype), padding=WIDTH - 1, groups=x.shape[2])
+    return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
+
+
+def official() -> Callable[..., Tensor] | None:
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except ImportError:
+        return None
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
+
+    return operator
+
+
+def row(batch: int, length: int, channels: int, peers: list[Callable[..., Tensor] | None], copy_rate: float) -> str:
+    x = torch.randn(batch, length, channels, device="cuda", dtype=torch.bfloat16)
+    inputs = [x, torch.randn(channels, WIDTH, device="cuda"), torch.randn(channels, device="cuda")]
+    both = [None if operator is None else calls(operator, inputs) for operator in (ours, *peers)]
+    floors = [1e3 * count * x.nbytes / copy_rate for count in (FORWARD_TENSORS, BOTH_TENSORS)]
+    text = f"{batch:3d} {length:6d} {channels:5d}"
+    for part, floor in enumerate(floors):
+        times = [None if pair is None else graph_time(pair[part]) for pair in both]
+        assert times[0] is not None
+        text += f" | {' '.join(shown(time) for time in times)} {floor:6.3f} {times[0].median / floor:5.2f}x"
+    eager = [None if pair is None else eager_time(pair[1]) for pair in both]
+    return text + " | " + " ".join("       -" if time is None else f"{time:8.3f}" for time in eager)
+
+
+def shown(time: Time | None) -> str:
+    return " " * 14 + "-" if time is None else str(time)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only the table's rows")
+    quick = parser.parse_args().quick
+    print(ask_device("name,driver_version,clocks.max.sm,clocks.max.mem"))
+    peers, rate = [official(), pytorch], copy_bytes_per_second()
+    print(f"torch {torch.__version__}; bf16, width {WIDTH}, bias and SiLU, channel last; official: causal-conv1d")
+    print(f"copy {rate / 1e12:.2f} TB/s; times in ms; floor: every activation and gradient once at that rate")
+    names = "           ours        official         PyTorch  floor ours/floor"
+    print(f"  b      l     d | forward:{names[8:]} | forward + backward:{names[19:]} | eager f+b: the same three")
+    rows = list(ROWS)
+    if not quick:
+        for _ in range(5):
+            rows.append((random.choice([1, 2, 3, 5, 8]), random.randint(100, 4096), 8 * random.randint(32, 640)))
+    for shape in rows:
+        print(row(*shape, peers, rate), flush=True)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

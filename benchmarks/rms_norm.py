@@ -1,0 +1,108 @@
+"""The norms beside mamba_ssm's, with the floor that bytes set.
+
+    python -m benchmarks.rms_norm [--quick]
+
+"add" is the residual add and norm that open a block (bf16 activations, fp32 residual), against `rms_norm_fn`; "gated"
+is the norm over groups that follows SSD, against `layernorm_gated.rmsnorm_fn`. One process, one GPU: each row times the
+same inputs. GPU times are medians over replays of a CUDA graph of several calls, with the middle half's spread; eager
+times are what a user sees who calls it from Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.selective_scan import ask_device, copy_bytes_per_second, eager_time, graph_time
+from kernels.rms_norm import add_rms_norm, gated_rms_norm
+
+EPS = 1e-5
+ADD = [(16384, 768), (65536, 768), (16384, 1024), (16384, 2048), (16384, 2560), (131072, 2560), (16384, 5120)]
+GATED = [(16384, 1536, 1), (16384, 4096, 1), (16384, 5120, 1), (131072, 5120, 1), (16384, 4096, 8)]
+
+
+def add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return add_rms_norm(x, residual, weight, EPS)
+
+
+def official_add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+
+    return rms_norm_fn(x, weight, None, residual=residual, eps=EPS, prenorm=True, residual_in_fp32=True)
+
+
+def gated(groups: int) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda x, z, weight: (gated_rms_norm(x, z, weight, eps=EPS, group_size=x.shape[-1] // groups),)
+
+
+def official_gated(groups: int) -> Callable[..., tuple[Tensor, ...]]:
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+    def operator(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        size = x.shape[-1] // groups
+        return (rmsnorm_fn(x, weight, None, z=z, eps=EPS, group_size=size, norm_before_gate=False),)
+
+    return operator
+
+
+def calls(operator: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Callable[[], object]]:
+    """Forward alone, and forward with backward."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    grads = [torch.randn_like(output) for output in operator(*inputs)]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return operator(*inputs)
+
+    return [forward, lambda: torch.autograd.grad(operator(*inputs), inputs, grads)]
+
+
+def row(rows: int, channels: int, groups: int, copy_rate: float) -> str:
+    """One shape; groups = 0: the residual add."""
+    x = torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16)
+    second = torch.randn_like(x, dtype=None if groups else torch.float32)
+    inputs = [x, second, torch.ones(channels, device="cuda")]
+    pairs = [
+        calls(operator, inputs)
+        for operator in ((gated(groups), official_gated(groups)) if groups else (add, official_add))
+    ]
+    # Bytes for each number of x. Add: x, residual, y, sum; then dy, sum, its gradient, dx, the residual's gradient.
+    # Gated: x, z, y; then dy, x, z, dx, dz.
+    forward_bytes, backward_bytes = (6, 10) if groups else (12, 16)
+    text = f"{f'gated, {groups}' if groups else 'add':>8} {rows:7d} {channels:5d}"
+    for part, count in enumerate((forward_bytes, forward_bytes + backward_bytes)):
+        ours, theirs = (graph_time(pair[part]) for pair in pairs)
+        floor = 1e3 * count * x.numel() / copy_rate
+        text += f" | {ours} {theirs} {theirs.median / ours.median:5.2f}x {floor:6.3f} {ours.median / floor:5.2f}x"
+    return text + " | " + " ".join(f"{eager_time(pair[1]):8.3f}" for pair in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only the table's rows")
+    quick = parser.parse_args().quick
+    import mamba_ssm
+
+    print(ask_device("name,driver_version,clocks.max.sm,clocks.max.mem"))
+    print(f"torch {torch.__version__}, mamba_ssm {mamba_ssm.__version__}; bf16, weight and residual fp32")
+    rate = copy_bytes_per_second()
+    print(f"copy {rate / 1e12:.2f} TB/s; times in ms; floor: every activation and gradient once at that rate")
+    print(
+        "          rows     d | forward:  ours       mamba_ssm  ratio  floor ours/floor"
+        " | forward + backward: ours mamba_ssm ratio floor ours/floor | eager f+b: ours, mamba_ssm"
+    )
+    shapes = [(*shape, 0) for shape in ADD] + GATED
+    if not quick:
+        for number in range(5):
+            shapes.append((random.randint(1000, 30000), 8 * random.randint(32, 640), number % 2))
+    for shape in shapes:
+        print(row(*shape, rate), flush=True)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

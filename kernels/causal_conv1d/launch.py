@@ -1,0 +1,113 @@
+"""The convolution's operators on CUDA devices: layouts, buffers, launches of the Triton kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import alignment, triton_unsupported
+
+WIDTHS = (2, 3, 4)
+
+
+class Shape(NamedTuple):
+    """How a kernel divides its work."""
+
+    block: int  # channels of a program
+    warps: int
+    unroll: int  # steps whose inputs are asked for at once
+    steps: int  # of a program, a multiple of `unroll`
+
+
+FORWARD = Shape(block=256, warps=1, unroll=4, steps=64)
+BACKWARD = Shape(block=256, warps=2, unroll=4, steps=128)
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Why the kernels cannot run on these inputs, None when they can."""
+    if weight.shape[1] not in WIDTHS:
+        return f"a filter of width {weight.shape[1]}; there are kernels for 2, 3 and 4"
+    return triton_unsupported(x)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The operator's forward: y and the final state."""
+    from kernels.causal_conv1d.triton_kernels import forward_kernel
+
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    x, initial_state, bias = _unit(x), _contiguous(initial_state), _contiguous(bias)
+    y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    final_state = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
+    shape, chunks = FORWARD, -(-length // FORWARD.steps)
+    align = alignment(channels, x.stride(0), x.stride(1))
+    with torch.cuda.device_of(x):
+        forward_kernel[(batch * chunks * -(-channels // shape.block),)](
+            *(x, weight, bias, seq_idx, initial_state, y, final_state),
+            *(x.stride(0) // align, x.stride(1) // align, weight.stride(0), weight.stride(1)),
+            *((0, 0) if seq_idx is None else seq_idx.stride()),
+            *(length, channels // align, chunks, shape.steps),
+            *(width, silu, align, shape.block, shape.unroll),
+            num_warps=shape.warps,
+        )
+    return y, final_state
+
+
+def backward(
+    y_grad: Tensor | None,
+    final_grad: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator's backward: gradients of x, weight, bias, initial state; empty for an absent one."""
+    from kernels.causal_conv1d.triton_kernels import backward_kernel
+    from kernels.sum_parts import COLUMNS, ROWS, sum_parts
+
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    y_grad = torch.zeros_like(x) if y_grad is None else y_grad
+    x, y_grad = _unit(x), _unit(y_grad)
+    initial_state, bias, final_grad = _contiguous(initial_state), _contiguous(bias), _contiguous(final_grad)
+    x_grad = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    state_grad = x.new_empty((0,) if initial_state is None else initial_state.shape)
+    weight_grad = weight.new_empty(weight.shape)
+    bias_grad = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
+    shape, kinds = BACKWARD, width + (bias is not None)
+    chunks = -(-length // (shape.steps - (width - 1)))
+    parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
+    align = alignment(channels, x.stride(0), x.stride(1), y_grad.stride(0), y_grad.stride(1))
+    with torch.cuda.device_of(x):
+        backward_kernel[(batch * chunks * -(-channels // shape.block),)](
+            *(y_grad, final_grad, x, weight, bias, seq_idx, initial_state, x_grad, state_grad, parts),
+            *(y_grad.stride(0) // align, y_grad.stride(1) // align),
+            *(x.stride(0) // align, x.stride(1) // align, weight.stride(0), weight.stride(1)),
+            *((0, 0) if seq_idx is None else seq_idx.stride()),
+            *(length, channels // align, chunks, shape.steps),
+            *(width, silu, align, shape.block, shape.unroll),
+            num_warps=shape.warps,
+        )
+        sum_parts[(-(-channels // COLUMNS), kinds)](
+            *(parts, weight_grad, None if bias is None else bias_grad, batch * chunks, channels),
+            *(kinds, ROWS, COLUMNS),
+        )
+    return x_grad, weight_grad, bias_grad, state_grad
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    """The tensor with neighbouring channels side by side: itself, or a copy where they are not."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

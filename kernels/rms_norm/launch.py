@@ -1,0 +1,185 @@
+"""The norms' operators on CUDA devices: layouts, buffers, launches of the Triton kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import alignment, processors, triton_unsupported
+
+MAX_SIZE = 16384  # channels that a program holds in registers
+
+
+class Shape(NamedTuple):
+    """How a kernel divides its work."""
+
+    rows: int  # that a program has at once
+    warps: int
+    programs: int  # of a multiprocessor
+    stages: int  # rows that are on their way from memory at once
+
+
+def forward_shape(block: int) -> Shape:
+    """The forward kernel for a group of `block` channels, a power of two."""
+    return Shape(rows=max(1, 1024 // block), warps=max(1, min(16, block // 512)), programs=16, stages=1)
+
+
+def backward_shape(block: int) -> Shape:
+    """The backward kernel for a group of `block` channels, a power of two."""
+    return Shape(rows=max(1, 1024 // block), warps=max(1, min(16, block // 512)), programs=8, stages=2)
+
+
+def unsupported(x: Tensor, size: int) -> str | None:
+    """Why the kernels cannot run on these inputs, None when they can. size: channels of a group."""
+    if size > MAX_SIZE:
+        return f"{size} channels are more than {MAX_SIZE}"
+    return triton_unsupported(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The operator `rms_norm`: y and 1 / rms."""
+    y, _, inverse_rms = _forward(x, None, None, weight, eps, x.shape[-1])
+    return y, inverse_rms
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator `add_rms_norm`: y, the sum in fp32, and 1 / rms."""
+    return _forward(x, residual, None, weight, eps, x.shape[-1], with_total=True)
+
+
+def gated_rms_norm(
+    x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
+) -> tuple[Tensor, Tensor]:
+    """The operator `gated_rms_norm`: y and 1 / rms of each group."""
+    y, _, inverse_rms = _forward(x, None, z, weight, eps, group_size, norm_before_gate)
+    return y, inverse_rms.unsqueeze(-1)
+
+
+def rms_norm_backward(
+    y_grad: Tensor,
+    through: Tensor | None,
+    x: Tensor,
+    inverse_rms: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    with_total: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator `rms_norm_backward`: gradients of x in `dtype`, of the sum in fp32 or empty, and of weight."""
+    x_grad, total_grad, _, weight_grad = _backward(
+        y_grad, through, x, None, weight, inverse_rms, x.shape[-1], dtype, with_total=with_total
+    )
+    return x_grad, x.new_empty((0,), dtype=torch.float32) if total_grad is None else total_grad, weight_grad
+
+
+def gated_rms_norm_backward(
+    y_grad: Tensor, x: Tensor, z: Tensor, weight: Tensor, inverse_rms: Tensor, norm_before_gate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator `gated_rms_norm_backward`: gradients of x, z and weight."""
+    size = x.shape[-1] // inverse_rms.shape[-2]
+    x_grad, _, z_grad, weight_grad = _backward(
+        y_grad, None, x, z, weight, inverse_rms, size, x.dtype, norm_before_gate=norm_before_gate
+    )
+    assert z_grad is not None
+    return x_grad, z_grad, weight_grad
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    size: int,
+    norm_before_gate: bool = False,
+    with_total: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from kernels.rms_norm.triton_kernels import forward_kernel
+
+    shape, channels, device = x.shape, x.shape[-1], x.device
+    groups = channels // size
+    y = torch.empty(shape, dtype=x.dtype, device=device)
+    total = torch.empty(shape, dtype=torch.float32, device=device) if with_total else None
+    inverse_rms = torch.empty((*shape[:-1], groups), dtype=torch.float32, device=device)
+    x, residual, z, weight = _rows(x), _rows(residual), _rows(z), weight.contiguous()  # type: ignore[assignment]
+    strides = [0 if t is None else t.stride(0) for t in (x, residual, z)]
+    align = alignment(size, *strides)
+    block = _power_of_two(size)
+    launch = forward_shape(block)
+    programs, span = _programs(x, groups, launch)
+    if programs:
+        with torch.cuda.device_of(x):
+            forward_kernel[(programs * groups,)](
+                *(x, residual, z, weight, y, total, inverse_rms),
+                *(stride // align for stride in strides),
+                *(x.shape[0], size // align, groups, span, eps),
+                *(norm_before_gate, align, block, launch.rows, launch.stages),
+                num_warps=launch.warps,
+            )
+    return y, y if total is None else total, inverse_rms
+
+
+def _backward(
+    y_grad: Tensor,
+    through: Tensor | None,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    inverse_rms: Tensor,
+    size: int,
+    dtype: torch.dtype,
+    norm_before_gate: bool = False,
+    with_total: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    from kernels.rms_norm.triton_kernels import backward_kernel
+    from kernels.sum_parts import COLUMNS, ROWS, sum_parts
+
+    shape, channels, device = x.shape, x.shape[-1], x.device
+    groups = channels // size
+    x_grad = torch.empty(shape, dtype=dtype, device=device)
+    total_grad = torch.empty(shape, dtype=torch.float32, device=device) if with_total else None
+    z_grad = None if z is None else torch.empty(shape, dtype=z.dtype, device=device)
+    weight_grad = torch.empty((channels,), dtype=weight.dtype, device=device)
+    tensors = y_grad, through, x, z = [_rows(t) for t in (y_grad, through, x, z)]  # type: ignore[assignment]
+    strides = [0 if t is None else t.stride(0) for t in tensors]
+    align = alignment(size, *strides)
+    block = _power_of_two(size)
+    launch = backward_shape(block)
+    programs, span = _programs(x, groups, launch)
+    if not programs:
+        return x_grad, total_grad, z_grad, weight_grad.zero_()
+    parts = torch.empty((programs, channels), dtype=torch.float32, device=device)
+    with torch.cuda.device_of(x):
+        backward_kernel[(programs * groups,)](
+            *(y_grad, through, x, z, weight.contiguous(), inverse_rms, x_grad, total_grad, z_grad, parts),
+            *(stride // align for stride in strides),
+            *(x.shape[0], size // align, groups, span),
+            *(norm_before_gate, align, block, launch.rows, launch.stages),
+            num_warps=launch.warps,
+        )
+        sum_parts[(-(-channels // COLUMNS), 1)](
+            *(parts, weight_grad, None, programs, channels),
+            *(1, ROWS, COLUMNS),
+        )
+    return x_grad, total_grad, z_grad, weight_grad
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """(row, channel) with neighbouring channels side by side: a view, or a copy where there is none."""
+    if tensor is None:
+        return None
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _programs(x: Tensor, groups: int, launch: Shape) -> tuple[int, int]:
+    """How many programs share the rows of a group, and how many rows each gets: a multiple of what it has at once."""
+    rows = x.shape[0]
+    most = max(1, (processors(x.device.index) if x.is_cuda else 1) * launch.programs // groups)
+    span = -(-rows // (most * launch.rows)) * launch.rows
+    return (-(-rows // span) if rows else 0), span
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

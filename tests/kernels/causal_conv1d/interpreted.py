@@ -1,0 +1,81 @@
+"""The convolution's Triton kernels on the CPU, against the definition in fp64; test_triton.py runs this."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.causal_conv1d import causal_conv1d, launch, reference
+from tests.kernels.causal_conv1d.test_causal_conv1d import conv_inputs
+from tests.kernels.loops import conv_loop, gradients
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled, not interpreted"
+reference.causal_conv1d_op.register_kernel("cpu")(launch.forward)
+reference.causal_conv1d_backward_op.register_kernel("cpu")(launch.backward)
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs small enough for a few positions to need several."""
+    monkeypatch.setattr(launch, "FORWARD", launch.Shape(block=8, warps=1, unroll=4, steps=8))
+    monkeypatch.setattr(launch, "BACKWARD", launch.Shape(block=8, warps=1, unroll=4, steps=12))
+
+
+def check(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, silu: bool = True) -> None:
+    def typed(name: str, value: Tensor) -> Tensor:
+        if name == "seq_idx":
+            return value
+        rounded = value.detach().to(torch.float32 if name in ("weight", "bias") else dtype)
+        return rounded.requires_grad_()
+
+    low = {name: typed(name, value) for name, value in inputs.items()}
+    exact = {k: v if k == "seq_idx" else v.detach().double().requires_grad_() for k, v in low.items()}
+    actual = causal_conv1d(**low, activation="silu" if silu else None, return_final_state=True)  # type: ignore[arg-type]
+    expected = conv_loop(exact, silu)
+    found, wanted = gradients(actual, low), gradients(expected, exact)
+    for name, a, e in [
+        ("y", actual[0], expected[0]),
+        ("state", actual[1], expected[1]),
+        *((f"d{name}", found[name], wanted[name]) for name in found),
+    ]:
+        assert a.shape == e.shape
+        assert float((a.double() - e).abs().max()) <= TOLERANCE[dtype] * max(1.0, float(e.abs().max())), name
+
+
+@pytest.mark.parametrize(("length", "width"), [(1, 4), (2, 3), (3, 4), (9, 2), (21, 4)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_equals_the_definition(length: int, width: int, packed: bool) -> None:
+    check(conv_inputs(length, width, packed, channels=11))
+
+
+@pytest.mark.parametrize("absent", [["bias"], ["initial_state"]])
+def test_options_may_be_absent(absent: list[str]) -> None:
+    inputs = {name: value for name, value in conv_inputs(10, packed=True).items() if name not in absent}
+    check(inputs, silu=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    check(conv_inputs(17, packed=True, channels=16), dtype)
+
+
+def test_only_the_final_state_takes_part() -> None:
+    inputs = {k: v if k == "seq_idx" else v.detach().float() for k, v in conv_inputs(2, packed=True).items()}
+    inputs = {k: v.requires_grad_(k != "seq_idx") for k, v in inputs.items()}
+    exact = {k: v if k == "seq_idx" else v.detach().double().requires_grad_() for k, v in inputs.items()}
+    state = causal_conv1d(**inputs, return_final_state=True)[1]  # type: ignore[arg-type]
+    found, wanted = gradients((state,), inputs), gradients(conv_loop(exact, silu=False)[1:], exact)
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [16, 12, 5])
+def test_views_are_read_as_they_are(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a projection's output, rows of every alignment, batch and length exchanged: no copy of x."""
+    x = torch.randn(7, 2, 2 * channels).transpose(0, 1)[..., channels:]
+    weight, bias = torch.randn(channels, 4), torch.randn(channels)
+    expected = causal_conv1d(x.contiguous(), weight, bias, activation="silu")
+    monkeypatch.setattr(Tensor, "contiguous", lambda tensor: pytest.fail("a copy") if tensor.dim() == 3 else tensor)
+    assert torch.equal(causal_conv1d(x, weight, bias, activation="silu"), expected)

@@ -1,0 +1,93 @@
+"""The Triton kernels compile for every architecture without a GPU, with wide accesses and few spilled registers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
+
+from kernels.causal_conv1d import launch as conv
+from kernels.causal_conv1d import triton_kernels as conv_kernels
+from kernels.rms_norm import launch as norm
+from kernels.rms_norm import triton_kernels as norm_kernels
+from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
+
+SPILLED_BYTES = 64
+SIZES = [768, 2560, 5120]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def conv_resources(
+    kernel: Any,
+    shape: conv.Shape,
+    folder: Path,
+    capability: int = 90,
+    dtype: str = "*bf16",
+    width: int = 4,
+    everything: bool = False,
+    align: int = 8,
+) -> Resources:
+    """everything: with document boundaries, initial state, and the final state's gradient."""
+    arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(("x", "y", "final_state", "y_grad", "x_grad"), dtype)
+    arguments |= {"weight": "*fp32", "bias": "*fp32", "parts": "*fp32", "seq_idx": "*i32" if everything else None}
+    arguments |= dict.fromkeys(("initial_state", "final_grad", "state_grad"), dtype if everything else None)
+    arguments |= {"WIDTH": width, "SILU": True, "ALIGN": align, "BLOCK": shape.block, "UNROLL": shape.unroll}
+    return compile_kernel(kernel, arguments, capability, shape.warps, folder)
+
+
+def norm_resources(
+    kernel: Any, size: int, gated: bool, folder: Path, capability: int = 90, before: bool = False, align: int = 8
+) -> Resources:
+    block = norm._power_of_two(size)
+    is_forward = kernel is norm_kernels.forward_kernel
+    shape = norm.forward_shape(block) if is_forward else norm.backward_shape(block)
+    arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(("x", "y", "y_grad", "x_grad"), "*bf16")
+    arguments |= dict.fromkeys(("weight", "inverse_rms", "parts"), "*fp32")
+    arguments |= dict.fromkeys(("z", "z_grad"), "*bf16" if gated else None)
+    arguments |= dict.fromkeys(("residual", "total", "through", "total_grad"), None if gated else "*fp32")
+    if not (gated or is_forward):
+        arguments["x"] = "*fp32"
+    constants = {"NORM_FIRST": before, "ALIGN": align, "BLOCK": block, "ROWS": shape.rows, "STAGES": shape.stages}
+    return compile_kernel(kernel, arguments | {"eps": "fp32"} | constants, capability, shape.warps, folder)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_convolution(capability: int, tmp_path: Path) -> None:
+    for kernel, shape in ((conv_kernels.forward_kernel, conv.FORWARD), (conv_kernels.backward_kernel, conv.BACKWARD)):
+        found = conv_resources(kernel, shape, tmp_path, capability)
+        print(kernel.__name__, f"sm_{capability}", found)
+        assert found.stack == 0
+        channels_of_a_lane = shape.block // shape.warps // 32
+        assert found.widest_store >= 2 * channels_of_a_lane, "a lane stores its channels one by one"
+
+
+@pytest.mark.parametrize(("dtype", "width", "align"), [("*bf16", 4, 8), ("*fp16", 3, 4), ("*fp32", 2, 1)])
+def test_options_of_the_convolution(dtype: str, width: int, align: int, tmp_path: Path) -> None:
+    for kernel, shape in ((conv_kernels.forward_kernel, conv.FORWARD), (conv_kernels.backward_kernel, conv.BACKWARD)):
+        found = conv_resources(kernel, shape, tmp_path, dtype=dtype, width=width, everything=True, align=align)
+        assert found.stack <= SPILLED_BYTES
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_norms(gated: bool, capability: int, tmp_path: Path) -> None:
+    for size in SIZES:
+        for kernel in (norm_kernels.forward_kernel, norm_kernels.backward_kernel):
+            found = norm_resources(kernel, size, gated, tmp_path, capability)
+            print(kernel.__name__, size, f"sm_{capability}", found)
+            assert found.stack <= SPILLED_BYTES
+            assert found.widest_store >= 8
+
+
+@pytest.mark.parametrize("size", [1, 50, norm.MAX_SIZE])
+def test_sizes_of_norms(size: int, tmp_path: Path) -> None:
+    for kernel in (norm_kernels.forward_kernel, norm_kernels.backward_kernel):
+        norm_resources(kernel, size, True, tmp_path, before=True, align=1)
+        norm_resources(kernel, size, False, tmp_path, align=1)
