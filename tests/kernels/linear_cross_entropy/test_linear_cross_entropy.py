@@ -65,8 +65,8 @@ def test_the_logits_of_the_whole_batch_never_exist() -> None:
     targets = torch.randint(0, vocabulary, (tokens,))
     summed, each = reference.linear_cross_entropy_op._init_fn, reference.token_cross_entropy_op._init_fn
     for function in (
-        lambda: summed(hidden, weight, targets, IGNORED, chunk, True, True),
-        lambda: each(hidden, weight, targets, IGNORED, chunk),
+        lambda: summed(hidden, weight, targets, IGNORED, chunk, 0.0, True, True),
+        lambda: each(hidden, weight, targets, IGNORED, chunk, 0.0),
     ):
         assert largest_tensor_in(function) <= chunk * vocabulary
     assert reference.default_chunk_size(hidden, weight) * vocabulary <= 2**20
@@ -108,12 +108,12 @@ def test_opcheck() -> None:
     for flags in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.mamba_train.linear_cross_entropy.default,
-            (inputs["hidden"], inputs["weight"], targets, IGNORED, 4, *flags),
+            (inputs["hidden"], inputs["weight"], targets, IGNORED, 4, 1e-3, *flags),
             test_utils=("test_schema", "test_faketensor"),
         )
     torch.library.opcheck(
         torch.ops.mamba_train.token_cross_entropy.default,
-        (inputs["hidden"].detach(), inputs["weight"].detach(), targets, IGNORED, 4),
+        (inputs["hidden"].detach(), inputs["weight"].detach(), targets, IGNORED, 4, 1e-3),
         test_utils=("test_schema", "test_faketensor"),
     )
 

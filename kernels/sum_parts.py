@@ -1,0 +1,30 @@
+"""The second half of deterministic sums in Triton: a kernel leaves the parts of a sum, this one adds them in order."""
+
+import triton
+import triton.language as tl
+
+ROWS = 32
+COLUMNS = 64
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def sum_parts(parts, sums, last, rows, columns, KINDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """sums (column, kind) = sum over rows of parts (row, kind, column), fp32; where `last` is given, the last kind's.
+
+    Programs: (columns / COLUMNS rounded up, KINDS).
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    kind = tl.program_id(1)
+    is_column = column < columns
+    row = tl.arange(0, ROWS).to(tl.int64)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, rows, ROWS):
+        at = ((first + row) * KINDS + kind) * columns
+        total += tl.load(parts + at[:, None] + column, mask=((first + row) < rows)[:, None] & is_column, other=0.0)
+    value = tl.sum(total, axis=0)
+    if last is None:
+        tl.store(sums + column * KINDS + kind, value.to(sums.dtype.element_ty), mask=is_column)
+    else:
+        target = sums + column * (KINDS - 1) + kind
+        tl.store(target, value.to(sums.dtype.element_ty), mask=is_column & (kind < KINDS - 1))
+        tl.store(last + column, value.to(last.dtype.element_ty), mask=is_column & (kind == KINDS - 1))

@@ -1,0 +1,56 @@
+"""Triton kernels compiled for an architecture without a GPU, and what they use of it."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+CAPABILITIES = [80, 90, 100, 120]
+
+
+class Resources(NamedTuple):
+    """Of one thread; stack: bytes, where spilled registers go. widest_*: bytes of its largest loads and stores."""
+
+    registers: int
+    stack: int
+    widest_load: int
+    widest_store: int
+
+
+def compile_kernel(
+    kernel: Any, arguments: dict[str, Any], capability: int, warps: int, folder: Path, unaligned: tuple[str, ...] = ()
+) -> Resources:
+    """Compile `kernel`. arguments: a Triton type ("*bf16", "i32") for each run-time one, a value for each constant."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if isinstance(value, str):
+            signature[name] = value
+            if value.startswith("*") and name not in unaligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[name] = value
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    path = folder / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("triton comes without cuobjdump")
+    report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found, report
+    return Resources(int(found[1]), int(found[2]), _widest("ld", compiled), _widest("st", compiled))
+
+
+def _widest(instruction: str, compiled: Any) -> int:
+    """Bytes of the widest access to global memory in the PTX."""
+    accesses = re.findall(rf"{instruction}\.global[.\w:]*?(?:\.v(\d))?\.[bfus](\d+)", compiled.asm["ptx"])
+    return max((int(vector or 1) * int(bits) // 8 for vector, bits in accesses), default=0)
