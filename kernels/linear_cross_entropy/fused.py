@@ -1,8 +1,8 @@
 """Chunked linear cross-entropy for GPUs: products by the vendor's library, the softmax in one Triton kernel.
 
 A chunk's logits are an fp32 product of bf16 inputs, so they are rounded nowhere before the softmax; its gradient goes
-to a second buffer in the dtype of the products. Both buffers serve all chunks. The gradient of the weight is summed over
-chunks in fp32 by the product itself. docs/kernels.md says why the gradients are computed with the loss.
+to a second buffer in the dtype of the products. Both buffers serve all chunks. The gradient of the weight is summed
+over chunks in fp32 by the product itself. docs/kernels.md says why the gradients are computed with the loss.
 """
 
 from __future__ import annotations

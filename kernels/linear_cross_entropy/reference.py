@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kernels.checks import compute_dtype
 
-
 CPU_LOGITS = 2**20  # 4 MiB in fp32, which its caches hold
 GPU_LOGITS = 2**27  # 0.5 GiB in fp32, and half as much for their gradient in bf16
 ROWS = 128  # of a tile of a matrix product on a GPU
