@@ -138,7 +138,8 @@ def test_gradients_by_the_plain_steps() -> None:
     inputs = {name: value.requires_grad_() for name, value in scan_inputs(2, 10, 4, torch.float32).items()}
     with torch.enable_grad():
         y, state = selective_scan_step(**inputs)  # type: ignore[arg-type]
-    assert len(torch.autograd.grad(y.sum() + state.sum(), list(inputs.values()))) == 9
+        grads = torch.autograd.grad(y.sum() + state.sum(), list(inputs.values()))
+    assert all(torch.isfinite(grad).all() for grad in grads)
 
 
 def test_compile_breaks_no_graph() -> None:
