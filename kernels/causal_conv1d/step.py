@@ -21,7 +21,7 @@ class Launch(NamedTuple):
     warps: int
 
 
-LAUNCH = Launch(channels=256, warps=2)
+LAUNCH = Launch(channels=256, warps=4)
 
 
 def advance(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
@@ -51,13 +51,11 @@ def launch(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: 
     y, new_state = x.new_empty((batch, channels)), state.new_empty((batch, width - 1, channels))
     if y.numel() == 0:
         return y, new_state
-    blocks = -(-channels // LAUNCH.channels)
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
-        step_kernel[(batch * blocks,)](
+        step_kernel[(batch, -(-channels // LAUNCH.channels))](
             *(state, x, weight, bias, y, new_state),
-            *(channels, blocks),
-            *(*state.stride(), *x.stride(), *weight.stride()),
+            *(channels, *state.stride(), *x.stride(), *weight.stride()),
             WIDTH=width,
             SILU=silu,
             CHANNELS=LAUNCH.channels,

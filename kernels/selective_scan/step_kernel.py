@@ -36,7 +36,6 @@ def step_kernel(
     new_state,
     channels,
     states,
-    blocks,
     state_batch,
     state_channel,
     state_state,
@@ -56,31 +55,35 @@ def step_kernel(
     CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """Program p: CHANNELS channels of sequence p // blocks. y and new_state are contiguous, all else has strides."""
-    sequence = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = (tl.program_id(0) % blocks).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    """Program (b, c): CHANNELS channels of sequence b. y and new_state are contiguous, all else has strides."""
+    sequence = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.arange(0, STATES)
     row, column = channel < channels, n < states
     both = row[:, None] & column[None, :]
 
-    delta = tl.load(dt + sequence * dt_batch + channel * dt_channel, mask=row, other=0.0).to(tl.float32)
-    if dt_bias is not None:
-        delta += tl.load(dt_bias + channel, mask=row, other=0.0).to(tl.float32)
-    if SOFTPLUS:
-        delta = softplus(delta)
-    value = tl.load(x + sequence * x_batch + channel * x_channel, mask=row, other=0.0).to(tl.float32)
-    rate = tl.load(A + channel[:, None] * A_channel + n[None, :] * A_state, mask=both, other=0.0).to(tl.float32)
-    read = tl.load(B + sequence * B_batch + n * B_state, mask=column, other=0.0).to(tl.float32)
-    written = tl.load(C + sequence * C_batch + n * C_state, mask=column, other=0.0).to(tl.float32)
+    # All loads before the arithmetic: most of the time goes by while they are on their way.
     place = state + sequence * state_batch + channel[:, None] * state_channel + n[None, :] * state_state
     h = tl.load(place, mask=both, other=0.0).to(tl.float32)
+    rate = tl.load(A + channel[:, None] * A_channel + n[None, :] * A_state, mask=both, other=0.0).to(tl.float32)
+    delta = tl.load(dt + sequence * dt_batch + channel * dt_channel, mask=row, other=0.0).to(tl.float32)
+    value = tl.load(x + sequence * x_batch + channel * x_channel, mask=row, other=0.0).to(tl.float32)
+    read = tl.load(B + sequence * B_batch + n * B_state, mask=column, other=0.0).to(tl.float32)
+    written = tl.load(C + sequence * C_batch + n * C_state, mask=column, other=0.0).to(tl.float32)
+    if dt_bias is not None:
+        delta += tl.load(dt_bias + channel, mask=row, other=0.0).to(tl.float32)
+    if D is not None:
+        skip = tl.load(D + channel, mask=row, other=0.0).to(tl.float32) * value
+    if z is not None:
+        gate = tl.load(z + sequence * z_batch + channel * z_channel, mask=row, other=0.0).to(tl.float32)
 
+    if SOFTPLUS:
+        delta = softplus(delta)
     h = tl.exp(delta[:, None] * rate) * h + (delta * value)[:, None] * read[None, :]
     tl.store(new_state + (sequence * channels + channel[:, None]) * states + n[None, :], h, mask=both)
     out = tl.sum(h * written[None, :], axis=1)
     if D is not None:
-        out += tl.load(D + channel, mask=row, other=0.0).to(tl.float32) * value
+        out += skip
     if z is not None:
-        gate = tl.load(z + sequence * z_batch + channel * z_channel, mask=row, other=0.0).to(tl.float32)
         out *= gate / (1.0 + tl.exp(-gate))
     tl.store(y + sequence * channels + channel, out.to(y.dtype.element_ty), mask=row)

@@ -15,7 +15,7 @@ class Launch(NamedTuple):
     warps: int
 
 
-LAUNCH = Launch(elements=512, warps=2)
+LAUNCH = Launch(elements=512, warps=4)
 
 
 def step(
@@ -40,12 +40,11 @@ def step(
         return y, new_state
     padded_states = 1 << max(0, states - 1).bit_length()
     per_program = max(1, LAUNCH.elements // padded_states)
-    blocks = -(-channels // per_program)
     D, dt_bias = (None if vector is None else vector.contiguous() for vector in (D, dt_bias))
     with torch.cuda.device_of(x):
-        step_kernel[(batch * blocks,)](
+        step_kernel[(batch, -(-channels // per_program))](
             *(state, x, dt, A, B, C, D, z, dt_bias, y, new_state),
-            *(channels, states, blocks),
+            *(channels, states),
             *(*state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride()),
             *((0, 0) if z is None else z.stride()),
             SOFTPLUS=dt_softplus,
