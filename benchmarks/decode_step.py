@@ -111,9 +111,9 @@ def compare() -> None:
 
 def sweep() -> None:
     chosen = step_launch.LAUNCH, conv_step.LAUNCH
-    for batch, channels in ((1, 1536), (64, 1536), (64, 5120)):
+    for batch, channels in ((1, 1536), (64, 5120)):
         layers = [scan_layer(batch, channels) for _ in range(LAYERS)]
-        for elements in (256, 512, 1024, 2048):
+        for elements in (256, 512, 1024):
             cells = []
             for warps in (1, 2, 4):
                 step_launch.LAUNCH = step_launch.Launch(elements, warps)
@@ -123,7 +123,7 @@ def sweep() -> None:
                 flush=True,
             )
         layers = [conv_layer(batch, channels) for _ in range(LAYERS)]
-        for block in (128, 256, 512):
+        for block in (128, 256):
             cells = []
             for warps in (1, 2, 4):
                 conv_step.LAUNCH = conv_step.Launch(block, warps)
