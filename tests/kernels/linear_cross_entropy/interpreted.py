@@ -115,6 +115,14 @@ def test_logits_far_from_and_near_to_one_another(scale: float) -> None:
     assert_near(actual, hidden_grad, 2e-5)
 
 
+def test_logits_so_low_that_those_behind_the_vocabulary_would_overflow() -> None:
+    hidden, weight, targets = torch.full((9, 16), -10.0), 1 + torch.rand(33, 16), torch.randint(0, 33, (9,))
+    losses, *expected = definition(hidden, weight, targets, 0.0)
+    loss, *grads = fused.linear_cross_entropy(hidden, weight, targets, IGNORED, 4, 0.0, True, True)
+    for actual, exact in zip((loss, *grads), (losses.sum(), *expected), strict=True):
+        assert_near(actual, exact, 1e-4)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_a_number_is_seen(bad: float) -> None:
     hidden, weight, targets = draw(4, 70, torch.float32)
