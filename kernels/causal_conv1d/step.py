@@ -27,7 +27,7 @@ LAUNCH = Launch(channels=256, warps=4)
 def advance(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
     """y and the new state; the arguments are those of `causal_conv1d_step`, already checked."""
     if x.is_cuda and not needs_gradient(state, x, weight, bias):
-        return torch.ops.mamba_train.causal_conv1d_step(state, x, weight, bias, silu)
+        return torch.ops.mamba_train.causal_conv1d_step.default(state, x, weight, bias, silu)
     return _reference(state, x, weight, bias, silu)
 
 

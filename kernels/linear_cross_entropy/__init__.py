@@ -50,11 +50,11 @@ def linear_cross_entropy(
                 "linear_cross_entropy: reduction='none' is for evaluation and has no gradient; "
                 "use reduction='sum', or call it under torch.no_grad()"
             )
-        losses = torch.ops.mamba_train.token_cross_entropy(
+        losses = torch.ops.mamba_train.token_cross_entropy.default(
             rows, weight, targets.reshape(-1), ignore_index, chunk, z_loss
         )
         return losses.reshape(targets.shape)
-    loss, _, _ = torch.ops.mamba_train.linear_cross_entropy(
+    loss, _, _ = torch.ops.mamba_train.linear_cross_entropy.default(
         rows, weight, targets.reshape(-1), ignore_index, chunk, z_loss, needs_gradient(hidden), needs_gradient(weight)
     )
     return loss

@@ -33,7 +33,7 @@ def selective_scan_step(
     _check(state, x, dt, A, B, C, D, z, dt_bias)
     arguments = (state, x, dt, A, B, C, D, z, dt_bias)
     if x.is_cuda and not needs_gradient(*arguments):
-        return torch.ops.mamba_train.selective_scan_step(*arguments, dt_softplus)
+        return torch.ops.mamba_train.selective_scan_step.default(*arguments, dt_softplus)
     return _reference(*arguments, dt_softplus)
 
 
