@@ -53,6 +53,7 @@ def graph_time(call: Callable[[], object], replays: int = 9) -> Time:
             call()
     torch.cuda.synchronize()
     calls = max(1, min(20, round(5 / max(once(call), 0.05))))
+    torch.cuda.empty_cache()  # the graph has a pool of memory of its own, and what a large call took must fit twice
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(calls):

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.causal_conv1d import dispatch  # noqa: F401  registers torch.ops.mamba_train.causal_conv1d
+from kernels.causal_conv1d.step import advance
 from kernels.checks import (
     check_floating,
     check_not_empty,
     check_same_device,
     check_seq_idx,
     check_tensor,
-    compute_dtype,
 )
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
@@ -102,14 +101,7 @@ def causal_conv1d_step(
     check_tensor(name, "state", state, expected)
     check_floating(name, state=state, x=x, weight=weight, bias=bias)
     check_same_device(name, "x", state=state, x=x, weight=weight, bias=bias)
-    dtype = compute_dtype(x)
-    window = torch.cat([state.to(dtype), x.to(dtype).unsqueeze(1)], dim=1)
-    y = (window * weight.to(dtype).t()).sum(dim=1)
-    if bias is not None:
-        y = y + bias.to(dtype)
-    if activation == "silu":
-        y = F.silu(y)
-    return y.to(x.dtype), window[:, 1:].to(state.dtype)
+    return advance(state, x, weight, bias, activation == "silu")
 
 
 def _check_filter(name: str, weight: Tensor, bias: Tensor | None, activation: str | None, channels: int) -> None:

@@ -7,11 +7,17 @@ from torch import Tensor
 
 from kernels.checks import compute_dtype
 
+CPU_LOGITS = 2**20  # 4 MiB in fp32, which its caches hold
+GPU_LOGITS = 2**27  # 0.5 GiB in fp32, and half as much for their gradient in bf16
+ROWS = 128  # of a tile of a matrix product on a GPU
+
 
 def default_chunk_size(hidden: Tensor, weight: Tensor) -> int:
-    """Tokens whose fp32 logits fill about 4 MiB on the CPU (its caches) and 256 MiB on a GPU."""
-    logits = 2**20 if hidden.device.type == "cpu" else 2**26
-    return max(1, logits // weight.shape[0])
+    """Tokens whose logits are at most `CPU_LOGITS` or `GPU_LOGITS`, on a GPU in whole tiles where one fits."""
+    if hidden.device.type == "cpu":
+        return max(1, CPU_LOGITS // weight.shape[0])
+    tokens = GPU_LOGITS // weight.shape[0]
+    return max(1, tokens - tokens % ROWS if tokens > ROWS else tokens)
 
 
 @torch.library.custom_op("mamba_train::linear_cross_entropy", mutates_args=())
@@ -21,6 +27,7 @@ def linear_cross_entropy_op(
     targets: Tensor,
     ignore_index: int,
     chunk_size: int,
+    z_loss: float,
     hidden_needs_grad: bool,
     weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,11 +40,13 @@ def linear_cross_entropy_op(
     weight_grad = weight.new_zeros(weight.shape if weight_needs_grad else (0,), dtype=dtype)
     for begin in range(0, hidden.shape[0], chunk_size):
         tokens = slice(begin, begin + chunk_size)
-        logits, losses, counted = _losses(hidden[tokens], weight_cast, targets[tokens], ignore_index)
+        logits, normalizer, losses, counted = _losses(
+            hidden[tokens], weight_cast, targets[tokens], ignore_index, z_loss
+        )
         loss += losses.sum()
         if not (hidden_needs_grad or weight_needs_grad):
             continue
-        logits_grad = logits.exp_()
+        logits_grad = logits.exp_().mul_(1 + 2 * z_loss * normalizer)
         picked = targets[tokens].masked_fill(~counted, 0).unsqueeze(1)
         logits_grad.scatter_add_(1, picked, logits_grad.new_full(picked.shape, -1.0))
         logits_grad.mul_(counted.unsqueeze(1))
@@ -50,7 +59,7 @@ def linear_cross_entropy_op(
 
 
 @linear_cross_entropy_op.register_fake
-def _(hidden, weight, targets, ignore_index, chunk_size, hidden_needs_grad, weight_needs_grad):
+def _(hidden, weight, targets, ignore_index, chunk_size, z_loss, hidden_needs_grad, weight_needs_grad):
     return (
         hidden.new_empty((), dtype=compute_dtype(hidden)),
         torch.empty_like(hidden if hidden_needs_grad else hidden[:0]),
@@ -60,7 +69,7 @@ def _(hidden, weight, targets, ignore_index, chunk_size, hidden_needs_grad, weig
 
 @torch.library.custom_op("mamba_train::token_cross_entropy", mutates_args=())
 def token_cross_entropy_op(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_size: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_size: int, z_loss: float
 ) -> Tensor:
     """Return the loss of each token, (tokens), 0 where ignored."""
     _check_targets(targets, ignore_index, weight.shape[0])
@@ -68,22 +77,26 @@ def token_cross_entropy_op(
     losses = hidden.new_empty(targets.shape, dtype=compute_dtype(hidden))
     for begin in range(0, hidden.shape[0], chunk_size):
         tokens = slice(begin, begin + chunk_size)
-        losses[tokens] = _losses(hidden[tokens], weight_cast, targets[tokens], ignore_index)[1]
+        losses[tokens] = _losses(hidden[tokens], weight_cast, targets[tokens], ignore_index, z_loss)[2]
     return losses
 
 
 @token_cross_entropy_op.register_fake
-def _(hidden, weight, targets, ignore_index, chunk_size):
+def _(hidden, weight, targets, ignore_index, chunk_size, z_loss):
     return hidden.new_empty(targets.shape, dtype=compute_dtype(hidden))
 
 
-def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probabilities (tokens, vocabulary), losses and which tokens count, of one chunk."""
+def _losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities (tokens, vocabulary), log-sum-exps (tokens, 1), losses, which tokens count, of one chunk."""
     logits = (hidden @ weight.t()).to(compute_dtype(hidden))
-    logits -= logits.logsumexp(dim=1, keepdim=True)
+    normalizer = logits.logsumexp(dim=1, keepdim=True)
+    logits -= normalizer
     counted = targets != ignore_index
     picked = logits.gather(1, targets.masked_fill(~counted, 0).unsqueeze(1)).squeeze(1)
-    return logits, -picked * counted, counted
+    losses = z_loss * normalizer.squeeze(1).square() - picked
+    return logits, normalizer, losses * counted, counted
 
 
 def _check_targets(targets: Tensor, ignore_index: int, vocabulary: int) -> None:
@@ -109,11 +122,7 @@ def _backward(ctx, loss_grad, _hidden_grad_grad, _weight_grad_grad):
     return (
         (hidden_grad * loss_grad).to(hidden_grad.dtype) if ctx.hidden_needs_grad else None,
         (weight_grad * loss_grad).to(weight_grad.dtype) if ctx.weight_needs_grad else None,
-        None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 6,
     )
 
 

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import check_floating, check_same_device, check_tensor, compute_dtype
+from kernels.checks import check_floating, check_same_device, check_tensor, compute_dtype, needs_gradient
+from kernels.dispatch import on_cuda, triton_unsupported
+from kernels.selective_scan import step_launch
 
 
 def selective_scan_step(
@@ -29,6 +31,25 @@ def selective_scan_step(
     `state` itself is not changed. Raises ValueError naming the argument whose shape does not fit.
     """
     _check(state, x, dt, A, B, C, D, z, dt_bias)
+    arguments = (state, x, dt, A, B, C, D, z, dt_bias)
+    if x.is_cuda and not needs_gradient(*arguments):
+        return torch.ops.mamba_train.selective_scan_step.default(*arguments, dt_softplus)
+    return _reference(*arguments, dt_softplus)
+
+
+def _reference(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """The step in plain PyTorch, which autograd can follow."""
     dtype = compute_dtype(x)
     x_wide = x.to(dtype)
     delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
@@ -43,6 +64,16 @@ def selective_scan_step(
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(x.dtype), new_state
+
+
+# An operator for CUDA devices only: elsewhere, and where gradients are wanted, the plain functions are faster.
+_op = torch.library.custom_op("mamba_train::selective_scan_step", _reference, mutates_args=())
+on_cuda(_op, step_launch.step, lambda state, x, *_: triton_unsupported(x))
+
+
+@_op.register_fake
+def _(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+    return x.new_empty(x.shape), x.new_empty(state.shape, dtype=compute_dtype(x))
 
 
 def _check(

@@ -1,20 +1,24 @@
 """Every operator on this very device against the same operator in fp64 on the CPU, forward and backward.
 
+The decode steps, which run without gradients, forward only.
+
 A kernel can be wrong on one kind of GPU only (a compiler's fault, a driver's); a second before a run shows it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.causal_conv1d import causal_conv1d
+from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from kernels.dispatch import triton_unsupported
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.rms_norm import add_rms_norm, gated_rms_norm
-from kernels.selective_scan import selective_scan
+from kernels.selective_scan import selective_scan, selective_scan_step
 from kernels.selective_scan.cuda import scan
-from kernels.ssd import ssd
+from kernels.ssd import ssd, ssd_step
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
 BATCH, LENGTH, CHANNELS, STATES, HEADS = 2, 200, 64, 16, 8
@@ -53,12 +57,17 @@ def run_self_tests(device: torch.device, dtype: torch.dtype) -> list[SelfTest]:
 
 def kernel_of(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     """Which implementation this operator has on this device, and why."""
-    if operator != "selective_scan":
+    name = f"mamba_train::{operator}"
+    if not (hasattr(torch.ops.mamba_train, operator) and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")):
         return "PyTorch (there is no other)"
     if device.type != "cuda":
-        return "PyTorch (CUDA C++ needs an NVIDIA GPU)"
-    reason = scan.unsupported(torch.empty(1, 1, 1, device=device, dtype=dtype), STATES)
-    return f"PyTorch ({reason})" if reason else "CUDA C++"
+        return "PyTorch (faster on NVIDIA GPUs only)"
+    x = torch.empty(1, 1, 1, device=device, dtype=dtype)
+    if operator == "selective_scan":
+        reason, accelerated = scan.unsupported(x, STATES), "CUDA C++"
+    else:
+        reason, accelerated = triton_unsupported(x), "Triton"
+    return f"PyTorch ({reason})" if reason else accelerated
 
 
 def _largest_error(
@@ -77,6 +86,8 @@ def _largest_error(
 def _outputs_and_gradients(call: Callable[[Inputs], Tensor], inputs: Inputs) -> Inputs:
     leaves = {key: value.requires_grad_() for key, value in inputs.items()}
     output = call(leaves)
+    if not output.requires_grad:
+        return {"output": output}
     # A weight for each output, so that errors of opposite sign do not cancel in the gradients.
     weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
     (output * weights.to(output)).sum().backward()
@@ -85,8 +96,8 @@ def _outputs_and_gradients(call: Callable[[Inputs], Tensor], inputs: Inputs) -> 
 
 
 def _stored(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Parameters are fp32 whatever the activations are."""
-    return torch.float32 if name in ("A", "D", "dt_bias", "weight", "bias", "residual") else dtype
+    """Parameters and states are fp32 whatever the activations are."""
+    return torch.float32 if name in ("A", "D", "dt_bias", "weight", "bias", "residual", "state") else dtype
 
 
 def _draw(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
@@ -127,6 +138,23 @@ def _loss_inputs(g: torch.Generator) -> Inputs:
     return {"hidden": _draw(g, BATCH, LENGTH, CHANNELS), "head": _draw(g, 96, CHANNELS, scale=0.1)}
 
 
+def _scan_step_inputs(g: torch.Generator) -> Inputs:
+    whole = _scan_inputs(g)
+    first = {key: value[:, 0] if value.dim() == 3 else value for key, value in whole.items()}
+    return first | {"state": _draw(g, BATCH, CHANNELS, STATES)}
+
+
+def _ssd_step_inputs(g: torch.Generator) -> Inputs:
+    whole = _ssd_inputs(g)
+    first = {key: value[:, 0] if value.dim() > 2 else value for key, value in whole.items()}
+    return first | {"state": _draw(g, BATCH, HEADS, CHANNELS // HEADS, STATES)}
+
+
+def _conv_step_inputs(g: torch.Generator) -> Inputs:
+    whole = _conv_inputs(g)
+    return whole | {"x": whole["x"][:, 3], "state": whole["x"][:, :3]}
+
+
 def _scan(i: Inputs) -> Tensor:
     return selective_scan(i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["z"], i["dt_bias"])
 
@@ -140,6 +168,12 @@ def _loss(inputs: Inputs) -> Tensor:
     return linear_cross_entropy(inputs["hidden"], inputs["head"], targets).reshape(1)
 
 
+@torch.no_grad()
+def _step(step: Callable[..., tuple[Tensor, Tensor]], arguments: dict[str, Any]) -> Tensor:
+    """y and the new state as one tensor."""
+    return torch.cat([part.flatten().to(torch.promote_types(part.dtype, torch.float32)) for part in step(**arguments)])
+
+
 OPERATORS: dict[str, tuple[Callable[[torch.Generator], Inputs], Callable[[Inputs], Tensor]]] = {
     "causal_conv1d": (_conv_inputs, lambda i: causal_conv1d(i["x"], i["weight"], i["bias"], activation="silu")),
     "selective_scan": (_scan_inputs, _scan),
@@ -150,6 +184,9 @@ OPERATORS: dict[str, tuple[Callable[[torch.Generator], Inputs], Callable[[Inputs
         lambda i: gated_rms_norm(i["x"], i["z"], i["weight"], eps=1e-5, group_size=CHANNELS // 2),
     ),
     "linear_cross_entropy": (_loss_inputs, _loss),
+    "causal_conv1d_step": (_conv_step_inputs, lambda i: _step(causal_conv1d_step, i | {"activation": "silu"})),
+    "selective_scan_step": (_scan_step_inputs, lambda i: _step(selective_scan_step, i)),
+    "ssd_step": (_ssd_step_inputs, lambda i: _step(ssd_step, i)),
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
+from kernels.linear_cross_entropy.reference import GPU_LOGITS
 from kernels.selective_scan.plan import GPU_CHUNK
 from mamba_train.config import (
     Config,
@@ -27,7 +28,6 @@ from mamba_train.model.language_model import MambaLM, padded_vocab_size
 from mamba_train.parallel.zero import LIVE_ELEMENTS, PREFETCHED_ELEMENTS, REDUCED_ELEMENTS
 
 MASTER_BYTES = 4  # fp32: weights, gradients, and each of AdamW's two moments
-LOGITS_CHUNK = 2**26  # logits that linear_cross_entropy holds at once on a GPU
 GIB = 2**30
 # The CUDA context, NCCL's buffers, and what the allocator cannot use.
 OVERHEAD_BYTES = 3 * GIB
@@ -198,7 +198,7 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
 def _logits(model: ModelConfig, n_tokens: int) -> int:
     """Logits that exist at once."""
     rows = padded_vocab_size(model)
-    return rows * min(n_tokens, math.ceil(LOGITS_CHUNK / rows))
+    return rows * min(n_tokens, math.ceil(GPU_LOGITS / rows))
 
 
 def fits(config: Config, model: ModelConfig, world_size: int, device_bytes: float) -> bool:

@@ -88,7 +88,7 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "first add norm": (OPS.add_rms_norm, lambda: (strided(2, 9, 6), None, torch.randn(6), 1e-5)),
     "loss": (
         OPS.linear_cross_entropy,
-        lambda: (torch.randn(9, 6), torch.randn(11, 6), torch.arange(9), -100, 4, True, True),
+        lambda: (torch.randn(9, 6), torch.randn(11, 6), torch.arange(9), -100, 4, 1e-3, True, True),
     ),
 }
 

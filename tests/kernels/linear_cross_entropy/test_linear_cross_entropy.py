@@ -11,12 +11,18 @@ from tests.kernels.loops import LENGTHS, assert_all_close, gradients, largest_te
 VOCABULARY, CHANNELS, IGNORED = 11, 5, -100
 
 
-def loss_loop(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORED) -> Tensor:
+def loss_loop(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORED, z_loss: float = 0.0
+) -> Tensor:
     """The loss of each token, one token after another."""
     losses = []
     for row, target in zip(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).tolist(), strict=True):
         probabilities = torch.exp(weight @ row)
-        losses.append(-(probabilities[target] / probabilities.sum()).log() if target != ignore_index else row.sum() * 0)
+        if target == ignore_index:
+            losses.append(row.sum() * 0)
+        else:
+            total = probabilities.sum()
+            losses.append(-(probabilities[target] / total).log() + z_loss * total.log() ** 2)
     return torch.stack(losses).view(targets.shape)
 
 
@@ -39,6 +45,18 @@ def test_equals_the_definition(length: int, chunk_size: int | None) -> None:
     assert_all_close(gradients((actual * 3,), inputs), gradients((expected.sum() * 3,), inputs), rtol=1e-9, atol=1e-11)
     with torch.no_grad():
         tokens = linear_cross_entropy(**inputs, targets=targets, reduction="none", chunk_size=chunk_size)
+    torch.testing.assert_close(tokens, expected.detach())
+
+
+@pytest.mark.parametrize("chunk_size", [4, None])
+def test_z_loss(chunk_size: int | None) -> None:
+    inputs, targets = draw(2, 9)
+    expected = loss_loop(**inputs, targets=targets, z_loss=0.1)
+    actual = linear_cross_entropy(**inputs, targets=targets, z_loss=0.1, chunk_size=chunk_size)
+    torch.testing.assert_close(actual, expected.sum())
+    assert_all_close(gradients((actual,), inputs), gradients((expected.sum(),), inputs), rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        tokens = linear_cross_entropy(**inputs, targets=targets, z_loss=0.1, reduction="none")
     torch.testing.assert_close(tokens, expected.detach())
 
 
@@ -65,8 +83,8 @@ def test_the_logits_of_the_whole_batch_never_exist() -> None:
     targets = torch.randint(0, vocabulary, (tokens,))
     summed, each = reference.linear_cross_entropy_op._init_fn, reference.token_cross_entropy_op._init_fn
     for function in (
-        lambda: summed(hidden, weight, targets, IGNORED, chunk, True, True),
-        lambda: each(hidden, weight, targets, IGNORED, chunk),
+        lambda: summed(hidden, weight, targets, IGNORED, chunk, 0.0, True, True),
+        lambda: each(hidden, weight, targets, IGNORED, chunk, 0.0),
     ):
         assert largest_tensor_in(function) <= chunk * vocabulary
     assert reference.default_chunk_size(hidden, weight) * vocabulary <= 2**20
@@ -108,12 +126,12 @@ def test_opcheck() -> None:
     for flags in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.mamba_train.linear_cross_entropy.default,
-            (inputs["hidden"], inputs["weight"], targets, IGNORED, 4, *flags),
+            (inputs["hidden"], inputs["weight"], targets, IGNORED, 4, 1e-3, *flags),
             test_utils=("test_schema", "test_faketensor"),
         )
     torch.library.opcheck(
         torch.ops.mamba_train.token_cross_entropy.default,
-        (inputs["hidden"].detach(), inputs["weight"].detach(), targets, IGNORED, 4),
+        (inputs["hidden"].detach(), inputs["weight"].detach(), targets, IGNORED, 4, 1e-3),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -140,6 +158,8 @@ def test_errors() -> None:
         linear_cross_entropy(hidden, weight, targets, chunk_size=0)
     with pytest.raises(ValueError, match="reduction is 'mean'"):
         linear_cross_entropy(hidden, weight, targets, reduction="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"z_loss is -0.1, expected at least 0"):
+        linear_cross_entropy(hidden, weight, targets, z_loss=-0.1)
     for wrong in (VOCABULARY, -1):
         with pytest.raises(ValueError, match=f"hold {wrong}, expected 0 to 10"):
             linear_cross_entropy(hidden, weight, torch.full((2, 3), wrong))

@@ -1,0 +1,81 @@
+"""One decode step of the convolution: plain PyTorch, and Triton on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.checks import compute_dtype, needs_gradient
+from kernels.dispatch import on_cuda, triton_unsupported
+
+MAX_WIDTH = 16  # of the kernel, which is unrolled over the width
+
+
+class Launch(NamedTuple):
+    """Channels of a program of the kernel, and its warps."""
+
+    channels: int
+    warps: int
+
+
+LAUNCH = Launch(channels=256, warps=4)
+
+
+def advance(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+    """y and the new state; the arguments are those of `causal_conv1d_step`, already checked."""
+    if x.is_cuda and not needs_gradient(state, x, weight, bias):
+        return torch.ops.mamba_train.causal_conv1d_step.default(state, x, weight, bias, silu)
+    return _reference(state, x, weight, bias, silu)
+
+
+def _reference(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+    """The step in plain PyTorch, which autograd can follow."""
+    dtype = compute_dtype(x)
+    window = torch.cat([state.to(dtype), x.to(dtype).unsqueeze(1)], dim=1)
+    y = (window * weight.to(dtype).t()).sum(dim=1)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    if silu:
+        y = F.silu(y)
+    return y.to(x.dtype), window[:, 1:].to(state.dtype).contiguous()
+
+
+def launch(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+    """The operator on a CUDA device."""
+    from kernels.causal_conv1d.step_kernel import step_kernel
+
+    (batch, channels), width = x.shape, weight.shape[1]
+    y, new_state = x.new_empty((batch, channels)), state.new_empty((batch, width - 1, channels))
+    if y.numel() == 0:
+        return y, new_state
+    bias = None if bias is None else bias.contiguous()
+    with torch.cuda.device_of(x):
+        step_kernel[(batch, -(-channels // LAUNCH.channels))](
+            *(state, x, weight, bias, y, new_state),
+            *(channels, *state.stride(), *x.stride(), *weight.stride()),
+            WIDTH=width,
+            SILU=silu,
+            CHANNELS=LAUNCH.channels,
+            num_warps=LAUNCH.warps,
+        )
+    return y, new_state
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Why the kernel cannot run on these inputs, None when it can."""
+    if weight.shape[1] > MAX_WIDTH:
+        return f"a filter of width {weight.shape[1]} is wider than {MAX_WIDTH}"
+    return triton_unsupported(x)
+
+
+# An operator for CUDA devices only: elsewhere, and where gradients are wanted, the plain functions are faster.
+_op = torch.library.custom_op("mamba_train::causal_conv1d_step", _reference, mutates_args=())
+on_cuda(_op, launch, lambda state, x, weight, *_: unsupported(x, weight))
+
+
+@_op.register_fake
+def _(state, x, weight, bias, silu):
+    return x.new_empty(x.shape), state.new_empty(state.shape)

@@ -1,0 +1,55 @@
+"""The decode step of the scan on CUDA devices: outputs and the launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """How a program of the kernel is made: states that it holds at least, and its warps."""
+
+    elements: int
+    warps: int
+
+
+LAUNCH = Launch(elements=512, warps=4)
+
+
+def step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator `mamba_train::selective_scan_step`: y and the new state."""
+    from kernels.selective_scan.step_kernel import step_kernel
+
+    (batch, channels), states = x.shape, A.shape[1]
+    y = x.new_empty((batch, channels))
+    new_state = x.new_empty((batch, channels, states), dtype=torch.float32)
+    if y.numel() == 0:
+        return y, new_state
+    padded_states = 1 << max(0, states - 1).bit_length()
+    per_program = max(1, LAUNCH.elements // padded_states)
+    D, dt_bias = (None if vector is None else vector.contiguous() for vector in (D, dt_bias))
+    with torch.cuda.device_of(x):
+        step_kernel[(batch, -(-channels // per_program))](
+            *(state, x, dt, A, B, C, D, z, dt_bias, y, new_state),
+            *(channels, states),
+            *(*state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride()),
+            *((0, 0) if z is None else z.stride()),
+            SOFTPLUS=dt_softplus,
+            CHANNELS=per_program,
+            STATES=padded_states,
+            num_warps=LAUNCH.warps,
+        )
+    return y, new_state

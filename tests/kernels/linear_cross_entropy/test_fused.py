@@ -1,0 +1,38 @@
+"""The GPU's loss as far as it can be tested without one: interpreted on the CPU, and compiled for each architecture."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.ahead import CAPABILITIES, compile_kernel
+from tests.kernels.triton_interpreter import run_interpreted
+
+
+def test_interpreted() -> None:
+    run_interpreted(Path(__file__).with_name("interpreted.py"))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("dtype", "with_grad"), [("bf16", True), ("fp32", True), ("fp32", False)])
+def test_compiles_within_its_registers(capability: int, dtype: str, with_grad: bool, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="needs triton to compile")
+    from kernels.linear_cross_entropy.fused import CLASS_ALIGNMENT, launch_for
+    from kernels.linear_cross_entropy.triton_kernels import cross_entropy_rows
+
+    launch = launch_for(50280)
+    arguments = {
+        "logits": "*fp32",
+        "grads": f"*{dtype}",
+        "targets": "*i64",
+        "losses": "*fp32",
+        **dict.fromkeys(("vocabulary", "groups", "logits_stride", "grads_stride", "ignore_index"), "i32"),
+        "z_loss": "fp32",
+        "WITH_GRAD": with_grad,
+        "GROUP": CLASS_ALIGNMENT,
+        "EXACT": True,
+        "BLOCK": launch.block,
+        "STAGES": launch.stages,
+    }
+    used = compile_kernel(cross_entropy_rows, arguments, capability, launch.warps, tmp_path)
+    assert used.stack <= 8
+    assert used.registers * 32 * launch.warps <= 65536
