@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +100,10 @@ def test_a_text_without_tokens_is_a_bad_document(tmp_path: Path, pile: MakePile,
     n_all = sum(map(len, rows.values()))
     assert manifest.total("train", "n_documents") + manifest.total("validation", "n_documents") == n_all - n_dropped
     assert sum(read["n_documents"] for read in manifest.source["inputs"]) == n_all - n_dropped
+    write_rows(tmp_path / "raw" / "few.jsonl", [("x", "A"), ("y", "A")])
+    options: dict[str, Any] = {"make_encoder": Dropping, "bad_documents": "skip"}
+    with pytest.raises(ValueError, match=r"1 of 2 documents cannot be used"):  # none is counted on both sides
+        make_shards([f"{tmp_path}/raw/few.jsonl"], tmp_path / "half", tokenizer_file, max_bad_share=0.4, **options)
 
 
 def test_an_end_of_document_id_that_an_encoder_makes_of_text_is_refused(

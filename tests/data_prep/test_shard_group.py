@@ -218,8 +218,11 @@ def test_shards_are_cut_on_document_boundaries(tmp_path: Path, tokenizer_file: P
 def test_documents_are_held_out_by_a_hash(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
     rows = pile(4, 100)
     folder = tmp_path / "out"
-    manifest = make_shards([f"{tmp_path}/raw/train"], folder, tokenizer_file, validation_fraction=0.2)
+    inputs = [f"{tmp_path}/raw/train", f"test={tmp_path}/raw/val.jsonl.zst"]
+    manifest = make_shards(inputs, folder, tokenizer_file, validation_fraction=0.2)
     assert manifest is not None
+    # Nothing is taken from a split that was named.
+    assert sorted(documents(folder, manifest, "test")) == sorted(text for text, _ in rows["val.jsonl.zst"])
     train, held_out = documents(folder, manifest, "train"), documents(folder, manifest, "validation")
     everything = [text for name, listed in rows.items() if name.startswith("train") for text, _ in listed]
     assert sorted(train + held_out) == sorted(everything)

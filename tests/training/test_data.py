@@ -258,6 +258,8 @@ def test_the_loss_is_divided_by_the_targets_that_count(tmp_path: Path, folders: 
     assert record["loss"] == pytest.approx(losses[counted].mean().item(), rel=1e-5)
     assert record["loss"] != pytest.approx(losses.mean().item(), rel=1e-4)
     assert record["tokens"] == 4 * 32
+    n_windows = -(-(Corpus.open(folders["prose"], "train").n_tokens - 1) // 32)
+    assert record["epochs"] == pytest.approx(4 / n_windows)
 
 
 def test_batches_without_a_target_are_no_nan(tmp_path: Path, tokenizer: TextTokenizer) -> None:
