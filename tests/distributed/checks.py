@@ -304,6 +304,9 @@ def main() -> None:
     for name in ("A_log", "D", "dt_bias"):
         with replaced(selective_ssm.SelectiveSSM, "forward", rounded(name)):
             found["rounded"][name] = verdict(engine, fresh=False)
+    only_here = rounded("D") if group.rank == group.world_size - 1 else selective_ssm.SelectiveSSM.forward
+    with replaced(selective_ssm.SelectiveSSM, "forward", only_here):
+        found["rounded on the last rank"] = verdict(engine, fresh=False)
     if isinstance(engine, sharded.ShardedEngine):
         policy = sharded.MixedPrecisionPolicy
 

@@ -47,6 +47,7 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
     for parameter, said in found["rounded"].items():
         assert "reaches the scan" in said, parameter
         assert "layers.0.mixer.ssm." in said
+    assert found["rounded on the last rank"] == "stopped"
     assert "A_log has weight decay" in found["misplaced"]
     assert found["D after the audit"] == 1.0
     assert found["lost"] == [], "gradients are not summed in fp32"
