@@ -80,15 +80,18 @@ def small_gradients_count(engine: Engine) -> list[str]:
     return lost
 
 
-def recomputed(config: Config, engine: Engine) -> dict[str, float]:
-    """Largest relative difference of a gradient when activations are computed again in the backward pass."""
+def recomputed(config: Config, engine: Engine) -> tuple[dict[str, float], dict[str, int]]:
+    """Recomputing activations: the largest relative difference of a gradient, and the scans of a step, by policy."""
     expected = gradient(engine, 1.0)
-    largest = {}
+    largest, scans = {}, {}
     for policy in (Recompute.layer, Recompute.keep_scan):
         settings = dataclasses.replace(config, engine=dataclasses.replace(config.engine, recompute=policy))
-        found = gradient(make(settings, engine.ranks), 1.0)
+        other = make(settings, engine.ranks)
+        with observe_scans() as calls:
+            found = gradient(other, 1.0)
+        scans[policy.value] = len(calls)
         largest[policy.value] = max(float((found[n] - expected[n]).norm() / expected[n].norm()) for n in expected)
-    return largest
+    return largest, scans
 
 
 def accumulation(engine: Engine) -> float:
@@ -110,14 +113,18 @@ def accumulation(engine: Engine) -> float:
 def counted(prefix: str) -> Iterator[list[str]]:
     """The names of the collectives of torch.distributed that are called and begin like that."""
     calls: list[str] = []
+
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
     with contextlib.ExitStack() as stack:
-        for name in [name for name in vars(dist) if name.startswith(prefix) and callable(getattr(dist, name))]:
-
-            def counting(*args: Any, name: str = name, original: Any = getattr(dist, name), **kwargs: Any) -> Any:
-                calls.append(name)
-                return original(*args, **kwargs)
-
-            stack.enter_context(replaced(dist, name, counting))
+        for name, original in list(vars(dist).items()):
+            if name.startswith(prefix) and callable(original):
+                stack.enter_context(replaced(dist, name, counting(name, original)))
         yield calls
 
 
@@ -285,7 +292,7 @@ def main() -> None:
     found["wrong_initial_values"] = wrong_initial_values(engine)
     found["accumulation"] = accumulation(engine)
     found["traffic"] = traffic(exact, engine)
-    found["recomputed"] = recomputed(exact, engine)
+    found["recomputed"], found["scans"] = recomputed(exact, engine)
     found["skip"] = skip(engine)
     found["D after the audit"] = left_gathered(exact, group)
 
@@ -297,6 +304,9 @@ def main() -> None:
     for name in ("A_log", "D", "dt_bias"):
         with replaced(selective_ssm.SelectiveSSM, "forward", rounded(name)):
             found["rounded"][name] = verdict(engine, fresh=False)
+    only_here = rounded("D") if group.rank == group.world_size - 1 else selective_ssm.SelectiveSSM.forward
+    with replaced(selective_ssm.SelectiveSSM, "forward", only_here):
+        found["rounded on the last rank"] = verdict(engine, fresh=False)
     if isinstance(engine, sharded.ShardedEngine):
         policy = sharded.MixedPrecisionPolicy
 

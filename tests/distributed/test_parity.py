@@ -39,6 +39,7 @@ def test_the_same_run_under_every_engine(runs: SharedRuns, name: str) -> None:
     assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) < TOLERANCE
     # Adam does not see the scale of a gradient, so a mean in the place of a sum would not show in the losses.
     assert metric(other, "grad_norm") == pytest.approx(metric(one, "grad_norm"), rel=1e-3)
+    assert metric(other, "validation/loss") == pytest.approx(metric(one, "validation/loss"), rel=1e-5)
 
 
 HYBRID = (

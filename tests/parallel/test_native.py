@@ -6,6 +6,7 @@ import torch
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision, Recompute
 from mamba_train.model.language_model import resolve_model_config
 from mamba_train.model.observe import observe_scans
+from mamba_train.parallel import native
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.parallel.state import load_weights, whole_state
 from mamba_train.ranks import join
@@ -147,6 +148,14 @@ def test_the_scan_is_computed_again_only_where_the_policy_says(policy: str, scan
     plain.backward(plain.model(tokens[:, :-1], tokens[:, 1:]))
     expected = dict(plain.model.named_parameters())
     assert all(torch.equal(p.grad, expected[name].grad) for name, p in engine.model.named_parameters())
+
+
+def test_each_layer_is_compiled_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_compiler", lambda: True)
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiled.append(call.__self__) or call)
+    engine = make_engine(compile=True)
+    assert compiled == engine._bare_model.blocks()
 
 
 def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
