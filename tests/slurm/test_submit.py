@@ -1,6 +1,7 @@
 """What is submitted, and what is refused before it is; no cluster needed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,12 +99,10 @@ def test_containers(tmp_path: Path) -> None:
 
 
 def test_a_sweep_gives_every_run_a_folder_of_its_own(tmp_path: Path) -> None:
-    assert sweep(["a=1", "b=2,3", "c=x,y"]) == [
-        ["a=1", "b=2", "c=x"],
-        ["a=1", "b=2", "c=y"],
-        ["a=1", "b=3", "c=x"],
-        ["a=1", "b=3", "c=y"],
-    ]
+    assert sweep(["a=1", "b=2,3", "c=x,y"]) == (
+        ["a=1"],
+        [("b=2", "c=x"), ("b=2", "c=y"), ("b=3", "c=x"), ("b=3", "c=y")],
+    )
     submission = compose_submission([*BASE, "run_dir=run", "optim.lr=1e-3,2e-3", "seed=range(0,2)"], tmp_path)
     assert [run.run_dir.name for run in submission.runs] == [
         "optim.lr-0.001_seed-0",
@@ -121,6 +120,30 @@ def test_a_sweep_gives_every_run_a_folder_of_its_own(tmp_path: Path) -> None:
         assert f"optim.lr-{config.optim.lr}_seed-{config.seed}" == run.run_dir.name
     named = compose_submission([*BASE, "seed=0,1", "run_dir='runs/${seed}'"], tmp_path)
     assert [run.run_dir for run in named.runs] == [tmp_path / "runs" / "0", tmp_path / "runs" / "1"]
+    shuffled = compose_submission([*BASE, "run_dir=run", "seed=shuffle(range(0,20))"], tmp_path)
+    for run in shuffled.runs:
+        assert run.run_dir.name == f"seed-{compose_config(run.overrides).seed}"
+    assert not compose_submission([*BASE, "seed=choice(3)"], tmp_path).is_array
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "folder"),
+    [
+        ("'runs/${now:%H-%M-%S-%f}'", None),  # as at the submission, at whatever time the job composes it
+        ("runs/a", "runs/a"),
+        ("'my run, (1)'", "my run, (1)"),
+        ('"it\'s $HOME `x` # {}"', "it's $HOME `x` # {}"),
+        ("001", "001"),
+    ],
+)
+def test_the_job_trains_in_the_folder_that_was_submitted(tmp_path: Path, run_dir: str, folder: str | None) -> None:
+    submission = compose_submission([*BASE, f"run_dir={run_dir}"], tmp_path)
+    [run] = submission.runs
+    assert tmp_path / compose_config(run.overrides).run_dir == run.run_dir
+    assert folder is None or run.run_dir == tmp_path / folder
+    settings = render(submission).split(LINE)[0] + '\nprintf "%s\\n" "$RUN_DIR" "${OVERRIDES[@]}"'
+    read = subprocess.run(["bash"], input=settings, capture_output=True, text=True, env={"SLURM_JOB_ID": "7"})
+    assert read.stdout.splitlines() == [str(run.run_dir), *run.overrides], read.stderr
 
 
 def test_the_site_of_the_environment_reaches_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +171,67 @@ def test_the_site_of_the_environment_reaches_the_job(tmp_path: Path, monkeypatch
         ("slurm.container_image=x", "slurm.container and slurm.container_image go together"),
         ("slurm.partition=a,b,", "cannot read the command line"),
         ("slurm.max_stalled_starts=0", "slurm.max_stalled_starts=0: expected more than 0"),
+        ("slurm.account='a\nb'", r"slurm.account='a\nb': expected one line of text"),
+        ("slurm.sbatch=['--mem=1\nls']", "expected one line of text"),
+        ("slurm.time='86400'", "slurm.time=86400: these are minutes; in a YAML file write it in quotes"),
+        (
+            "slurm.cpus_per_task=1,2",
+            "slurm.cpus_per_task: 1 and 2 in one sweep, which is one job array with the same slurm.*",
+        ),
+        ("slurm.partition=a,b", "or quote a list: \"slurm.partition='A,B'\""),
+        ("seed=0,0", "/run/seed-0: two runs of the sweep have the same folder"),
+        ("seed=range(0,0)", "seed=range(0,0): there is no value in it"),
+        ("optim.lr=interval(0,1)", "optim.lr=interval(0,1): expected the values themselves, as optim.lr=A,B,C"),
+        ("model=glob(*)", "model=glob(*): expected the values themselves"),
+        ("run_dir='50%'", "expected a path without '%'"),
+        ("run_dir='a\\b'", r"expected a path without '\\'"),
+        ("run_dir='a\"b'", "expected a path without '\"'"),
+        ("run_dir='a\nb'", r"expected a path without '\n'"),
+        (
+            "slurm.environment=['WANDB_API_KEY=0123']",
+            "WANDB_API_KEY in slurm.environment or slurm.setup",
+        ),
+        ("slurm.setup=['export A=1 HF_TOKEN=\"0123\"']", "HF_TOKEN in slurm.environment or slurm.setup"),
     ],
 )
 def test_mistakes(tmp_path: Path, override: str, expected: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         compose_submission([*BASE, "run_dir=run", override], tmp_path)
     assert expected in str(caught.value)
+    assert "0123" not in str(caught.value)
+
+
+def test_a_key_that_is_swept_and_given_again(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seed=0,1: seed is given more than once"):
+        compose_submission([*BASE, "run_dir=run", "seed=0,1", "seed=5"], tmp_path)
+
+
+def test_a_credential_that_is_read_when_the_job_runs(tmp_path: Path) -> None:
+    setup = ["export HF_TOKEN=$(cat ~/.token)", 'export WANDB_API_KEY="$KEY"', "TOKENIZERS_PARALLELISM=false"]
+    assert setup[0] in script_of(tmp_path, f"slurm.setup={setup!r}")
+
+
+def test_the_code_is_not_copied_into_itself() -> None:
+    for run_dir in ("run_dir=a,b", "run_dir=."):
+        with pytest.raises(ValueError, match="that is the repository; choose a folder below it"):
+            compose_submission([*BASE, run_dir], REPOSITORY)
+
+
+def test_a_site_that_is_not_yaml_is_one_clear_line(repository: Path, tmp_path: Path) -> None:
+    for name in ("conf", "mamba_train", "slurm", "kernels"):
+        shutil.copytree(repository / name, tmp_path / name)
+    (tmp_path / "train.py").write_text((repository / "train.py").read_text())
+    (tmp_path / "conf" / "slurm" / "mine.yaml").write_text("partition: [\n")
+    for command in (["-m", "slurm.submit", "--dry-run"], ["train.py"]):
+        result = subprocess.run(
+            [sys.executable, *command, *BASE, "slurm=mine"],
+            cwd=tmp_path,
+            env={**environment(), "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert "conf/slurm/mine.yaml" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -206,7 +284,9 @@ FAKES = {
     ("ends", "exit_codes", "events", "requeues"),
     [
         (["exit 0"], [0], ["start", "finished"], 0),
-        (["exit 2"], [2], ["start", "refused"], 0),
+        (["echo 'error: no such file' >>run/slurm/job-7.log; exit 2"], [2], ["start", "refused"], 0),
+        # Python and srun say 2 as well, of a file system that is not there.
+        (["exit 2", "exit 0"], [2, 0], ["start", "requeue", "start", "finished"], 1),
         (["exit 75"], [75], ["start", "requeue"], 1),
         (["exit 1", "exit 0"], [1, 0], ["start", "requeue", "start", "finished"], 1),
         # No new checkpoint in three starts: given up. With one in between, it goes on.
