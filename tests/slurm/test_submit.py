@@ -366,6 +366,23 @@ def test_a_job_that_slurm_will_not_queue_again_says_so(slurm_of_fakes: Path) -> 
     assert "SLURM would not queue the job again" in last["reason"]
 
 
+def test_a_full_disk_under_the_run_ends_the_job(slurm_of_fakes: Path) -> None:
+    """Starts that leave no line could not be counted."""
+    folder = slurm_of_fakes / "run" / "slurm"
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a full disk needs a tmpfs, and only root may mount one")
+    try:
+        (folder / "filler").write_bytes(bytes(4096))
+        script = script_of(slurm_of_fakes, "slurm.health_check=false")
+        assert start_job(slurm_of_fakes, script, ["touch trained; exit 1"]) == 1
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    assert not (slurm_of_fakes / "trained").exists()
+    assert "requeue" not in (slurm_of_fakes / "scontrol.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("squeue", "given", "expected"),
     [
