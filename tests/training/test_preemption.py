@@ -219,6 +219,21 @@ def test_a_request_on_another_rank_stops_this_one(tmp_path: Path, corpus: Path) 
     assert len(reduced) == 2 * 3, "a step makes two reductions, as it did without preemption"
 
 
+def test_what_a_save_took_is_reckoned_with_from_then_on(tmp_path: Path, corpus: Path) -> None:
+    asked_with: list[tuple[float, float]] = []
+
+    class Listens(StopRequest):
+        def requested(self, step_seconds: float = 0.0, save_seconds: float = 0.0) -> bool:
+            asked_with.append((step_seconds, save_seconds))
+            return False
+
+    build_trainer(make_config(tmp_path / "run", corpus, *OVERRIDES), Listens({})).run()
+    assert asked_with[0] == (0, 0)
+    assert min(asked_with[-1]) > 0
+    saved = load(tmp_path / "run" / "checkpoints" / f"step_{TOTAL_STEPS:08d}").state["train"]["save_seconds"]
+    assert saved > 0, "and after a restart"
+
+
 def test_the_time_limit_leaves_room_for_two_saves_and_a_step() -> None:
     now = [0.0]
     stop = StopRequest({"SLURM_JOB_END_TIME": "1000"}, clock=lambda: now[0])
