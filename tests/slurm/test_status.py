@@ -149,7 +149,9 @@ def test_a_folder_without_runs_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_follow_shows_it_again_and_again(run_dir: Path) -> None:
-    script = "import sys, slurm.status as status; status.FOLLOW_SECONDS = 0.2; status.main()"
+    # A shell that runs the tests in the background has SIGINT ignored.
+    sigint = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{sigint}; import slurm.status as status; status.FOLLOW_SECONDS = 0.2; status.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(run_dir), "--follow", "--lines", "1"],
         cwd=REPOSITORY,

@@ -280,7 +280,9 @@ FAKES = {
         case $1 in
             requeue) exit "$(cat requeue 2>/dev/null || echo 0)" ;;
             show) echo "$3" | tr , '\\n' ;;
-            *) echo "JobId=7 JobState=$(cat state) Restarts=$(cat restarts 2>/dev/null || echo ${SLURM_RESTART_COUNT:-0}) Run"
+            *)
+                restarts=$(cat restarts 2>/dev/null || echo ${SLURM_RESTART_COUNT:-0})
+                echo "JobId=7 JobState=$(cat state) Restarts=$restarts Run"
         esac
     """,
 }
