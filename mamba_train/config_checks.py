@@ -273,8 +273,15 @@ def _slurm(slurm: SlurmConfig) -> Iterable[Problem]:
     seconds = seconds_of(slurm.time)
     if seconds is None or seconds <= 0:
         yield "slurm.time", slurm.time, "expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
+    elif slurm.time.isdecimal() and int(slurm.time) >= 3600:  # 1:00:00 in YAML
+        problem = "these are minutes; in a YAML file write it in quotes, as it reads 24:00:00 as a number of seconds"
+        yield "slurm.time", slurm.time, problem
     elif slurm.signal_seconds >= seconds:
         yield "slurm.signal_seconds", slurm.signal_seconds, f"expected less than slurm.time ({slurm.time})"
+    for name, value in vars(slurm).items():  # what goes into lines of the sbatch file
+        texts = value if name in ("sbatch", "container_mounts") else [value]
+        if any(isinstance(text, str) and not text.isprintable() for text in texts):
+            yield f"slurm.{name}", repr(value), "expected one line of text"
     for entry in slurm.environment:
         if not re.match(r"[A-Za-z_]\w*=", entry):
             yield "slurm.environment", slurm.environment, "expected entries of the form NAME=VALUE"

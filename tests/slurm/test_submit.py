@@ -1,6 +1,7 @@
 """What is submitted, and what is refused before it is; no cluster needed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,12 +99,10 @@ def test_containers(tmp_path: Path) -> None:
 
 
 def test_a_sweep_gives_every_run_a_folder_of_its_own(tmp_path: Path) -> None:
-    assert sweep(["a=1", "b=2,3", "c=x,y"]) == [
-        ["a=1", "b=2", "c=x"],
-        ["a=1", "b=2", "c=y"],
-        ["a=1", "b=3", "c=x"],
-        ["a=1", "b=3", "c=y"],
-    ]
+    assert sweep(["a=1", "b=2,3", "c=x,y"]) == (
+        ["a=1"],
+        [("b=2", "c=x"), ("b=2", "c=y"), ("b=3", "c=x"), ("b=3", "c=y")],
+    )
     submission = compose_submission([*BASE, "run_dir=run", "optim.lr=1e-3,2e-3", "seed=range(0,2)"], tmp_path)
     assert [run.run_dir.name for run in submission.runs] == [
         "optim.lr-0.001_seed-0",
@@ -121,6 +120,30 @@ def test_a_sweep_gives_every_run_a_folder_of_its_own(tmp_path: Path) -> None:
         assert f"optim.lr-{config.optim.lr}_seed-{config.seed}" == run.run_dir.name
     named = compose_submission([*BASE, "seed=0,1", "run_dir='runs/${seed}'"], tmp_path)
     assert [run.run_dir for run in named.runs] == [tmp_path / "runs" / "0", tmp_path / "runs" / "1"]
+    shuffled = compose_submission([*BASE, "run_dir=run", "seed=shuffle(range(0,20))"], tmp_path)
+    for run in shuffled.runs:
+        assert run.run_dir.name == f"seed-{compose_config(run.overrides).seed}"
+    assert not compose_submission([*BASE, "seed=choice(3)"], tmp_path).is_array
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "folder"),
+    [
+        ("'runs/${now:%H-%M-%S-%f}'", None),  # as at the submission, at whatever time the job composes it
+        ("runs/a", "runs/a"),
+        ("'my run, (1)'", "my run, (1)"),
+        ('"it\'s $HOME `x` # {}"', "it's $HOME `x` # {}"),
+        ("001", "001"),
+    ],
+)
+def test_the_job_trains_in_the_folder_that_was_submitted(tmp_path: Path, run_dir: str, folder: str | None) -> None:
+    submission = compose_submission([*BASE, f"run_dir={run_dir}"], tmp_path)
+    [run] = submission.runs
+    assert tmp_path / compose_config(run.overrides).run_dir == run.run_dir
+    assert folder is None or run.run_dir == tmp_path / folder
+    settings = render(submission).split(LINE)[0] + '\nprintf "%s\\n" "$RUN_DIR" "${OVERRIDES[@]}"'
+    read = subprocess.run(["bash"], input=settings, capture_output=True, text=True, env={"SLURM_JOB_ID": "7"})
+    assert read.stdout.splitlines() == [str(run.run_dir), *run.overrides], read.stderr
 
 
 def test_the_site_of_the_environment_reaches_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +171,67 @@ def test_the_site_of_the_environment_reaches_the_job(tmp_path: Path, monkeypatch
         ("slurm.container_image=x", "slurm.container and slurm.container_image go together"),
         ("slurm.partition=a,b,", "cannot read the command line"),
         ("slurm.max_stalled_starts=0", "slurm.max_stalled_starts=0: expected more than 0"),
+        ("slurm.account='a\nb'", r"slurm.account='a\nb': expected one line of text"),
+        ("slurm.sbatch=['--mem=1\nls']", "expected one line of text"),
+        ("slurm.time='86400'", "slurm.time=86400: these are minutes; in a YAML file write it in quotes"),
+        (
+            "slurm.cpus_per_task=1,2",
+            "slurm.cpus_per_task: 1 and 2 in one sweep, which is one job array with the same slurm.*",
+        ),
+        ("slurm.partition=a,b", "or quote a list: \"slurm.partition='A,B'\""),
+        ("seed=0,0", "/run/seed-0: two runs of the sweep have the same folder"),
+        ("seed=range(0,0)", "seed=range(0,0): there is no value in it"),
+        ("optim.lr=interval(0,1)", "optim.lr=interval(0,1): expected the values themselves, as optim.lr=A,B,C"),
+        ("model=glob(*)", "model=glob(*): expected the values themselves"),
+        ("run_dir='50%'", "expected a path without '%'"),
+        ("run_dir='a\\b'", r"expected a path without '\\'"),
+        ("run_dir='a\"b'", "expected a path without '\"'"),
+        ("run_dir='a\nb'", r"expected a path without '\n'"),
+        (
+            "slurm.environment=['WANDB_API_KEY=0123']",
+            "WANDB_API_KEY in slurm.environment or slurm.setup",
+        ),
+        ("slurm.setup=['export A=1 HF_TOKEN=\"0123\"']", "HF_TOKEN in slurm.environment or slurm.setup"),
     ],
 )
 def test_mistakes(tmp_path: Path, override: str, expected: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         compose_submission([*BASE, "run_dir=run", override], tmp_path)
     assert expected in str(caught.value)
+    assert "0123" not in str(caught.value)
+
+
+def test_a_key_that_is_swept_and_given_again(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seed=0,1: seed is given more than once"):
+        compose_submission([*BASE, "run_dir=run", "seed=0,1", "seed=5"], tmp_path)
+
+
+def test_a_credential_that_is_read_when_the_job_runs(tmp_path: Path) -> None:
+    setup = ["export HF_TOKEN=$(cat ~/.token)", 'export WANDB_API_KEY="$KEY"', "TOKENIZERS_PARALLELISM=false"]
+    assert setup[0] in script_of(tmp_path, f"slurm.setup={setup!r}")
+
+
+def test_the_code_is_not_copied_into_itself() -> None:
+    for run_dir in ("run_dir=a,b", "run_dir=."):
+        with pytest.raises(ValueError, match="that is the repository; choose a folder below it"):
+            compose_submission([*BASE, run_dir], REPOSITORY)
+
+
+def test_a_site_that_is_not_yaml_is_one_clear_line(repository: Path, tmp_path: Path) -> None:
+    for name in ("conf", "mamba_train", "slurm", "kernels"):
+        shutil.copytree(repository / name, tmp_path / name)
+    (tmp_path / "train.py").write_text((repository / "train.py").read_text())
+    (tmp_path / "conf" / "slurm" / "mine.yaml").write_text("partition: [\n")
+    for command in (["-m", "slurm.submit", "--dry-run"], ["train.py"]):
+        result = subprocess.run(
+            [sys.executable, *command, *BASE, "slurm=mine"],
+            cwd=tmp_path,
+            env={**environment(), "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert "conf/slurm/mine.yaml" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -194,19 +272,61 @@ def test_the_command_line(tmp_path: Path) -> None:
 FAKES = {
     # An srun that ends as the file `ends` says, one line for each time, and a SLURM that says the job runs.
     "srun": 'line=$(head -n 1 ends); sed -i 1d ends; eval "$line"',
-    "squeue": "echo 2030-01-01T00:00:00",
+    "squeue": 'case "$*" in *%x) echo "(null)" ;; *) cat end_time 2>/dev/null || echo 2030-01-01T00:00:00 ;; esac',
+    "sinfo": "seq -f node%.0f 4",
+    "sleep": "true",
     "scontrol": """
         echo "$@" >>scontrol.log
-        echo "JobId=7 JobState=$(cat state) Restarts=$(cat restarts 2>/dev/null || echo ${SLURM_RESTART_COUNT:-0}) Run"
+        case $1 in
+            requeue) exit "$(cat requeue 2>/dev/null || echo 0)" ;;
+            show) echo "$3" | tr , '\\n' ;;
+            *)
+                restarts=$(cat restarts 2>/dev/null || echo ${SLURM_RESTART_COUNT:-0})
+                echo "JobId=7 JobState=$(cat state) Restarts=$restarts Run"
+        esac
     """,
 }
+
+
+@pytest.fixture
+def slurm_of_fakes(tmp_path: Path) -> Path:
+    (tmp_path / "bin").mkdir()
+    for name, body in FAKES.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "state").write_text("RUNNING\n")
+    (tmp_path / "scontrol.log").touch()
+    return tmp_path
+
+
+def start_job(folder: Path, script: str, ends: list[str], number: int = 0, **env: str) -> int:
+    """Exit code of a start of the batch script."""
+    (folder / "ends").write_text("\n".join(ends) + "\n")
+    environment = {
+        "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node1,node2",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_PARTITION": "main",
+        **({"SLURM_RESTART_COUNT": str(number)} if number else {}),
+        **env,
+    }
+    return subprocess.run(
+        ["bash"], input=script, cwd=folder, env=environment, capture_output=True, text=True
+    ).returncode
+
+
+def recorded(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "slurm" / "history.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
     ("ends", "exit_codes", "events", "requeues"),
     [
         (["exit 0"], [0], ["start", "finished"], 0),
-        (["exit 2"], [2], ["start", "refused"], 0),
+        (["echo 'error: no such file' >>run/slurm/job-7.log; exit 2"], [2], ["start", "refused"], 0),
+        # Python and srun say 2 as well, of a file system that is not there.
+        (["exit 2", "exit 0"], [2, 0], ["start", "requeue", "start", "finished"], 1),
         (["exit 75"], [75], ["start", "requeue"], 1),
         (["exit 1", "exit 0"], [1, 0], ["start", "requeue", "start", "finished"], 1),
         # No new checkpoint in three starts: given up. With one in between, it goes on.
@@ -221,28 +341,88 @@ FAKES = {
         (["echo COMPLETING >state; exit 0"], [1], ["start", "left to SLURM"], 0),  # srun's 0 when a node is lost
         # A node that was cut off: the job has been started anew elsewhere.
         (["echo 1 >restarts; exit 75"], [75], ["start", "left to SLURM"], 0),
+        # Queued again by others each time, as by preemption: the starts count as well.
+        (
+            ["echo REQUEUED >state; exit 75"] * 4,
+            [75, 75, 75, 1],
+            ["start", "left to SLURM"] * 3 + ["gave up"],
+            0,
+        ),
     ],
 )
 def test_when_a_job_comes_back(
-    tmp_path: Path, ends: list[str], exit_codes: list[int], events: list[str], requeues: int
+    slurm_of_fakes: Path, ends: list[str], exit_codes: list[int], events: list[str], requeues: int
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    for name, body in FAKES.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / "ends").write_text("\n".join(ends) + "\n")
-    (tmp_path / "state").write_text("RUNNING\n")
-    (tmp_path / "scontrol.log").touch()
-    script = script_of(tmp_path, "slurm.health_check=false")
+    script = script_of(slurm_of_fakes, "slurm.health_check=false")
     for number, code in enumerate(exit_codes):
-        env = {
-            "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
-            "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NODELIST": "node1",
-            **({"SLURM_RESTART_COUNT": str(number)} if number else {}),
-        }
-        result = subprocess.run(["bash"], input=script, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert result.returncode == code, result.stdout + result.stderr
-    history = [json.loads(line) for line in (tmp_path / "run" / "slurm" / "history.jsonl").read_text().splitlines()]
-    assert [entry["event"] for entry in history] == events
-    assert (tmp_path / "scontrol.log").read_text().count("requeue 7") == requeues
+        assert start_job(slurm_of_fakes, script, ends[number:], number) == code
+    assert [entry["event"] for entry in recorded(slurm_of_fakes)] == events
+    assert (slurm_of_fakes / "scontrol.log").read_text().count("requeue 7") == requeues
+
+
+def test_a_job_that_slurm_will_not_queue_again_says_so(slurm_of_fakes: Path) -> None:
+    (slurm_of_fakes / "requeue").write_text("1")
+    assert start_job(slurm_of_fakes, script_of(slurm_of_fakes, "slurm.health_check=false"), ["exit 75"]) == 75
+    last = recorded(slurm_of_fakes)[-1]
+    assert last["event"] == "gave up"
+    assert "SLURM would not queue the job again" in last["reason"]
+
+
+def test_a_full_disk_under_the_run_ends_the_job(slurm_of_fakes: Path) -> None:
+    """Starts that leave no line could not be counted."""
+    folder = slurm_of_fakes / "run" / "slurm"
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a full disk needs a tmpfs, and only root may mount one")
+    try:
+        (folder / "filler").write_bytes(bytes(4096))
+        script = script_of(slurm_of_fakes, "slurm.health_check=false")
+        assert start_job(slurm_of_fakes, script, ["touch trained; exit 1"]) == 1
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    assert not (slurm_of_fakes / "trained").exists()
+    assert "requeue" not in (slurm_of_fakes / "scontrol.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("squeue", "given", "expected"),
+    [
+        ("2030-01-01T00:00:00", "", "1893456000"),
+        ("", "", ""),  # no answer: not midnight of today, which is past
+        ("", "1893456000", "1893456000"),  # newer SLURMs say it themselves
+        ("N/A", "", ""),
+    ],
+)
+def test_when_a_start_must_be_over(slurm_of_fakes: Path, squeue: str, given: str, expected: str) -> None:
+    (slurm_of_fakes / "end_time").write_text(squeue)
+    script = script_of(slurm_of_fakes, "slurm.health_check=false")
+    env = {"TZ": "UTC", **({"SLURM_JOB_END_TIME": given} if given else {})}
+    assert start_job(slurm_of_fakes, script, ['echo "$SLURM_JOB_END_TIME" >seen'], **env) == 0
+    assert (slurm_of_fakes / "seen").read_text().strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ends", "reason", "excluded"),
+    [
+        (2, ["echo well node1; echo bad node2: broken; exit 1"], "not well: node2 (bad node2: broken)", "node2"),
+        # Nobody says anything: perhaps not the nodes' fault, yet there are others to try.
+        (2, ["exit 2"], "not well: node1,node2 (the check said nothing, the log may)", "node1,node2"),
+        # With both excluded the job would wait for ever.
+        (3, ["exit 1"], "not well: node1,node2 (the check said nothing, the log may)", None),
+        (2, ["exit 138"], "SIGUSR1: asked to stop during the health check", None),
+    ],
+)
+def test_nodes_that_are_not_well(
+    slurm_of_fakes: Path, nodes: int, ends: list[str], reason: str, excluded: str | None
+) -> None:
+    start_job(slurm_of_fakes, script_of(slurm_of_fakes), ends, SLURM_JOB_NUM_NODES=str(nodes))
+    assert [entry["event"] for entry in recorded(slurm_of_fakes)] == ["start", "requeue"]
+    assert recorded(slurm_of_fakes)[-1]["reason"] == reason
+    log = (slurm_of_fakes / "scontrol.log").read_text()
+    assert f"ExcNodeList={excluded}\n" in log if excluded else "ExcNodeList" not in log
+
+
+def test_a_rank_that_dies_takes_the_others_with_it() -> None:
+    # NCCL does not notice by itself within seconds, as gloo does in the tests on a cluster.
+    assert "\nsrun --kill-on-bad-exit=1 " in TEMPLATE.read_text()
