@@ -53,14 +53,15 @@ class SelectiveSSM(nn.Module):
             dt, B, C = self._project(x)
             return selective_scan(x, dt, self._A(), B, C, self.D, z, self.dt_bias, seq_idx=seq_idx)
 
-    def prefill(self, x: Tensor, z: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        """As forward, from `state`, also returning the state after the last token."""
+    def prefill(self, x: Tensor, z: Tensor, state: SSMState, seq_idx: Tensor | None = None) -> tuple[Tensor, SSMState]:
+        """As forward, from `state` (of the first position's document); also returns the state after the last token."""
         with torch.autocast(x.device.type, enabled=False):
             x, conv = causal_conv1d(
                 x,
                 self.conv_weight,
                 self.conv_bias,
                 activation="silu",
+                seq_idx=seq_idx,
                 initial_state=state.conv,
                 return_final_state=True,
             )
@@ -74,6 +75,7 @@ class SelectiveSSM(nn.Module):
                 self.D,
                 z,
                 self.dt_bias,
+                seq_idx=seq_idx,
                 initial_state=state.scan,
                 return_final_state=True,
             )
