@@ -58,6 +58,10 @@ class HarnessModel(TemplateLM):
         """Token ids without special tokens: there are none that a text could hold."""
         return self._tokenizer.encode(string).tolist()
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Scored]:
+        """As the harness has it, without a bar of its own in the middle of ours."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows that each begin with one token of context."""
         found = []

@@ -36,6 +36,7 @@ class SelectiveSSM(nn.Module):
         super().__init__()
         d_inner = config.expand * config.d_model
         assert config.dt_rank is not None, "resolve the model config first"
+        self.time_invariant = config.time_invariant
         self.split_sizes = [config.dt_rank, config.d_state, config.d_state]
         self.conv_weight = nn.Parameter(torch.empty(d_inner, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(d_inner))
@@ -100,6 +101,9 @@ class SelectiveSSM(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Δ before bias and softplus (..., d_inner), B and C (..., d_state); views where possible."""
+        if self.time_invariant:
+            # The same for every token, learned by the same weights: all that is missing is the selection.
+            x = torch.ones_like(x)
         dt, B, C = F.linear(x, self.x_proj_weight.to(x.dtype)).split(self.split_sizes, dim=-1)
         return F.linear(dt, self.dt_proj_weight.to(x.dtype)), B, C
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from mamba_train.monitor.evaluation_report import evaluation_parts
 from mamba_train.monitor.figures import curves_figure, health_figure, png, report_figure
 from mamba_train.monitor.progress import format_duration
 from mamba_train.monitor.run_record import RunRecord, load_runs
@@ -147,6 +148,7 @@ def _details(run: RunRecord) -> str:
     parts = [f"<h2>{html.escape(run.name)}</h2>", f"<p>Skipped steps: {shown}{more}.</p>"]
     if run.sample is not None:
         parts.append(f"<h3>Text sample</h3><pre>{html.escape(run.sample[:MAX_SAMPLE_CHARACTERS])}</pre>")
+    parts += evaluation_parts(run)
     if run.config:
         config = OmegaConf.to_yaml(OmegaConf.create(run.config))
         parts.append(f"<details><summary>Config</summary><pre>{html.escape(config)}</pre></details>")

@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 from mamba_train import run_folder
 from mamba_train.checkpoint import resume_policy, rng, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
-from mamba_train.config import Config, ProgressMode
+from mamba_train.config import Config, DataSource, ProgressMode
 from mamba_train.data.batches import BatchSource, WindowForm
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.opening import OpenedData, open_data
 from mamba_train.data.position import restore, state_of
-from mamba_train.data.tokenizer import load_tokenizer
+from mamba_train.data.synthetic import task_corpus
+from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
 from mamba_train.data.validation import validation_sets
 from mamba_train.model.language_model import resolve_model_config
 from mamba_train.monitor.flops import flops_per_token, peak_flops
@@ -34,9 +35,12 @@ from mamba_train.training.audit import audit, format_audit
 from mamba_train.training.forward_check import check_forward_loss
 from mamba_train.training.hooks.base import Hook
 from mamba_train.training.hooks.checkpointing import CheckpointHook
+from mamba_train.training.hooks.harness import HarnessHook, task_manager
 from mamba_train.training.hooks.health import HealthHook
 from mamba_train.training.hooks.inspection import MemorySnapshotHook, ProfilerHook
 from mamba_train.training.hooks.recording import RecordingHook
+from mamba_train.training.hooks.samples import SamplesHook
+from mamba_train.training.hooks.synthetic import SyntheticTaskHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
 from mamba_train.training.hooks.validation import HeldOut, ValidationHook
 from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
@@ -104,7 +108,8 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     if state.step >= config.training.total_steps:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     ranks.first(lambda: _write_run_files(run_dir, config, data, engine))
-    hooks = _hooks(config, engine, data, source.form, progress, shown_config, fingerprints, log)
+    manager = ranks.together(lambda: task_manager(config.evaluation)) if config.evaluation.tasks else None
+    hooks = _hooks(config, engine, data, source.form, progress, shown_config, fingerprints, manager, log)
     return Trainer(config, engine, source, state, [*hooks, lock], stop)
 
 
@@ -257,6 +262,7 @@ def _hooks(
     progress: Progress,
     shown_config: dict[str, Any],
     fingerprints: dict[str, str],
+    manager: Any,
     log: Log,
 ) -> list[Hook]:
     """In the order in which they run: those that measure, then the record, then the checkpoint."""
@@ -280,11 +286,35 @@ def _hooks(
         *inspection,
         HealthHook(config.model, config.logging.ssm_health_interval_steps),
         ValidationHook(held_out, training.validation_interval_steps),
+        *_task_hooks(config, data, log),
+        *_evaluation_hooks(config, tokenizer, manager),
         UtilisationHook(flops_per_token(config.model, length), peak_flops(engine.device, engine.compute_dtype)),
         checkpointing.hold_up,
         RecordingHook(run_dir, progress, config.logging, shown_config, log),
         checkpointing,
     ]
+
+
+def _evaluation_hooks(config: Config, tokenizer: TextTokenizer, manager: Any) -> list[Hook]:
+    evaluation, run_dir = config.evaluation, Path(config.run_dir)
+    hooks: list[Hook] = []
+    if manager is not None:
+        hooks.append(HarnessHook(evaluation, manager, tokenizer, config.data.sequence_length, run_dir))
+    if config.data.source is not DataSource.synthetic:
+        prompts, interval = list(evaluation.sample_prompts), config.checkpoint.interval_steps
+        hooks.append(SamplesHook(prompts, evaluation.sample_tokens, interval, tokenizer, run_dir))
+    return hooks
+
+
+def _task_hooks(config: Config, data: OpenedData, log: Log) -> list[Hook]:
+    if config.data.source is not DataSource.synthetic:
+        return []
+    lengths = config.data.test_lengths
+    trained, *tests = (
+        task_corpus(config.data, "test", data.folder, length) for length in (config.data.sequence_length, *lengths)
+    )
+    interval_steps = config.training.validation_interval_steps
+    return [SyntheticTaskHook(trained, tests, config.data.test_samples, interval_steps, Path(config.run_dir), log)]
 
 
 def _code_fingerprint() -> str:
