@@ -12,6 +12,7 @@ from mamba_train.monitor.evaluation_report import evaluation_parts
 from mamba_train.monitor.figures import curves_figure, health_figure, png, report_figure
 from mamba_train.monitor.progress import format_duration
 from mamba_train.monitor.run_record import RunRecord, load_runs
+from mamba_train.monitor.scaling import fit, scaling_figure, scaling_line, scaling_points
 
 MAX_SKIPPED_SHOWN = 50
 MAX_SAMPLE_CHARACTERS = 20_000
@@ -33,7 +34,7 @@ pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; white-space: pre-wra
 
 @dataclass(frozen=True)
 class Report:
-    """The files a report was written to and one line about each run."""
+    """The files a report was written to, and one line about each run and the fit through them."""
 
     png_path: Path
     html_path: Path
@@ -55,7 +56,11 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Report
     png_path, html_path = output / "report.png", output / "report.html"
     png_path.write_bytes(png(report_figure(runs)))
     html_path.write_text(render_html(runs), encoding="utf-8")
-    return Report(png_path, html_path, [_one_line(run) for run in runs])
+    lines = [_one_line(run) for run in runs]
+    points = scaling_points(runs)
+    if (law := fit(points)) is not None:
+        lines.append(scaling_line(points, law))
+    return Report(png_path, html_path, lines)
 
 
 def render_html(runs: Sequence[RunRecord]) -> str:
@@ -63,6 +68,9 @@ def render_html(runs: Sequence[RunRecord]) -> str:
     title = "mamba-train report: " + ", ".join(run.name for run in runs)
     figures = [_image(png(curves_figure(runs)), "Curves of the runs")]
     figures += [_image(png(health_figure(run)), f"SSM health of {run.name}") for run in runs if run.n_layers_observed]
+    points = scaling_points(runs)
+    if (law := fit(points)) is not None:
+        figures.append(_image(png(scaling_figure(points, law)), "Loss against compute"))
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         _summary_table(runs),

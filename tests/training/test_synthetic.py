@@ -46,21 +46,22 @@ def test_induction_heads_are_learned_and_tested_beyond(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_selection_the_same_model_fails(tmp_path: Path) -> None:
+def test_without_selection_the_same_model_fails_beyond_its_training(tmp_path: Path) -> None:
     accuracy = {}
     for name, value in (("selective", "false"), ("fixed", "true")):
         overrides = (
             "training.total_steps=400",
-            "data.test_lengths=[32]",
+            "data.test_lengths=[32,128]",
             "data.sequence_length=32",
             "model.d_model=64",
         )
         run_dir = tmp_path / name
         result = train(run_dir, "experiment=induction_heads", *overrides, f"model.time_invariant={value}")
         assert result.returncode == 0, result.stderr
-        accuracy[name] = json.loads(next((run_dir / "evaluation").iterdir()).read_text())["accuracy"]["32"]
-    assert accuracy["selective"] > 0.95
-    assert accuracy["fixed"] < 0.7
+        accuracy[name] = json.loads(next((run_dir / "evaluation").iterdir()).read_text())["accuracy"]
+    # What is learned without selection are the distances of the training.
+    assert accuracy["selective"]["128"] > 0.9
+    assert accuracy["fixed"]["128"] < 0.5
 
 
 @pytest.mark.parametrize(

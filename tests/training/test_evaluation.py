@@ -1,0 +1,62 @@
+"""Tasks of the harness and samples of text while a run is trained, without a trace in its steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import curve, metrics, train
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"text": f"def f{i}", "choices": [" (x):", " zzqx", "..."], "answer": 0} for i in range(6)]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = {
+        "task": "choose",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(questions)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "choose.yaml").write_text(json.dumps(task))
+    return tmp_path / "tasks"
+
+
+@pytest.mark.slow
+def test_tasks_and_samples_leave_the_steps_as_they_are(tmp_path: Path, corpus: Path, tasks: Path) -> None:
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    assert train(plain, corpus, "training.total_steps=10").returncode == 0
+    options = [
+        *("evaluation.tasks=[choose]", f"evaluation.task_folder={tasks}", "evaluation.interval_steps=5"),
+        *("evaluation.sample_tokens=12", "evaluation.sample_prompts=['','def ']"),
+    ]
+    result = train(watched, corpus, "training.total_steps=10", *options)
+    assert result.returncode == 0, result.stderr
+    assert curve(watched) == curve(plain), "bit by bit"
+    recorded = [record for record in metrics(watched) if "evaluation/choose/acc" in record]
+    assert [record["step"] for record in recorded] == [5, 10]
+    assert json.loads((watched / "evaluation" / "harness-step_00000010.json").read_text())["scores"] == {
+        "choose/acc": recorded[-1]["evaluation/choose/acc"]
+    }
+    texts = [(watched / "samples" / f"step_{step:08d}.txt").read_text() for step in (5, 10)]
+    assert texts[0] != texts[1]
+    assert "\n\ndef " in texts[1]
+
+
+def test_a_task_that_does_not_exist_is_said_at_the_start(tmp_path: Path, corpus: Path) -> None:
+    result = train(tmp_path / "run", corpus, "evaluation.tasks=[no_such_task]")
+    assert result.returncode == 2
+    assert "evaluation.tasks" in result.stderr.strip().splitlines()[-1]
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    result = train(tmp_path / "run", corpus, "evaluation.interval_steps=5")
+    assert result.returncode == 2
+    assert "evaluation.interval_steps=5" in result.stderr.strip().splitlines()[-1]
