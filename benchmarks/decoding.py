@@ -3,8 +3,9 @@
     python -m benchmarks.decoding [MODEL ...]
 
 Weights are random (the time does not depend on them), matrices bf16, sampling greedy, the prompt 64 tokens. A figure is
-the difference of two generations, of 130 and of 2 tokens, divided by 128: the prompt and the capture of the graph are in
-neither. Median and range of five. mamba_ssm decodes with its own CUDA graph (`cg=True`). What is not installed is left out.
+the difference of two generations, of 130 and of 2 tokens, divided by 128: the prompt and the capture of the graph are
+in neither. Median and range of five. mamba_ssm decodes with its own CUDA graph (`cg=True`). What is not installed is
+left out.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from mamba_train.training.hooks.health import HealthHook
 from mamba_train.training.hooks.inspection import MemorySnapshotHook, ProfilerHook
 from mamba_train.training.hooks.recording import RecordingHook
 from mamba_train.training.hooks.samples import SamplesHook
-from mamba_train.training.hooks.synthetic import SyntheticTaskHook
+from mamba_train.training.hooks.synthetic import TaskAccuracyHook, TaskTestHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
 from mamba_train.training.hooks.validation import HeldOut, ValidationHook
 from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
@@ -265,7 +265,7 @@ def _hooks(
     manager: Any,
     log: Log,
 ) -> list[Hook]:
-    """In the order in which they run: those that measure, then the record, then the checkpoint."""
+    """In the order in which they run: those that measure, the record, the checkpoint, and what may fail then."""
     training, run_dir = config.training, Path(config.run_dir)
     length, tokenizer = config.data.sequence_length, load_tokenizer(data.folder / TOKENIZER_NAME)
     domains = validation_sets(data.validation, form, training.validation_sequences)
@@ -282,16 +282,18 @@ def _hooks(
     inspection: list[Hook] = [ProfilerHook(run_dir, logging.profile_steps, engine.rank, log)]
     if logging.memory_snapshot:
         inspection.append(MemorySnapshotHook(run_dir, engine.rank, engine.device, log))
+    task_at_steps, task_at_end = _task_hooks(config, data, log)
     return [
         *inspection,
         HealthHook(config.model, config.logging.ssm_health_interval_steps),
         ValidationHook(held_out, training.validation_interval_steps),
-        *_task_hooks(config, data, log),
+        *task_at_steps,
         *_evaluation_hooks(config, tokenizer, manager),
         UtilisationHook(flops_per_token(config.model, length), peak_flops(engine.device, engine.compute_dtype)),
         checkpointing.hold_up,
         RecordingHook(run_dir, progress, config.logging, shown_config, log),
         checkpointing,
+        *task_at_end,
     ]
 
 
@@ -306,15 +308,16 @@ def _evaluation_hooks(config: Config, tokenizer: TextTokenizer, manager: Any) ->
     return hooks
 
 
-def _task_hooks(config: Config, data: OpenedData, log: Log) -> list[Hook]:
+def _task_hooks(config: Config, data: OpenedData, log: Log) -> tuple[list[Hook], list[Hook]]:
+    """What measures a synthetic task at a step, and what tests it when all is saved."""
     if config.data.source is not DataSource.synthetic:
-        return []
-    lengths = config.data.test_lengths
+        return [], []
+    length, n_samples = config.data.sequence_length, config.data.test_samples
     trained, *tests = (
-        task_corpus(config.data, "test", data.folder, length) for length in (config.data.sequence_length, *lengths)
+        task_corpus(config.data, "test", data.folder, tested) for tested in (length, *config.data.test_lengths)
     )
-    interval_steps = config.training.validation_interval_steps
-    return [SyntheticTaskHook(trained, tests, config.data.test_samples, interval_steps, Path(config.run_dir), log)]
+    at_steps = TaskAccuracyHook(trained, n_samples, config.training.validation_interval_steps)
+    return [at_steps], [TaskTestHook(tests, length, n_samples, Path(config.run_dir), log)]
 
 
 def _code_fingerprint() -> str:

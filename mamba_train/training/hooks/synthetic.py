@@ -1,8 +1,12 @@
-"""How a model that learns a synthetic task does, at the length it is trained at and far beyond."""
+"""How a model that learns a synthetic task does, at the length it is trained at and far beyond.
+
+All ranks compute the same, as the model of all of them may be needed for a forward pass.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mamba_train.data.synthetic import SyntheticCorpus
@@ -12,51 +16,63 @@ from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.trainer import Trainer
 
 
-class SyntheticTaskHook(Hook):
-    """Adds `task/accuracy` at each validation; after the last step tests at all lengths and shows what the paper has.
+class TaskAccuracyHook(Hook):
+    """Adds `task/accuracy` at each validation, on samples of the trained length."""
 
-    All ranks compute the same, as the model of all of them may be needed for a forward pass. Memory grows with the
-    length, which is why a test may fail at the longest: what was found before is kept.
-    """
-
-    def __init__(
-        self,
-        trained: SyntheticCorpus,
-        tests: Sequence[SyntheticCorpus],
-        n_samples: int,
-        interval_steps: int,
-        run_dir: Path,
-        log: Callable[[str], None],
-    ) -> None:
-        self._trained, self._tests, self._n_samples = trained, tests, n_samples
-        self._interval_steps, self._run_dir, self._log = interval_steps, run_dir, log
+    def __init__(self, corpus: SyntheticCorpus, n_samples: int, interval_steps: int) -> None:
+        self._corpus, self._n_samples, self._interval_steps = corpus, n_samples, interval_steps
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         if trainer.state.step % self._interval_steps and not trainer.finished:
             return
-        logits = _logits(trainer)
-        metrics["task/accuracy"] = accuracy(self._trained, logits, self._n_samples, trainer.check_stop)
+        metrics["task/accuracy"] = accuracy(self._corpus, _logits(trainer), self._n_samples, trainer.check_stop)
+
+
+class TaskTestHook(Hook):
+    """After the last step: the accuracy at each test length, written to `evaluation/` and shown beside the paper's.
+
+    Stands behind the hook that saves: memory grows with the length, and a test that is too long must cost nothing but
+    itself.
+    """
+
+    def __init__(
+        self,
+        tests: Sequence[SyntheticCorpus],
+        trained_length: int,
+        n_samples: int,
+        run_dir: Path,
+        log: Callable[[str], None],
+    ) -> None:
+        self._tests = sorted(tests, key=lambda corpus: corpus.length)
+        self._trained_length, self._n_samples, self._run_dir, self._log = trained_length, n_samples, run_dir, log
 
     def on_end(self, trainer: Trainer) -> None:
-        task, length = self._trained.task, self._trained.length
-        found: list[tuple[int, float]] = []
+        found: dict[int, float] = {}
         for corpus in self._tests:
-            found.append((corpus.length, accuracy(corpus, _logits(trainer), self._n_samples)))
-            self._log(f"{task} at length {corpus.length:,}: {found[-1][1]:.2%}")
+            try:
+                found[corpus.length] = accuracy(corpus, _logits(trainer), self._n_samples)
+            except torch.OutOfMemoryError:
+                self._log(f"warning: {corpus.task} at length {corpus.length:,} needs more memory than this GPU has")
+                break
+            self._log(f"{corpus.task} at length {corpus.length:,}: {found[corpus.length]:.2%}")
             if trainer.engine.rank == 0:
-                write_results(
-                    results_path(self._run_dir, "task", trainer.state.step),
-                    {
-                        "kind": "task",
-                        "step": trainer.state.step,
-                        "task": task.value,
-                        "trained_length": length,
-                        "accuracy": {str(tested): value for tested, value in found},
-                        "paper": PAPER[task],
-                    },
-                )
+                self._write(trainer, found)
         if found:
-            self._log("\n".join(table(task, length, found)))
+            task = self._tests[0].task
+            self._log("\n".join(table(task, self._trained_length, list(found.items()))))
+
+    def _write(self, trainer: Trainer, found: dict[int, float]) -> None:
+        """After each length, so that what was found is kept whatever comes."""
+        task, step = self._tests[0].task, trainer.state.step
+        content = {
+            "kind": "task",
+            "step": step,
+            "task": task.value,
+            "trained_length": self._trained_length,
+            "accuracy": {str(length): value for length, value in found.items()},
+            "paper": PAPER[task],
+        }
+        write_results(results_path(self._run_dir, "task", step), content)
 
 
 def _logits(trainer: Trainer) -> Callable[[Tensor], Tensor]:
