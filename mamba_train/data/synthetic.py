@@ -85,6 +85,11 @@ def _uniform(bits: Any, n: int, low: int, high: int) -> Tokens:
 
 def _some(bits: Any, n: int, of: int) -> Tokens:
     """n different numbers of range(of), in random order."""
+    if 4 * n < of:  # a few of many are drawn faster than all are sorted
+        drawn = _uniform(bits, 2 * n, 0, of)
+        while len(first := np.unique(drawn, return_index=True)[1]) < n:
+            drawn = np.concatenate([drawn, _uniform(bits, n, 0, of)])
+        return drawn[np.sort(first)[:n]]
     return np.argsort(bits.random_raw(of), kind="stable")[:n].astype(np.int64)
 
 
