@@ -1,5 +1,6 @@
 """The part of a run's report that shows what evaluations found, and what the model wrote on the way."""
 
+import base64
 import html
 from typing import Any
 
@@ -15,6 +16,8 @@ def evaluation_parts(run: RunRecord) -> list[str]:
         rows = "".join(_row(*row) for result in run.evaluations for row in _results(result))
         head = "<tr><th>evaluation</th><th>step</th><th>of</th><th>result</th></tr>"
         parts.append(f'<h3>Evaluations</h3><div class="wide"><table>{head}{rows}</table></div>')
+    if run.evaluation_plots:
+        parts.append("".join(image(content, name) for name, content in run.evaluation_plots))
     if run.samples:
         every = -(-len(run.samples) // MAX_SHOWN)
         # From the last one back, so that the newest is always shown.
@@ -22,6 +25,12 @@ def evaluation_parts(run: RunRecord) -> list[str]:
         texts = "".join(f"<h4>after step {step:,}</h4><pre>{html.escape(text)}</pre>" for step, text in shown)
         parts.append(f"<details><summary>Text written at checkpoints</summary>{texts}</details>")
     return parts
+
+
+def image(content: bytes, alternative: str) -> str:
+    """A PNG inside of the page."""
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
 
 
 def _row(*cells: str) -> str:

@@ -1,6 +1,5 @@
 """A report of one or several runs: a PNG of the curves and one HTML page that stands alone."""
 
-import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from mamba_train.monitor.evaluation_report import evaluation_parts
+from mamba_train.monitor.evaluation_report import evaluation_parts, image
 from mamba_train.monitor.figures import curves_figure, health_figure, png, report_figure
 from mamba_train.monitor.progress import format_duration
 from mamba_train.monitor.run_record import RunRecord, load_runs
@@ -66,11 +65,11 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Report
 def render_html(runs: Sequence[RunRecord]) -> str:
     """The page: summary table, figures, and for each run its skipped steps, sample and config."""
     title = "mamba-train report: " + ", ".join(run.name for run in runs)
-    figures = [_image(png(curves_figure(runs)), "Curves of the runs")]
-    figures += [_image(png(health_figure(run)), f"SSM health of {run.name}") for run in runs if run.n_layers_observed]
+    figures = [image(png(curves_figure(runs)), "Curves of the runs")]
+    figures += [image(png(health_figure(run)), f"SSM health of {run.name}") for run in runs if run.n_layers_observed]
     points = scaling_points(runs)
     if (law := fit(points)) is not None:
-        figures.append(_image(png(scaling_figure(points, law)), "Loss against compute"))
+        figures.append(image(png(scaling_figure(points, law)), "Loss against compute"))
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         _summary_table(runs),
@@ -142,11 +141,6 @@ def _number(value: float | None, form: str) -> str:
 
 def _at_step(point: tuple[int, float] | None) -> str:
     return "-" if point is None else f"{point[1]:.4f} (step {point[0]:,})"
-
-
-def _image(content: bytes, alternative: str) -> str:
-    data = base64.b64encode(content).decode()
-    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
 
 
 def _details(run: RunRecord) -> str:

@@ -21,7 +21,7 @@ class RunRecord:
 
     bigram: the `bigram` entry of baseline.json (bits_per_byte, nats_per_token, n_train_tokens).
     summary: summary.json, of which the report shows `n_parameters`. samples: (step, text) written at checkpoints.
-    evaluations: what `mamba-train evaluate` and the hooks of the training found.
+    evaluations: what `mamba-train evaluate` and the hooks of the training found; evaluation_plots: (name, PNG) of it.
     """
 
     name: str
@@ -33,6 +33,7 @@ class RunRecord:
     sample: str | None = None
     samples: list[tuple[int, str]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluation_plots: list[tuple[str, bytes]] = field(default_factory=list)
 
     def series(self, name: str) -> Series:
         """Steps and values of one metric, where it was recorded and finite."""
@@ -95,6 +96,7 @@ def load_run(path: Path) -> RunRecord:
             for file in sorted((path / SAMPLES).glob("step_*.txt"))
         ],
         evaluations=[_read_json(file) for file in sorted((path / EVALUATION).glob("*.json"))],
+        evaluation_plots=[(file.stem, file.read_bytes()) for file in sorted((path / EVALUATION).glob("*.png"))],
     )
 
 

@@ -36,6 +36,7 @@ def test_evaluations_and_samples_are_shown(tmp_path: Path) -> None:
     (run_dir / "evaluation").mkdir()
     for name, content in RESULTS.items():
         (run_dir / "evaluation" / f"{name}.json").write_text(json.dumps(content))
+    (run_dir / "evaluation" / "lengths-step_00000020.png").write_bytes(b"picture")
     (run_dir / "samples").mkdir()
     for step in (10, 20):
         (run_dir / "samples" / f"step_{step:08d}.txt").write_text(f"text <b>of step</b> {step}")
@@ -50,6 +51,7 @@ def test_evaluations_and_samples_are_shown(tmp_path: Path) -> None:
         "100% somewhere",
         "lambada_openai/acc",
         "0.2500",
+        'alt="lengths-step_00000020" src="data:image/png;base64,cGljdHVyZQ=="',
         "text &lt;b&gt;of step&lt;/b&gt; 10",
     ):
         assert expected in page

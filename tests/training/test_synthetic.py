@@ -42,6 +42,7 @@ def test_induction_heads_are_learned_and_tested_beyond(tmp_path: Path) -> None:
     assert set(found["accuracy"]) == {"16", "48"}
     recorded = [record["task/accuracy"] for record in metrics(tmp_path / "run") if "task/accuracy" in record]
     assert recorded[0] < recorded[-1] == pytest.approx(found["accuracy"]["16"], abs=0.05)
+    assert (tmp_path / "run" / "evaluation" / "task-step_00000150.png").stat().st_size > 5_000
     assert "the paper: 100%" in result.stdout + result.stderr
 
 

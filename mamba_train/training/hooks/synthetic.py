@@ -60,6 +60,8 @@ class TaskTestHook(Hook):
         if found:
             task = self._tests[0].task
             self._log("\n".join(table(task, self._trained_length, list(found.items()))))
+            if trainer.engine.rank == 0:
+                self._draw(trainer, found)
 
     def _write(self, trainer: Trainer, found: dict[int, float]) -> None:
         """After each length, so that what was found is kept whatever comes."""
@@ -73,6 +75,15 @@ class TaskTestHook(Hook):
             "paper": PAPER[task],
         }
         write_results(results_path(self._run_dir, "task", step), content)
+
+    def _draw(self, trainer: Trainer, found: dict[int, float]) -> None:
+        from mamba_train.evaluation.task_figure import task_figure  # matplotlib takes a second to import
+        from mamba_train.monitor.figures import png
+
+        task = self._tests[0].task
+        path = results_path(self._run_dir, "task", trainer.state.step).with_suffix(".png")
+        path.write_bytes(png(task_figure(task, self._trained_length, found)))
+        self._log(f"plot: {path}")
 
 
 def _logits(trainer: Trainer) -> Callable[[Tensor], Tensor]:
