@@ -2,10 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.helpers import curve, metrics, train
+from mamba_train.checkpoint import rng
+from mamba_train.composition import compose_config
+from mamba_train.training.build import build_trainer
+from mamba_train.training.hooks.harness import HarnessHook
+from tests.helpers import TINY_RUN, curve, metrics, train
 
 pytest.importorskip("lm_eval")
 
@@ -50,6 +56,30 @@ def test_tasks_and_samples_leave_the_steps_as_they_are(tmp_path: Path, corpus: P
     texts = [(watched / "samples" / f"step_{step:08d}.txt").read_text() for step in (5, 10)]
     assert texts[0] != texts[1]
     assert "\n\ndef " in texts[1]
+
+
+def test_the_generators_of_the_run_are_put_back(
+    tmp_path: Path, corpus: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[dict[str, torch.Tensor]] = []
+    on_step = HarnessHook.on_step
+
+    def watched(self: HarnessHook, trainer: Any, measured: dict[str, Any]) -> None:
+        states.append(rng.capture())
+        on_step(self, trainer, measured)
+        states.append(rng.capture())
+
+    monkeypatch.setattr(HarnessHook, "on_step", watched)
+    config = compose_config(
+        [
+            *("data=local", f"data.path={corpus}", f"data.cache_dir={corpus.parent / 'cache'}", *TINY_RUN),
+            *(f"run_dir={tmp_path / 'run'}", "training.total_steps=1", "schedule.warmup_steps=0"),
+            *("evaluation.tasks=[choose]", f"evaluation.task_folder={tasks}"),
+        ]
+    )
+    build_trainer(config).run()
+    assert len(states) == 2
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_a_task_that_does_not_exist_is_said_at_the_start(tmp_path: Path, corpus: Path) -> None:

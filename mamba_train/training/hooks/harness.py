@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mamba_train.checkpoint import rng
 from mamba_train.config import EvaluationConfig
 from mamba_train.data.tokenizer import TextTokenizer
 from mamba_train.evaluation.results import results_path, task_scores, write_results
@@ -30,8 +31,8 @@ def task_manager(config: EvaluationConfig) -> Any:
 class HarnessHook(Hook):
     """Adds `evaluation/TASK/METRIC` every so many steps and after the last one.
 
-    All ranks answer all requests, as the model of all of them may be needed for each forward pass. The harness is kept
-    from seeding the generators of the run.
+    All ranks answer all requests, as the model of all of them may be needed for each forward pass. The generators
+    of the run, which the harness seeds, are put back.
     """
 
     def __init__(
@@ -51,17 +52,18 @@ class HarnessHook(Hook):
         model = HarnessModel(
             self._tokenizer, _logits(trainer), None, max_length=self._max_length, batch_size=self._config.batch_size
         )
-        results = lm_eval.simple_evaluate(
-            model,
-            tasks=list(self._config.tasks),
-            task_manager=self._manager,
-            limit=self._config.limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
+        before = rng.capture()
+        try:
+            results = lm_eval.simple_evaluate(
+                model,
+                tasks=list(self._config.tasks),
+                task_manager=self._manager,
+                limit=self._config.limit,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
+        finally:
+            rng.restore(before)
         scores = task_scores(results)
         metrics.update({f"evaluation/{name}": value for name, value in scores.items()})
         if trainer.engine.rank == 0:
