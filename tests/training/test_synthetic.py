@@ -59,7 +59,7 @@ def test_without_selection_the_same_model_fails_beyond_its_training(tmp_path: Pa
         run_dir = tmp_path / name
         result = train(run_dir, "experiment=induction_heads", *overrides, f"model.time_invariant={value}")
         assert result.returncode == 0, result.stderr
-        accuracy[name] = json.loads(next((run_dir / "evaluation").iterdir()).read_text())["accuracy"]
+        accuracy[name] = json.loads(next((run_dir / "evaluation").glob("*.json")).read_text())["accuracy"]
     # What is learned without selection are the distances of the training.
     assert accuracy["selective"]["128"] > 0.9
     assert accuracy["fixed"]["128"] < 0.5
