@@ -1,5 +1,6 @@
 """Checks of a composed config that types cannot express; all run before torch is imported."""
 
+import importlib.util
 import math
 import os
 import re
@@ -13,11 +14,13 @@ from mamba_train.config import (
     DataConfig,
     DataSource,
     EngineKind,
+    EvaluationConfig,
     MixerKind,
     ModelConfig,
     Precision,
     Recompute,
     SlurmConfig,
+    SyntheticTask,
     layer_mixers,
 )
 from mamba_train.ranks import launch
@@ -41,6 +44,7 @@ def _problems(config: Config) -> Iterable[Problem]:
     yield from _model(config)
     yield from _data(config)
     yield from _training(config)
+    yield from _evaluation(config.evaluation)
     yield from _engine(config)
     yield from _slurm(config.slurm)
     if not 0 <= config.seed < 2**63:
@@ -58,7 +62,8 @@ def _ranges(config: Config) -> Iterable[Problem]:
         "model.n_layer model.d_model model.d_state model.d_conv model.expand model.pad_vocab_size_multiple "
         "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "
         "model.head_dim model.n_groups model.chunk_size model.A_init_min model.A_init_max "
-        "data.sequence_length data.prefetch_batches optim.lr optim.eps optim.max_grad_norm "
+        "data.sequence_length data.prefetch_batches data.task_items data.test_samples evaluation.batch_size "
+        "optim.lr optim.eps optim.max_grad_norm "
         "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last engine.replicas "
         "training.total_steps training.global_batch_size training.micro_batch_size "
         "training.validation_interval_steps training.validation_sequences slurm.max_stalled_starts"
@@ -69,7 +74,8 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected more than 0"
     not_negative = (
         "model.d_intermediate model.attention_d_conv "
-        "optim.weight_decay schedule.warmup_steps logging.ssm_health_interval_steps checkpoint.reserve_gib "
+        "evaluation.interval_steps evaluation.sample_tokens optim.weight_decay schedule.warmup_steps "
+        "logging.ssm_health_interval_steps checkpoint.reserve_gib "
         "slurm.gpus_per_node slurm.signal_seconds"
     )
     for key in not_negative.split():
@@ -86,7 +92,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected 0 to 1"
     optional = (
         "model.dt_rank model.vocab_size model.attention_heads model.attention_kv_heads model.attention_head_dim "
-        "checkpoint.permanent_interval_steps slurm.nodes slurm.cpus_per_task"
+        "evaluation.limit checkpoint.permanent_interval_steps slurm.nodes slurm.cpus_per_task"
     )
     if config.data.workers is not None and config.data.workers < 0:
         yield "data.workers", config.data.workers, "expected null or 0 or more"
@@ -115,6 +121,8 @@ def _model(config: Config) -> Iterable[Problem]:
     if len(set(model.attention_layers)) < len(model.attention_layers):
         yield "model.attention_layers", model.attention_layers, "expected each layer once"
     mixers = layer_mixers(model)
+    if model.time_invariant and set(mixers) != {MixerKind.mamba1}:
+        yield "model.time_invariant", model.time_invariant, "expected false: only layers of model.mixer=mamba1 can be"
     if MixerKind.mamba2 in mixers:
         yield from _mamba2(model)
     if MixerKind.attention in mixers:
@@ -179,16 +187,47 @@ def _data(config: Config) -> Iterable[Problem]:
             yield "data.path", data.path, "there is no such file or folder"
     elif data.source is DataSource.shards:
         yield from _shards(data)
+    elif data.source is DataSource.synthetic:
+        yield from _task(data)
     elif data.path:
         yield "data.path", data.path, f"data.source={data.source} reads no path; use data=local"
     yield from _loading(data)
     if not 0 < data.validation_fraction < 1:
         yield "data.validation_fraction", data.validation_fraction, "expected more than 0 and less than 1"
     # 256 bytes and the end of document are always in a byte-level vocabulary.
-    if data.tokenizer is None and not 257 <= data.vocab_size <= 2**31 - 1:
+    is_text = data.source is not DataSource.synthetic
+    if is_text and data.task is not None:
+        yield "data.task", data.task, f"expected null with data.source={data.source}; use data=TASK"
+    if is_text and data.tokenizer is None and not 257 <= data.vocab_size <= 2**31 - 1:
         yield "data.vocab_size", data.vocab_size, "expected at least 257 (256 bytes and the end of document)"
     if data.tokenizer is not None and not Path(data.tokenizer).expanduser().is_file():
         yield "data.tokenizer", data.tokenizer, "there is no such file; expected a tokenizer.json"
+
+
+def _task(data: DataConfig) -> Iterable[Problem]:
+    """A task must fit into each length that it is trained or tested at."""
+    for key in ("path", "tokenizer"):
+        if getattr(data, key) is not None:
+            yield f"data.{key}", getattr(data, key), "expected null: a synthetic task reads no text"
+    if data.task is None:
+        tasks = ", ".join(SyntheticTask)
+        yield "data.task", None, f"expected one of {tasks}"
+        return
+    if data.reset_state_at_documents or data.mask_loss_at_documents:
+        yield "data.reset_state_at_documents", data.reset_state_at_documents, "expected false: there are no documents"
+    least_length, least_vocab = {
+        SyntheticTask.induction_heads: (3, 3),
+        SyntheticTask.selective_copying: (2 * data.task_items, 3),
+        SyntheticTask.mqar: (3 * data.task_items, 2 * data.task_items + 2),
+    }[data.task]
+    if not least_vocab <= data.vocab_size <= 20_000:
+        yield "data.vocab_size", data.vocab_size, f"expected {least_vocab} to 20000 for data.task={data.task}"
+    for key, length in (
+        ("data.sequence_length", data.sequence_length),
+        *(("data.test_lengths", length) for length in data.test_lengths),
+    ):
+        if length < least_length:
+            yield key, length, f"expected at least {least_length} for data.task={data.task}"
 
 
 SHARDS_EXPECTED = "expected a folder of token shards, made by `python -m data_prep tokenize`"
@@ -246,6 +285,15 @@ def _training(config: Config) -> Iterable[Problem]:
             f"expected at most training.total_steps ({training.total_steps})",
         )
     yield from _run_dir(config.run_dir)
+
+
+def _evaluation(evaluation: EvaluationConfig) -> Iterable[Problem]:
+    if evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
+        yield "evaluation.tasks", evaluation.tasks, "these need the package lm_eval: pip install -e '.[lm-eval]'"
+    if evaluation.interval_steps and not evaluation.tasks:
+        yield "evaluation.interval_steps", evaluation.interval_steps, "expected 0 without evaluation.tasks"
+    if evaluation.task_folder is not None and not Path(evaluation.task_folder).is_dir():
+        yield "evaluation.task_folder", evaluation.task_folder, "there is no such folder"
 
 
 def _engine(config: Config) -> Iterable[Problem]:

@@ -26,6 +26,7 @@ TINY_RUN = [
     "logging.wandb=disabled",
     "logging.progress=plain",
     "checkpoint.interval_steps=5",
+    "evaluation.sample_tokens=0",
     "checkpoint.reserve_gib=0",
 ]
 

@@ -17,9 +17,9 @@ FLOORS: list[set[str]] = [
         "mamba_train.parallel",
         "mamba_train.convert",
         "mamba_train.inference",
-        "mamba_train.evaluation",
         "mamba_train.monitor",
     },
+    {"mamba_train.evaluation"},
     {"mamba_train.training"},
     {"mamba_train.commands", "data_prep", "slurm", "mamba_train.__main__", "train"},
 ]
