@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import check_floating, check_same_device, check_tensor, compute_dtype
+from kernels.checks import check_floating, check_in_place, check_same_device, check_tensor, compute_dtype
 from kernels.ssd.arguments import check_groups, check_skip
 
 
@@ -25,24 +25,31 @@ def ssd_step(
     *,
     dt_softplus: bool = True,
     dt_limit: tuple[float, float] = (0.0, math.inf),
+    A_is_log: bool = False,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Advance `state` by one position; the same as `ssd` on a sequence of length 1.
 
     Shapes: state (batch, head, head_dim, state) fp32; x, z (batch, head, head_dim); dt (batch, head); A, dt_bias
     (head); B, C (batch, group, state); D (head) or (head, head_dim). Returns y (batch, head, head_dim) in the dtype
-    of x and the new state in fp32 (fp64 for fp64 x); `state` itself is not changed. Raises ValueError naming the
-    argument whose shape does not fit.
+    of x and the new state in fp32 (fp64 for fp64 x). A_is_log: `A` holds log(-A), as models store it. in_place: `state`
+    becomes the new state, without gradients; otherwise it is not changed. Raises ValueError naming the argument that
+    does not fit.
     """
     _check(state, x, dt, A, B, C, D, z, dt_bias)
+    if in_place:
+        check_in_place("ssd_step", state, compute_dtype(x), state, x, dt, A, B, C, D, z, dt_bias)
     dtype = compute_dtype(x)
     x_wide = x.to(dtype)
     delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     delta = (F.softplus(delta) if dt_softplus else delta).clamp(*dt_limit)
     per_group = x.shape[1] // B.shape[1]
     B_heads, C_heads = (v.to(dtype).repeat_interleave(per_group, dim=1) for v in (B, C))
-    decay = torch.exp(delta * A.to(dtype))[..., None, None]
+    rate = -torch.exp(A.to(dtype)) if A_is_log else A.to(dtype)
+    decay = torch.exp(delta * rate)[..., None, None]
     driven = (delta.unsqueeze(-1) * x_wide).unsqueeze(-1) * B_heads.unsqueeze(2)
-    new_state = torch.addcmul(driven, decay, state.to(dtype))
+    out = state if in_place else None
+    new_state = torch.addcmul(driven, decay, state.to(dtype), out=out)
     y = torch.matmul(new_state, C_heads.unsqueeze(-1)).squeeze(-1)
     if D is not None:
         y = torch.addcmul(y, x_wide, (D if D.dim() == 2 else D.unsqueeze(-1)).to(dtype))

@@ -9,7 +9,6 @@ from mamba_train.config import MixerKind, layer_mixers
 from mamba_train.model.attention import KVState
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.mixers import LayerState
-from mamba_train.model.selective_ssm import SSMState
 
 WARM_UP_STEPS = 2  # kernels are compiled at their first call, which a graph must not contain
 
@@ -47,7 +46,7 @@ class Decoder:
                 self._step = _GraphedStep(self._model, self._state)
             self.logits = self._step(tokens)
         else:
-            self.logits, self._state = self._model.step(tokens, self._state)
+            self.logits, self._state = self._model.step(tokens, self._state, in_place=True)
         return self.logits
 
 
@@ -59,26 +58,18 @@ class _GraphedStep:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):  # leaves the state as it is: a step returns a new one
-                model.step(self._token, state)
+            scratch = model.initial_state(len(self._token), model.embedding.weight.dtype)
+            for _ in range(WARM_UP_STEPS):
+                model.step(self._token, scratch, in_place=True)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._logits, after = model.step(self._token, state)
-            for old, new in zip(state, after, strict=True):
-                _overwrite(old, new)
+            self._logits, _ = model.step(self._token, state, in_place=True)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         self._token.copy_(tokens)
         self._graph.replay()
         return self._logits
-
-
-def _overwrite(old: LayerState, new: LayerState) -> None:
-    assert isinstance(old, SSMState), "Decoder replays no model with attention"
-    assert isinstance(new, SSMState)
-    old.conv.copy_(new.conv)
-    old.scan.copy_(new.scan)
 
 
 def _batch_size(state: list[LayerState]) -> int:

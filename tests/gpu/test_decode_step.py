@@ -72,6 +72,11 @@ def check(step, inputs: Inputs, **options) -> None:  # type: ignore[no-untyped-d
             assert error < tolerance, f"{name}: relative error {error:.1e}"
     for name, value in before.items():
         assert torch.equal(inputs[name], value), f"{name} was changed"
+    if inputs["state"].is_contiguous():
+        y, state = step(**inputs, **options, in_place=True)
+        assert state is inputs["state"]
+        assert torch.equal(y, found[0])
+        assert torch.equal(state, found[1])
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
@@ -94,6 +99,8 @@ def test_scan_options(without: tuple[str, ...]) -> None:
     check(selective_scan_step, {name: value for name, value in inputs.items() if name not in without})
     inputs["dt"], inputs["dt_bias"] = inputs["dt"].abs(), inputs["dt_bias"].abs()
     check(selective_scan_step, inputs, dt_softplus=False)
+    inputs["A"] = inputs["A"].abs().log()
+    check(selective_scan_step, inputs, A_is_log=True)
 
 
 def test_small_steps_keep_their_relative_accuracy() -> None:
