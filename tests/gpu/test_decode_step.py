@@ -1,4 +1,4 @@
-"""The decode steps of scan and convolution on a GPU: against fp64, and against the operators on whole sequences."""
+"""The decode steps of scan, SSD and convolution on a GPU: against fp64, and against the operators on whole sequences."""
 
 from collections.abc import Iterator
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from kernels.dispatch import triton_unsupported
 from kernels.selective_scan import selective_scan, selective_scan_step
+from kernels.ssd import ssd_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +45,26 @@ def scan_inputs(batch: int, channels: int, states: int, dtype: torch.dtype, stri
         "D": torch.randn(channels, device="cuda"),
         "z": activation(channels),
         "dt_bias": torch.randn(channels, device="cuda") - 4,
+    }
+
+
+def ssd_inputs(
+    batch: int, heads: int, head_dim: int, states: int, groups: int, dtype: torch.dtype, strided: bool = False
+) -> Inputs:
+    def activation(*shape: int) -> Tensor:
+        wide = torch.randn(batch, *shape[:-1], shape[-1] + (13 if strided else 0), device="cuda").to(dtype)
+        return wide[..., 5 : 5 + shape[-1]] if strided else wide
+
+    return {
+        "state": torch.randn(batch, heads, head_dim, states, device="cuda"),
+        "x": activation(heads, head_dim),
+        "dt": activation(heads),
+        "A": -4 * torch.rand(heads, device="cuda"),
+        "B": activation(groups, states),
+        "C": activation(groups, states),
+        "D": torch.randn(heads, head_dim, device="cuda") if strided else torch.randn(heads, device="cuda"),
+        "z": activation(heads, head_dim),
+        "dt_bias": torch.randn(heads, device="cuda") - 4,
     }
 
 
@@ -84,6 +105,24 @@ def check(step, inputs: Inputs, **options) -> None:  # type: ignore[no-untyped-d
 @pytest.mark.parametrize("strided", [False, True])
 def test_scan_states(states: int, dtype: torch.dtype, strided: bool) -> None:
     check(selective_scan_step, scan_inputs(3, 200, states, dtype, strided))
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "states", "groups"), [(1, 1, 1, 1), (24, 64, 128, 1), (6, 40, 3, 3), (8, 128, 256, 2)]
+)
+@pytest.mark.parametrize("strided", [False, True])
+def test_ssd_shapes(heads: int, head_dim: int, states: int, groups: int, dtype: torch.dtype, strided: bool) -> None:
+    check(ssd_step, ssd_inputs(3, heads, head_dim, states, groups, dtype, strided))
+
+
+@pytest.mark.parametrize("without", [("z",), ("D",), ("dt_bias",), ("z", "D", "dt_bias")])
+def test_ssd_options(without: tuple[str, ...]) -> None:
+    inputs = ssd_inputs(64, 64, 64, 128, 1, torch.float32)
+    check(ssd_step, {name: value for name, value in inputs.items() if name not in without})
+    check(ssd_step, inputs, dt_limit=(0.01, 0.02))
+    inputs["A"] = inputs["A"].abs().log()
+    check(ssd_step, inputs, A_is_log=True)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
