@@ -1,4 +1,4 @@
-"""The decode steps of scan, SSD and convolution on a GPU: against fp64, and against the operators on whole sequences."""
+"""The decode steps of scan, SSD and convolution on a GPU: against fp64, and against the operators on sequences."""
 
 from collections.abc import Iterator
 
