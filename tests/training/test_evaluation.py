@@ -90,3 +90,26 @@ def test_a_task_that_does_not_exist_is_said_at_the_start(tmp_path: Path, corpus:
     result = train(tmp_path / "run", corpus, "evaluation.interval_steps=5")
     assert result.returncode == 2
     assert "evaluation.interval_steps=5" in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_full_disk_costs_the_sample_and_not_the_training(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_text = Path.write_text
+
+    def full(path: Path, *arguments: Any, **options: Any) -> int:
+        if path.parent.name == "samples":
+            raise OSError(28, "No space left on device")
+        return write_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    config = compose_config(
+        [
+            *("data=local", f"data.path={corpus}", f"data.cache_dir={corpus.parent / 'cache'}", *TINY_RUN),
+            *(f"run_dir={tmp_path / 'run'}", "training.total_steps=1", "schedule.warmup_steps=0"),
+            "evaluation.sample_tokens=2",
+        ]
+    )
+    build_trainer(config).run()
+    assert "No space left on device; training goes on" in "".join(capfd.readouterr())
+    assert not list((tmp_path / "run" / "samples").glob("*"))

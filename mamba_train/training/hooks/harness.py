@@ -10,7 +10,7 @@ from mamba_train.checkpoint import rng
 from mamba_train.config import EvaluationConfig
 from mamba_train.data.tokenizer import TextTokenizer
 from mamba_train.evaluation.results import results_path, task_scores, write_results
-from mamba_train.training.hooks.base import Hook, Metrics
+from mamba_train.training.hooks.base import Hook, Metrics, write_or_warn
 from mamba_train.training.trainer import Trainer
 
 
@@ -36,10 +36,16 @@ class HarnessHook(Hook):
     """
 
     def __init__(
-        self, config: EvaluationConfig, manager: Any, tokenizer: TextTokenizer, max_length: int, run_dir: Path
+        self,
+        config: EvaluationConfig,
+        manager: Any,
+        tokenizer: TextTokenizer,
+        max_length: int,
+        run_dir: Path,
+        log: Callable[[str], None],
     ) -> None:
         self._config, self._manager = config, manager
-        self._tokenizer, self._max_length, self._run_dir = tokenizer, max_length, run_dir
+        self._tokenizer, self._max_length, self._run_dir, self._log = tokenizer, max_length, run_dir, log
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         interval = self._config.interval_steps
@@ -69,7 +75,8 @@ class HarnessHook(Hook):
         if trainer.engine.rank == 0:
             step = trainer.state.step
             path = results_path(self._run_dir, "harness", step)
-            write_results(path, {"kind": "harness", "step": step, "limit": self._config.limit, "scores": scores})
+            content = {"kind": "harness", "step": step, "limit": self._config.limit, "scores": scores}
+            write_or_warn(lambda: write_results(path, content), self._log)
 
 
 def _logits(trainer: Trainer) -> Callable[[Tensor], Tensor]:
