@@ -65,12 +65,10 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def check_in_place(operator: str, state: torch.Tensor, dtype: torch.dtype, *arguments: torch.Tensor | None) -> None:
-    """Raise ValueError unless a new state of `dtype` can be written where `state` lies."""
-    if needs_gradient(*arguments):
+def check_in_place(operator: str, state: torch.Tensor, *arguments: torch.Tensor | None) -> None:
+    """Raise ValueError unless a new state can be written where `state` lies."""
+    if needs_gradient(state, *arguments):
         raise ValueError(f"{operator}: in_place=True keeps nothing for a backward pass; call it under torch.no_grad()")
-    if state.dtype != dtype:
-        raise ValueError(f"{operator}: state has dtype {state.dtype}, expected {dtype} with in_place=True")
     if not state.is_contiguous():
         raise ValueError(
             f"{operator}: state has strides {state.stride()}, expected a contiguous one with in_place=True"

@@ -110,7 +110,7 @@ def causal_conv1d_step(
     check_floating(name, state=state, x=x, weight=weight, bias=bias)
     check_same_device(name, "x", state=state, x=x, weight=weight, bias=bias)
     if in_place:
-        check_in_place(name, state, state.dtype, state, x, weight, bias)
+        check_in_place(name, state, x, weight, bias)
     return advance(state, x, weight, bias, activation == "silu", in_place)
 
 

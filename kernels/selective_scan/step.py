@@ -38,13 +38,13 @@ def selective_scan_step(
     Shapes: state (batch, channel, state) fp32; x, dt, z (batch, channel); A (channel, state); B, C (batch, state);
     D, dt_bias (channel). Returns y (batch, channel) in the dtype of x and the new state in fp32 (fp64 for fp64 x).
     A_is_log: `A` holds log(-A), as models store it, which saves two passes over it.
-    in_place: `state` becomes the new state, without gradients; otherwise it is not changed.
+    in_place: `state`, of any floating dtype, becomes the new state, without gradients; otherwise it is not changed.
     Raises ValueError naming the argument that does not fit.
     """
     _check(state, x, dt, A, B, C, D, z, dt_bias)
     arguments = (state, x, dt, A, B, C, D, z, dt_bias)
     if in_place:
-        check_in_place("selective_scan_step", state, compute_dtype(x), *arguments)
+        check_in_place("selective_scan_step", *arguments)
     if x.is_cuda and not needs_gradient(*arguments):
         if in_place:
             return torch.ops.mamba_train.selective_scan_step_.default(*arguments, dt_softplus, A_is_log), state

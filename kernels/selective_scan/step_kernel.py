@@ -71,7 +71,11 @@ def step_kernel(
     if SOFTPLUS:
         delta = softplus(delta)
     h = tl.exp(delta[:, None] * rate) * h + (delta * value)[:, None] * read[None, :]
-    tl.store(new_state + (sequence * channels + channel[:, None]) * states + n[None, :], h, mask=both)
+    tl.store(
+        new_state + (sequence * channels + channel[:, None]) * states + n[None, :],
+        h.to(new_state.dtype.element_ty),
+        mask=both,
+    )
     out = tl.sum(h * written[None, :], axis=1)
     if D is not None:
         out += skip

@@ -41,15 +41,15 @@ def ssd_step(
 
     Shapes: state (batch, head, head_dim, state) fp32; x, z (batch, head, head_dim); dt (batch, head); A, dt_bias
     (head); B, C (batch, group, state); D (head) or (head, head_dim). Returns y (batch, head, head_dim) in the dtype
-    of x and the new state in fp32 (fp64 for fp64 x). A_is_log: `A` holds log(-A), as models store it. in_place: `state`
-    becomes the new state, without gradients; otherwise it is not changed. Raises ValueError naming the argument that
-    does not fit.
+    of x and the new state in fp32 (fp64 for fp64 x). A_is_log: `A` holds log(-A), as models store it. in_place:
+    `state`, of any floating dtype, becomes the new state, without gradients; otherwise it is not changed. Raises
+    ValueError naming the argument that does not fit.
     """
     _check(state, x, dt, A, B, C, D, z, dt_bias)
     tensors = (state, x, dt, A, B, C, D, z, dt_bias)
     arguments = (*tensors, dt_softplus, *dt_limit, A_is_log)
     if in_place:
-        check_in_place("ssd_step", state, compute_dtype(x), *tensors)
+        check_in_place("ssd_step", *tensors)
     if x.is_cuda and not needs_gradient(*tensors):
         if in_place:
             return torch.ops.mamba_train.ssd_step_.default(*arguments), state

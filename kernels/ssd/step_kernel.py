@@ -84,7 +84,7 @@ def step_kernel(
     delta = tl.minimum(tl.maximum(delta, dt_min), dt_max)
     h = tl.exp(delta * rate) * h + (delta * value)[:, None] * read[None, :]
     first = tl.program_id(0).to(tl.int64) * head_dim
-    tl.store(new_state + (first + row[:, None]) * states + n[None, :], h, mask=both)
+    tl.store(new_state + (first + row[:, None]) * states + n[None, :], h.to(new_state.dtype.element_ty), mask=both)
     out = tl.sum(h * written[None, :], axis=1)
     if D is not None:
         out += skip

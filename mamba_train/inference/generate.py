@@ -29,14 +29,16 @@ def generate(
     stop_token: int | None = None,
     on_token: EndsRow = goes_on,
     cuda_graph: bool | None = None,
+    state_dtype: torch.dtype = torch.float32,
 ) -> list[list[int]]:
     """The tokens that continue each of the prompts, up to `max_new_tokens` of them.
 
     A row ends before its `stop_token`, and after a token for which on_token(row, token) is true, which is called as the
-    tokens come. Ids from `vocab_size` on are padding and never chosen. cuda_graph: see `Decoder`.
+    tokens come. Ids from `vocab_size` on are padding and never chosen. cuda_graph, state_dtype: see
+    `Decoder`.
     Raises ValueError for an empty prompt and for logits that are not finite.
     """
-    decoder = Decoder(model, prompts, cuda_graph)
+    decoder = Decoder(model, prompts, cuda_graph, state_dtype)
     draws = uniform_draws(sampling, len(prompts), decoder.logits.device)
     texts: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
