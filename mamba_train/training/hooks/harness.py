@@ -15,7 +15,11 @@ from mamba_train.training.trainer import Trainer
 
 
 def task_manager(config: EvaluationConfig) -> Any:
-    """The harness's own index of tasks; raises ValueError (`evaluation.tasks`) for one that it does not have."""
+    """The harness's own index of tasks; raises ValueError (`evaluation.tasks`) for one that could not be run.
+
+    Their data are read here for once: what is not to be had is better known before the first step than at the first
+    evaluation.
+    """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=config.task_folder)
@@ -24,6 +28,15 @@ def task_manager(config: EvaluationConfig) -> Any:
         raise ValueError(
             f"evaluation.tasks: lm-evaluation-harness has no task {unknown[0]}; `mamba-train lm-eval ls tasks` lists "
             "them, evaluation.task_folder names a folder with others"
+        )
+    try:
+        loaded = manager.load(list(config.tasks))["tasks"]
+    except Exception as error:  # whatever a definition, a file or the host of the data has to say
+        raise ValueError(f"evaluation.tasks: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if writing := [name for name, task in loaded.items() if task.OUTPUT_TYPE == "generate_until"]:
+        raise ValueError(
+            f"evaluation.tasks: {writing[0]} has the model write text, which is too slow during training; run it on a "
+            "checkpoint by `mamba-train lm-eval`"
         )
     return manager
 
