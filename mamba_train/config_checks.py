@@ -179,6 +179,8 @@ def _data(config: Config) -> Iterable[Problem]:
             yield "data.path", data.path, "there is no such file or folder"
     elif data.source is DataSource.shards:
         yield from _shards(data)
+    elif data.source is DataSource.stream:
+        yield from _stream(config)
     elif data.path:
         yield "data.path", data.path, f"data.source={data.source} reads no path; use data=local"
     yield from _loading(data)
@@ -206,8 +208,43 @@ def _shards(data: DataConfig) -> Iterable[Problem]:
             yield f"data.sources.{name}", path, SHARDS_EXPECTED
 
 
+def _stream(config: Config) -> Iterable[Problem]:
+    data, batch = config.data, config.training.global_batch_size
+    if data.tokenizer is None:
+        yield "data.tokenizer", None, "expected a tokenizer.json: a stream has no text to train one on beforehand"
+    if data.sources and data.path:
+        yield "data.path", data.path, "expected null beside data.sources; give the place a name there"
+    elif not data.sources and not data.path:
+        yield "data.path", data.path, "expected files, a folder, a glob, an address (http...) or hf:NAME"
+    for key, place in {"data.path": data.path, **{f"data.sources.{k}": v for k, v in data.sources.items()}}.items():
+        is_here = place and not re.match(r"https?://|hf:", place) and not re.search(r"[*?\[]", place)
+        if is_here and not Path(str(place)).expanduser().exists():
+            yield key, place, "there is no such file or folder"
+    if data.lanes is not None and (data.lanes < 1 or data.lanes % batch):
+        yield "data.lanes", data.lanes, f"expected null or a multiple of training.global_batch_size ({batch})"
+    if data.shuffle_documents < 0:
+        yield "data.shuffle_documents", data.shuffle_documents, "expected 0 or more"
+    if data.network_retries < 0:
+        yield "data.network_retries", data.network_retries, "expected 0 or more"
+    if data.network_timeout_seconds <= 0:
+        yield "data.network_timeout_seconds", data.network_timeout_seconds, "expected more than 0"
+    if data.mixture and not data.repeat:
+        yield "data.repeat", data.repeat, "expected true with data.mixture: its sources do not end together"
+    for number, stage in enumerate(data.mixture):
+        for name in stage.weights:
+            if name not in data.sources:
+                yield (
+                    f"data.mixture[{number}].weights",
+                    name,
+                    "expected a name of data.sources: a stream has no domains",
+                )
+    if data.continue_lanes and (data.lanes not in (None, batch) or data.mixture):
+        problem = f"expected false, or data.lanes={batch} (training.global_batch_size) and no data.mixture"
+        yield "data.continue_lanes", data.continue_lanes, problem
+
+
 def _loading(data: DataConfig) -> Iterable[Problem]:
-    if data.sources and data.source is not DataSource.shards:
+    if data.sources and data.source not in (DataSource.shards, DataSource.stream):
         yield "data.sources", data.sources, f"data.source={data.source} reads none; use data=shards data.path=null"
     for name, path in data.validation_paths.items():
         if not Path(path).expanduser().is_dir():

@@ -60,6 +60,8 @@ def ensure_baseline(run_dir: Path) -> str | None:
     from mamba_train.evaluation.bigram import bigram_score
 
     config, summary = OmegaConf.load(run_dir / CONFIG), read_summary(run_dir)
+    if config.data.source == "stream":
+        return "the run tokenised its text while it read it: there are no tokens to fit the bigram model to"
     if config.data.get("mask_loss_at_documents"):
         return "the run does not predict the first token of a document, the bigram model would"
     folders = {name: Path(folder) for name, folder in (summary.get("sources") or {"": summary["data_folder"]}).items()}

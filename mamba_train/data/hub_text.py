@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mamba_train.data.documents import Split
-from mamba_train.data.text_files import BadDocument, Fields, TextRecord, records_of
+from mamba_train.data.text_files import WHOLE, BadDocument, Fields, Part, TextRecord, records_of
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class HubText:
         return f"hf:{self.name}/{self.hub_split}/{self.shard + 1}-of-{self.n_shards}"
 
 
-def open_hub(name: str, split: Split, options: dict[str, Any]) -> list[HubText]:
+def open_hub(name: str, split: Split, options: dict[str, Any], option: str = "--input") -> list[HubText]:
     """The parts of a dataset. options: `config`, `revision`, `split` (null: as `split`).
 
-    Raises ValueError that begins with --input.
+    Raises ValueError that begins with `option`.
     """
     hub_split = options.get("split") or split
     whole = HubText(name, options.get("config"), options.get("revision"), hub_split, 0, 1)
-    n_shards = _stream(whole).num_shards
+    n_shards = _stream(whole, option).num_shards
     return [HubText(name, whole.config, whole.revision, hub_split, shard, n_shards) for shard in range(n_shards)]
 
 
-def read_hub(part: HubText, fields: Fields) -> Iterator[TextRecord | BadDocument]:
-    """All documents of one part, numbered from 1."""
+def read_hub(part: HubText, fields: Fields, chosen: Part = WHOLE) -> Iterator[TextRecord | BadDocument]:
+    """The chosen documents of one part, numbered from 1."""
     stream = _stream(part)
     columns = {key.split(".")[0] for key in (fields.text_key, fields.label_key) if key}
     if stream.column_names is not None:
@@ -53,7 +53,7 @@ def read_hub(part: HubText, fields: Fields) -> Iterator[TextRecord | BadDocument
         stream = stream.select_columns(sorted(columns))
     if part.n_shards > 1:
         stream = stream.shard(num_shards=part.n_shards, index=part.shard)
-    yield from records_of(_rows(stream, part), fields)
+    yield from records_of((row for row in _rows(stream, part) if row[0] in chosen), fields)
 
 
 def _rows(stream: Any, part: HubText) -> Iterator[tuple[int, Any]]:
@@ -69,7 +69,7 @@ def _rows(stream: Any, part: HubText) -> Iterator[tuple[int, Any]]:
         yield number, row
 
 
-def _stream(part: HubText) -> Any:
+def _stream(part: HubText, option: str = "--input") -> Any:
     # Here, because the import takes a second that local files need not wait for.
     from datasets import load_dataset
 
@@ -77,4 +77,4 @@ def _stream(part: HubText) -> Any:
         return load_dataset(part.name, part.config, split=part.hub_split, revision=part.revision, streaming=True)
     except Exception as error:  # the library raises many kinds: no such name, no such split, no network
         reason = " ".join(str(error).split())
-        raise ValueError(f"--input hf:{part.name}: cannot be opened, split {part.hub_split!r} ({reason})") from error
+        raise ValueError(f"{option} hf:{part.name}: cannot be opened, split {part.hub_split!r} ({reason})") from error
