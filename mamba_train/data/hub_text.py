@@ -5,13 +5,15 @@ library decides how files become rows; each of its shards (files) is one input, 
 spread and a killed group begins again at the start of its shard.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from mamba_train.data.documents import Split
+from mamba_train.data.remote_files import Attempts, Patience
 from mamba_train.data.text_files import WHOLE, BadDocument, Fields, Part, TextRecord, records_of
+
+NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,19 @@ def open_hub(name: str, split: Split, options: dict[str, Any], option: str = "--
     return [HubText(name, whole.config, whole.revision, hub_split, shard, n_shards) for shard in range(n_shards)]
 
 
-def read_hub(part: HubText, fields: Fields, chosen: Part = WHOLE) -> Iterator[TextRecord | BadDocument]:
-    """The chosen documents of one part, numbered from 1."""
+def read_hub(
+    part: HubText, fields: Fields, chosen: Part = WHOLE, patience: Patience | None = None
+) -> Iterator[TextRecord | BadDocument]:
+    """The chosen documents of one part, numbered from 1.
+
+    patience: with it, a connection that fails is opened again, and the rows that came before are left out.
+    """
+    opened = (row for row in _rows(part, fields, patience) if row[0] in chosen)
+    yield from records_of(opened, fields)
+
+
+def _open(part: HubText, fields: Fields) -> Any:
+    """The rows of a part, with the columns that are asked for."""
     stream = _stream(part)
     columns = {key.split(".")[0] for key in (fields.text_key, fields.label_key) if key}
     if stream.column_names is not None:
@@ -53,20 +66,36 @@ def read_hub(part: HubText, fields: Fields, chosen: Part = WHOLE) -> Iterator[Te
         stream = stream.select_columns(sorted(columns))
     if part.n_shards > 1:
         stream = stream.shard(num_shards=part.n_shards, index=part.shard)
-    yield from records_of((row for row in _rows(stream, part) if row[0] in chosen), fields)
+    return stream
 
 
-def _rows(stream: Any, part: HubText) -> Iterator[tuple[int, Any]]:
-    rows = iter(stream)
-    for number in itertools.count(1):
+def _rows(part: HubText, fields: Fields, patience: Patience | None) -> Iterator[tuple[int, Any]]:
+    attempts = None if patience is None else Attempts(part.label(), patience)
+    n_read = 0
+    while True:
         try:
-            row = next(rows)
-        except StopIteration:
+            for number, row in enumerate(_open(part, fields), start=1):
+                if number > n_read:
+                    n_read = number
+                    if attempts is not None:
+                        attempts.succeeded()
+                    yield number, row
             return
+        except ValueError:
+            raise
         except Exception as error:  # the library raises many kinds: a line that is no JSON, the network
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"{part.label()}: cannot be read beyond row {number - 1} ({reason})") from error
-        yield number, row
+            if attempts is None or not _may_pass(error):
+                raise ValueError(f"{part.label()}: cannot be read beyond row {n_read} ({reason})") from error
+            attempts.failed(reason)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is one of the network."""
+    library = type(error).__module__.partition(".")[0]
+    is_network = isinstance(error, (ConnectionError, TimeoutError)) or library in NETWORK_LIBRARIES
+    cause = error.__cause__ or error.__context__
+    return is_network or (cause is not None and _may_pass(cause))
 
 
 def _stream(part: HubText, option: str = "--input") -> Any:

@@ -180,9 +180,10 @@ def _number(headers: Message, name: str) -> int | None:
 
 def _credentials(address: str) -> dict[str, str]:
     """What the hub wants to see of its users."""
-    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers
 
-    if not address.startswith(huggingface_hub.constants.ENDPOINT + "/"):
+    if not address.startswith(constants.ENDPOINT + "/"):
         return {}
-    headers = huggingface_hub.utils.build_hf_headers()
+    headers = build_hf_headers()
     return {"Authorization": headers["authorization"]} if "authorization" in headers else {}

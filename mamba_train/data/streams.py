@@ -51,7 +51,7 @@ class StreamFile:
     def read(self, fields: Fields, part: Part, patience: Patience) -> Iterator[TextRecord | BadDocument]:
         """The documents of a part of it. Raises ValueError that begins with its place."""
         if self.hub is not None:
-            return read_hub(self.hub, fields, part)
+            return read_hub(self.hub, fields, part, patience)
         file: StoredFile = HttpFile(self.place, self.size, patience) if is_address(self.place) else Path(self.place)
         return read_texts(file, fields, part=part)
 
