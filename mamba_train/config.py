@@ -190,6 +190,9 @@ class DataConfig:
     shuffle_files: bool = False  # another order of the files in each epoch
     shuffle_documents: int = 0  # documents are permuted in blocks of so many; 0: the order of the files
     continue_lanes: bool = False  # row j of a step goes on with the text of row j of the step before; checked
+    cache_shards: bool = False  # write shards into cache_dir meanwhile, and train on those that are finished
+    cache_group_mib: int = 64  # stored MiB of input files that become shards at once
+    cache_workers: int = 2  # processes that make them, beside rank 0
     encoder: EncoderKind = EncoderKind.tokenizers
     network_retries: int = 8  # of a request in a row, with longer and longer pauses, before the run ends
     network_timeout_seconds: float = 60.0  # without a single byte

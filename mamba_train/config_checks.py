@@ -238,9 +238,24 @@ def _stream(config: Config) -> Iterable[Problem]:
                     name,
                     "expected a name of data.sources: a stream has no domains",
                 )
+    for key in ("cache_group_mib", "cache_workers"):
+        if getattr(data, key) < 1:
+            yield f"data.{key}", getattr(data, key), "expected 1 or more"
+    if data.cache_shards:
+        yield from _cached(data)
     if data.continue_lanes and (data.lanes not in (None, batch) or data.mixture):
         problem = f"expected false, or data.lanes={batch} (training.global_batch_size) and no data.mixture"
         yield "data.continue_lanes", data.continue_lanes, problem
+
+
+def _cached(data: DataConfig) -> Iterable[Problem]:
+    for key in ("sources", "mixture", "lanes", "continue_lanes", "shuffle_files", "shuffle_documents"):
+        if getattr(data, key):
+            yield f"data.{key}", getattr(data, key), "not used with data.cache_shards=true: leave it out"
+    if not data.repeat:
+        yield "data.repeat", data.repeat, "expected true with data.cache_shards=true"
+    if re.match(r"https?://|hf://", data.path or ""):
+        yield "data.path", data.path, "expected files or hf:NAME with data.cache_shards=true"
 
 
 def _loading(data: DataConfig) -> Iterable[Problem]:

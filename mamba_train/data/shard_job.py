@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,14 @@ def group_inputs(inputs: Iterable[Input], group_bytes: int) -> tuple[Group, ...]
             size += entry.size
         close(members)
     return tuple(groups)
+
+
+def plan(settings: JobSettings, groups: tuple[Group, ...]) -> Job:
+    """The plan of these groups, with the versions of the libraries that decide about the tokens."""
+    versions = {"tokenizers": version("tokenizers")}
+    if any(entry.hub for group in groups for entry in group.inputs):
+        versions["datasets"] = version("datasets")
+    return Job(JOB_VERSION, settings, versions, groups)
 
 
 def adopt_folder(folder: Path, job: Job, tokenizer: TextTokenizer) -> None:

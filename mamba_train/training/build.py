@@ -17,7 +17,9 @@ from mamba_train import run_folder
 from mamba_train.checkpoint import resume_policy, rng, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
 from mamba_train.config import Config, DataSource, ProgressMode
+from mamba_train.data import cached_shards
 from mamba_train.data.batches import BatchSource, WindowForm
+from mamba_train.data.cached_shards import CachedSource
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.opening import OpenedData, open_data
 from mamba_train.data.position import restore, state_of
@@ -117,10 +119,14 @@ def _shards(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedData, BatchSo
     return data, BatchSource(data.corpora, batch_size, config.seed, _form(config), data.stages)
 
 
-def _stream(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedStream, StreamSource]:
+def _stream(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedStream, Source]:
     """The data of a run that streams; only the first rank asks what files there are."""
     listed = ranks.first(lambda: list_stream(config.data, log))
     data = ranks.together(lambda: open_stream(config.data, listed))
+    if config.data.cache_shards:
+        folder = Path(ranks.first(lambda: str(cached_shards.begin(config.data, data.tokenizer, log))))
+        batch_size = config.training.global_batch_size
+        return data, ranks.together(lambda: CachedSource(folder, batch_size, config.seed, _form(config)))
     batch_size, tokenizer = config.training.global_batch_size, data.tokenizer.serialised
     return data, StreamSource(data.files, tokenizer, config.data, batch_size, config.seed, _form(config), data.stages)
 
