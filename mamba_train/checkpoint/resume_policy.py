@@ -79,7 +79,7 @@ RULES: tuple[Rule, ...] = (
     Rule("data.repeat", Action.allow, _SAME_TOKENS),
     Rule("data.shuffle_*", Action.allow, _SAME_TOKENS),
     Rule("data.continue_lanes", Action.allow, "it only checks the other settings"),
-    Rule("data.cache_shards", Action.refuse, "the order of the data is another"),
+    Rule("data.cache_shards", Action.allow, "the order of the data is compared with the checkpoint's"),
     Rule("data.cache_group_mib", Action.allow, _SAME_TOKENS),
     Rule("data.cache_workers", Action.allow, "the order of the data does not depend on it"),
     Rule("data.encoder", Action.allow, "the ids are those of the reference, or the run stops"),

@@ -16,7 +16,8 @@ from mamba_train.data.encoders import Encoder, EncoderMismatch
 from mamba_train.data.lanes import LaneOrder, Piece
 from mamba_train.data.text_files import BadDocument, Part, TextRecord
 
-ENCODE_CHARACTERS = 1 << 16  # encoded at once for one lane, or one document that is longer
+# Encoded at once for one lane, or one document that is longer: few at first, so that the first step comes soon.
+FIRST_ENCODE_CHARACTERS, ENCODE_CHARACTERS = 1 << 14, 1 << 20
 
 
 class Cursor(NamedTuple):
@@ -100,14 +101,15 @@ class Lane:
     def _encode(self) -> Iterator[_Encoded]:
         """All documents from the cursor on, encoded some at a time."""
         batch: list[tuple[Cursor, TextRecord]] = []
-        characters = 0
+        characters, enough = 0, FIRST_ENCODE_CHARACTERS
         began_whole, is_empty = self.cursor[1:3] == (0, 0), True
         for place, record in self._records():
             if record is not None:
                 batch.append((place, record))
                 characters += len(record.text)
-                if characters < ENCODE_CHARACTERS:
+                if characters < enough:
                     continue
+                enough = min(2 * enough, ENCODE_CHARACTERS)
             for document in self._encoded(batch):
                 is_empty = False
                 yield document

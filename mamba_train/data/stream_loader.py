@@ -69,7 +69,8 @@ class RankRows(Dataset):
             self.tokenizer = TextTokenizer(source.tokenizer, "data.tokenizer")
             self.encoder = encoder_of(self.tokenizer, source.data.encoder)
         eos_id = self.tokenizer.eos_id
-        lanes = np.stack([source.mixture.locate(samples)[0], samples % source.n_lanes], axis=1)
+        numbers = source.mixture.locate(samples)[0] if len(source.names) > 1 else np.zeros_like(samples)
+        lanes = np.stack([numbers, samples % source.n_lanes], axis=1)
         tokens = np.full((len(samples), form.length + 1), eos_id, dtype=np.int64)
         cursors = np.empty((len(samples), len(Cursor._fields)), dtype=np.int64)
         lengths, n_bytes = np.empty(len(samples), dtype=np.int64), 0
