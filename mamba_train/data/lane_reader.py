@@ -16,8 +16,9 @@ from mamba_train.data.encoders import Encoder, EncoderMismatch
 from mamba_train.data.lanes import LaneOrder, Piece
 from mamba_train.data.text_files import BadDocument, Part, TextRecord
 
-# Encoded at once for one lane, or one document that is longer: few at first, so that the first step comes soon.
-FIRST_ENCODE_CHARACTERS, ENCODE_CHARACTERS = 1 << 14, 1 << 20
+# Encoded at once for one lane, or one document that is longer: few at first, so that the first step comes soon, and
+# never so many that the other lanes of the process have to wait long.
+FIRST_ENCODE_CHARACTERS, ENCODE_CHARACTERS = 1 << 14, 1 << 17
 
 
 class Cursor(NamedTuple):

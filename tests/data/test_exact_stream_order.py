@@ -262,6 +262,22 @@ def test_skipped_samples_are_read_and_dropped(texts: list[str], tokenizer_path: 
         loader.step(0)
 
 
+def test_a_dataset_has_the_order_of_its_files(texts: list[str], tokenizer_path: Path, tmp_path: Path) -> None:
+    """Streamed by the library `datasets`, without its shuffle, and gone on with in the middle."""
+    pytest.importorskip("datasets")
+    folder = write_files(tmp_path / "text", [texts[i * 30 : (i + 1) * 30] for i in range(5)], ".jsonl")
+    expected = [rows_of(b) for b in itertools.islice(steps_of(spec_of(folder, tokenizer_path)), 25)]
+    spec = spec_of(folder, tokenizer_path)
+    spec["data"]["path"] = f"hf:{folder}"
+    sources = [make_stream(spec), make_stream(spec)]
+    assert len(sources[0].files[""]) == 5
+    for source, steps in zip(sources, (range(11), range(11, 25)), strict=True):
+        if steps.start:
+            restore(source, json.loads(json.dumps(state_of(sources[0], steps.start * BATCH))), steps.start, False)
+        loader = StreamLoader(source, 0, 1, BATCH)
+        assert [rows_of(loader.step(step * BATCH)) for step in steps] == expected[steps.start : steps.stop]
+
+
 def test_lanes_continue(texts: list[str], tokenizer_path: Path, tmp_path: Path) -> None:
     spec = spec_of(write_files(tmp_path / "text", [texts]), tokenizer_path, continue_lanes=True)
     steps = [rows_of(batches) for batches in itertools.islice(steps_of(spec), 20)]

@@ -223,6 +223,42 @@ def test_a_stream_over_a_failing_server_has_the_tokens_of_the_files(
     assert sum(server.seen.values()) > 2 * len(faults) - 2
 
 
+def test_files_of_the_hub_are_listed_once_at_one_commit(
+    server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.hf_api import RepoFile
+
+    texts = make_texts(60)
+    write_tokenizer(tmp_path / "tokenizer.json", texts)
+    folder = write_files(tmp_path / "text", [texts[:30], texts[30:]])
+    server.files = {f"/datasets/a/b/resolve/c0ffee/train/{file.name}": file.read_bytes() for file in folder.iterdir()}
+    asked: list[Any] = []
+
+    def tree(self: Any, name: str, **options: Any) -> list[RepoFile]:
+        asked.append((name, options["revision"]))
+        listed = [RepoFile(path=path.rpartition("c0ffee/")[2], size=len(content), oid="0")
+                  for path, content in server.files.items()]  # fmt: skip
+        return [*listed, RepoFile(path="README.md", size=1, oid="0"), RepoFile(path="val/000.jsonl", size=1, oid="0")]
+
+    info = type("Info", (), {"sha": "c0ffee"})
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: info)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", tree)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_url",
+        lambda name, path, repo_type, revision: address(server, f"/datasets/{name}/resolve/{revision}/{path}"),
+    )  # fmt: skip
+    settings = {"tokenizer": str(tmp_path / "tokenizer.json"), "cache_dir": str(tmp_path / "cache")}
+    common = {"length": 32, "global_batch_size": 12, "seed": 3}
+    expected = next(steps_of({"data": {**settings, "path": str(folder)}, **common}))
+    remote = {"data": {**settings, "path": "hf://datasets/a/b@v1/train/*.zst"}, **common}
+    found = next(steps_of(remote))
+    assert [batch.tokens.tolist() for batch in found] == [batch.tokens.tolist() for batch in expected]
+    assert asked == [("a/b", "c0ffee")]
+    with pytest.raises(ValueError, match=r"data.path=hf://datasets/a/b/other/\*: none of its 4 files"):
+        make_stream({"data": {**settings, "path": "hf://datasets/a/b/other/*"}, **common})
+
+
 def test_patterns() -> None:
     assert expand("http://a/{00..02}.zst") == ["http://a/00.zst", "http://a/01.zst", "http://a/02.zst"]
     assert expand("http://a/{1..2}/{9..10}") == ["http://a/1/9", "http://a/1/10", "http://a/2/9", "http://a/2/10"]
