@@ -69,6 +69,12 @@ class Lane:
         """Documents that could not be used, so far."""
         return self._bad.totals().total()
 
+    def begin(self) -> None:
+        """Come to the cursor, which takes long in the middle of a large compressed file."""
+        if not self._ready and (document := next(self._documents, None)) is not None:
+            self._ready.append(document)
+            self._n_ready += len(document.ids)
+
     def window(self, out: np.ndarray) -> int:
         """Fill the 1-D array `out` with the next window, of which the one after it shares a token; how many were there.
 

@@ -1,14 +1,16 @@
 """Batches of one rank of a stream: each process tokenises the lanes of its own rows, and nothing else."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from mamba_train.data.batches import Batch, document_numbers
 from mamba_train.data.corpus import ReadError
@@ -18,6 +20,8 @@ from mamba_train.data.loader import BatchLoader
 from mamba_train.data.remote_files import REQUESTS
 from mamba_train.data.streams import Source, StreamSource, encoder_of
 from mamba_train.data.tokenizer import TextTokenizer
+
+OPENING_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class RankRows(Dataset):
     def _read(self, samples: np.ndarray) -> Rows:
         source, form = self.source, self.source.form
         if self.tokenizer is None or self.encoder is None:
+            if get_worker_info() is not None:  # the processes are what runs side by side
+                os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
             self.tokenizer = TextTokenizer(source.tokenizer, "data.tokenizer")
             self.encoder = encoder_of(self.tokenizer, source.data.encoder)
         eos_id = self.tokenizer.eos_id
@@ -74,17 +80,9 @@ class RankRows(Dataset):
         tokens = np.full((len(samples), form.length + 1), eos_id, dtype=np.int64)
         cursors = np.empty((len(samples), len(Cursor._fields)), dtype=np.int64)
         lengths, n_bytes = np.empty(len(samples), dtype=np.int64), 0
+        self._open([(number, lane) for number, lane in lanes.tolist() if (number, lane) not in self.lanes])
         for row, (number, lane) in enumerate(lanes.tolist()):
-            reader = self.lanes.get((number, lane))
-            if reader is None:
-                reader = self.lanes[number, lane] = source.open_lane(
-                    source.names[number],
-                    lane,
-                    Cursor(*source.cursors[number, lane].tolist()),
-                    self.encoder,
-                    eos_id,
-                    _say,
-                )
+            reader = self.lanes[number, lane]
             lengths[row] = reader.window(tokens[row])
             cursors[row] = reader.cursor
             n_bytes += self.tokenizer.n_bytes(tokens[row, 1 : lengths[row]])
@@ -97,6 +95,21 @@ class RankRows(Dataset):
             None if is_full else torch.from_numpy(lengths),
         )
         return Rows(batch, lanes, cursors, (n_bytes, *self._count()))
+
+    def _open(self, missing: list[tuple[int, int]]) -> None:
+        """Open lanes, together those that go on: decompression leaves the other threads their turn."""
+        source, going_on = self.source, []
+        assert self.encoder is not None
+        assert self.tokenizer is not None
+        for number, lane in missing:
+            cursor = Cursor(*source.cursors[number, lane].tolist())
+            reader = source.open_lane(source.names[number], lane, cursor, self.encoder, self.tokenizer.eos_id, _say)
+            self.lanes[number, lane] = reader
+            if cursor.document:
+                going_on.append(reader)
+        if going_on:
+            with ThreadPoolExecutor(OPENING_THREADS) as pool:
+                list(pool.map(Lane.begin, going_on))
 
     def _count(self) -> tuple[int, int]:
         """What went wrong since the last call."""
