@@ -74,15 +74,20 @@ def _rows(part: HubText, fields: Fields, patience: Patience | None) -> Iterator[
     n_read = 0
     while True:
         try:
-            for number, row in enumerate(_open(part, fields), start=1):
+            stream = _open(part, fields)
+        except ValueError as error:
+            if attempts is None or not _may_pass(error):
+                raise
+            attempts.failed(str(error))
+            continue
+        try:
+            for number, row in enumerate(stream, start=1):
                 if number > n_read:
                     n_read = number
                     if attempts is not None:
                         attempts.succeeded()
                     yield number, row
             return
-        except ValueError:
-            raise
         except Exception as error:  # the library raises many kinds: a line that is no JSON, the network
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             if attempts is None or not _may_pass(error):

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from mamba_train.data.mixture import Stage, shares_of
-from mamba_train.data.streams import Source, StreamSource
+from mamba_train.data.streams import Source
 
 FINGERPRINT_DIGITS = 16
 _NEW_RUN = "or start a new run with another run_dir"
@@ -99,12 +99,12 @@ def _changed(source: Source, state: Mapping[str, Any], step: int) -> list[str]:
 
 def _explain_change(source: Source, state: Mapping[str, Any], changed: Sequence[str]) -> str:
     name = changed[0]
-    if isinstance(source, StreamSource):
+    if not source.may_change:
         names = ", ".join(other or "data.path" for other in changed)
         return (
             f"the files of {names}, their sizes, data.tokenizer or a setting of the stream (data.repeat, "
-            f"data.shuffle_files, data.shuffle_documents, data.text_key, data.bad_documents) are not the checkpoint's, "
-            f"so the places of its lanes mean nothing: restore them, {_NEW_RUN}"
+            "data.shuffle_files, data.shuffle_documents, data.cache_group_mib, data.text_key, data.bad_documents) are "
+            f"not the checkpoint's, so its places in the text mean nothing: restore them, {_NEW_RUN}"
         )
     mine, saved = source.fingerprint_of(name), state["fingerprints"].get(name, "none")
     what = (

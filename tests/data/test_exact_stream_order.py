@@ -295,7 +295,7 @@ def test_other_files_or_lanes_are_refused(texts: list[str], tokenizer_path: Path
     with pytest.raises(ValueError, match=r"data.lanes=24: the checkpoint was trained with 12; set data.lanes=12"):
         restore(more, state, 1, allow_changed=False)
     write_files(folder, [texts[:61], texts[60:120]])
-    with pytest.raises(ValueError, match="not the checkpoint's"):
+    with pytest.raises(ValueError, match="are not the checkpoint's, so its places"):
         restore(make_stream(spec), state, 1, allow_changed=True)
 
 
