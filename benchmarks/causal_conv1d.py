@@ -72,8 +72,8 @@ def main() -> None:
     peers, rate = [official(), pytorch], copy_bytes_per_second()
     print(f"torch {torch.__version__}; bf16, width {WIDTH}, bias and SiLU, channel last; official: causal-conv1d")
     print(f"copy {rate / 1e12:.2f} TB/s; times in ms; floor: every activation and gradient once at that rate")
-    names = "           ours        official         PyTorch  floor ours/floor"
-    print(f"  b      l     d | forward:{names[8:]} | forward + backward:{names[19:]} | eager f+b: the same three")
+    print("forward, then forward + backward: ours, official, PyTorch, floor, ours / floor; then eager f+b of the three")
+    print("  b      l     d")
     rows = list(ROWS)
     if not quick:
         for _ in range(5):

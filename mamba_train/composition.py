@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,7 +58,7 @@ def compose_config(overrides: Iterable[str] = (), may_be_missing: Collection[str
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return to_config(hydra.compose("config", overrides=list(overrides)), may_be_missing)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(explain(error)) from error
 
 
@@ -82,7 +83,7 @@ def main(run: Callable[[Config], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         composed_main()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         if composed_and_checked:  # an error of the training itself deserves its traceback
             raise
         exit_with_error(ValueError(explain(error)))

@@ -20,6 +20,7 @@ class DataSource(StrEnum):
     local = "local"  # a folder (or one file) of .txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet
     shards = "shards"  # a folder of token shards that data_prep made
     stream = "stream"  # files or a dataset of the hub, tokenised while they are read
+    synthetic = "synthetic"  # no text: a task of data.task, made up as it is read
 
 
 class EncoderKind(StrEnum):
@@ -27,6 +28,14 @@ class EncoderKind(StrEnum):
 
     tokenizers = "tokenizers"  # the reference
     fastokens = "fastokens"  # some twenty times as fast; its ids are compared with the reference's now and then
+
+
+class SyntheticTask(StrEnum):
+    """A task of the papers that needs no text; see `mamba_train.data.synthetic`."""
+
+    induction_heads = "induction_heads"
+    selective_copying = "selective_copying"
+    mqar = "mqar"  # multi-query associative recall
 
 
 class BadDocuments(StrEnum):
@@ -130,6 +139,7 @@ class ModelConfig:
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
     # Mamba-1
+    time_invariant: bool = False  # Δ, B and C do not depend on the input: what selection is compared with
     dt_rank: int | None = None  # null: ceil(d_model / 16)
     dt_scale: float = 1.0
     # Mamba-2
@@ -199,6 +209,11 @@ class DataConfig:
     hub_config: str | None = None  # of a dataset named hf:NAME
     hub_revision: str | None = None
     hub_split: str | None = None  # null: train
+    # for source=synthetic; vocab_size and sequence_length are the task's
+    task: SyntheticTask | None = None
+    task_items: int = 16  # tokens to copy, or pairs of key and value
+    test_lengths: list[int] = field(default_factory=list)  # at which a trained model is tested at the end
+    test_samples: int = 256  # at each length
 
 
 @dataclass
@@ -281,6 +296,19 @@ class TrainingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """What a model is tried on while it is trained, besides its loss on held-out text."""
+
+    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness
+    interval_steps: int = 0  # how often; 0: after the last step only
+    limit: int | None = None  # only the first so many requests of each task
+    task_folder: str | None = None  # with definitions of further tasks
+    batch_size: int = 16
+    sample_tokens: int = 48  # of the text that is written at each checkpoint; 0: none
+    sample_prompts: list[str] = field(default_factory=lambda: [""])  # what it begins with
+
+
+@dataclass
 class SlurmConfig:
     """The job on a cluster, for `python -m slurm.submit`; `mamba-train plan` reckons with its size."""
 
@@ -323,6 +351,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = 0
     # Weights to begin with: a run, a checkpoint, published weights, a name on the Hub; null: drawn ones.

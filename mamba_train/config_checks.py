@@ -1,5 +1,6 @@
 """Checks of a composed config that types cannot express; all run before torch is imported."""
 
+import importlib.util
 import math
 import os
 import re
@@ -10,9 +11,9 @@ from pathlib import Path
 from mamba_train.config import (
     Config,
     ContainerKind,
-    DataConfig,
     DataSource,
     EngineKind,
+    EvaluationConfig,
     MixerKind,
     ModelConfig,
     Precision,
@@ -20,6 +21,7 @@ from mamba_train.config import (
     SlurmConfig,
     layer_mixers,
 )
+from mamba_train.config_data_checks import Problem, data_problems
 from mamba_train.ranks import launch
 
 
@@ -33,14 +35,12 @@ def check_config(config: Config, ignore: Collection[str] = ()) -> None:
             raise ValueError(f"{key}={value}: {problem}")
 
 
-Problem = tuple[str, object, str]
-
-
 def _problems(config: Config) -> Iterable[Problem]:
     yield from _ranges(config)
     yield from _model(config)
-    yield from _data(config)
+    yield from data_problems(config)
     yield from _training(config)
+    yield from _evaluation(config.evaluation)
     yield from _engine(config)
     yield from _slurm(config.slurm)
     if not 0 <= config.seed < 2**63:
@@ -58,7 +58,8 @@ def _ranges(config: Config) -> Iterable[Problem]:
         "model.n_layer model.d_model model.d_state model.d_conv model.expand model.pad_vocab_size_multiple "
         "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "
         "model.head_dim model.n_groups model.chunk_size model.A_init_min model.A_init_max "
-        "data.sequence_length data.prefetch_batches optim.lr optim.eps optim.max_grad_norm "
+        "data.sequence_length data.prefetch_batches data.task_items data.test_samples evaluation.batch_size "
+        "optim.lr optim.eps optim.max_grad_norm "
         "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last engine.replicas "
         "training.total_steps training.global_batch_size training.micro_batch_size "
         "training.validation_interval_steps training.validation_sequences slurm.max_stalled_starts"
@@ -69,7 +70,8 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected more than 0"
     not_negative = (
         "model.d_intermediate model.attention_d_conv "
-        "optim.weight_decay schedule.warmup_steps logging.ssm_health_interval_steps checkpoint.reserve_gib "
+        "evaluation.interval_steps evaluation.sample_tokens optim.weight_decay schedule.warmup_steps "
+        "logging.ssm_health_interval_steps checkpoint.reserve_gib "
         "slurm.gpus_per_node slurm.signal_seconds"
     )
     for key in not_negative.split():
@@ -86,7 +88,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected 0 to 1"
     optional = (
         "model.dt_rank model.vocab_size model.attention_heads model.attention_kv_heads model.attention_head_dim "
-        "checkpoint.permanent_interval_steps slurm.nodes slurm.cpus_per_task"
+        "evaluation.limit checkpoint.permanent_interval_steps slurm.nodes slurm.cpus_per_task"
     )
     if config.data.workers is not None and config.data.workers < 0:
         yield "data.workers", config.data.workers, "expected null or 0 or more"
@@ -115,6 +117,8 @@ def _model(config: Config) -> Iterable[Problem]:
     if len(set(model.attention_layers)) < len(model.attention_layers):
         yield "model.attention_layers", model.attention_layers, "expected each layer once"
     mixers = layer_mixers(model)
+    if model.time_invariant and set(mixers) != {MixerKind.mamba1}:
+        yield "model.time_invariant", model.time_invariant, "expected false: only layers of model.mixer=mamba1 can be"
     if MixerKind.mamba2 in mixers:
         yield from _mamba2(model)
     if MixerKind.attention in mixers:
@@ -166,123 +170,6 @@ def _init_from(config: Config) -> Iterable[Problem]:
         yield "init_from", source, "there is no such folder; expected a run, a checkpoint, weights, or OWNER/NAME"
 
 
-def _data(config: Config) -> Iterable[Problem]:
-    data = config.data
-    if data.source is DataSource.local:
-        if not data.path:
-            yield (
-                "data.path",
-                data.path,
-                "expected a folder or file with text (.txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet)",
-            )
-        elif not Path(data.path).expanduser().exists():
-            yield "data.path", data.path, "there is no such file or folder"
-    elif data.source is DataSource.shards:
-        yield from _shards(data)
-    elif data.source is DataSource.stream:
-        yield from _stream(config)
-    elif data.path:
-        yield "data.path", data.path, f"data.source={data.source} reads no path; use data=local"
-    yield from _loading(data)
-    if not 0 < data.validation_fraction < 1:
-        yield "data.validation_fraction", data.validation_fraction, "expected more than 0 and less than 1"
-    # 256 bytes and the end of document are always in a byte-level vocabulary.
-    if data.tokenizer is None and not 257 <= data.vocab_size <= 2**31 - 1:
-        yield "data.vocab_size", data.vocab_size, "expected at least 257 (256 bytes and the end of document)"
-    if data.tokenizer is not None and not Path(data.tokenizer).expanduser().is_file():
-        yield "data.tokenizer", data.tokenizer, "there is no such file; expected a tokenizer.json"
-
-
-SHARDS_EXPECTED = "expected a folder of token shards, made by `python -m data_prep tokenize`"
-
-
-def _shards(data: DataConfig) -> Iterable[Problem]:
-    if data.sources and data.path:
-        yield "data.path", data.path, "expected null beside data.sources; give the folder a name there"
-    elif not data.sources and (not data.path or not Path(data.path).expanduser().is_dir()):
-        yield "data.path", data.path, f"{SHARDS_EXPECTED}; for several of them +data.sources.NAME=FOLDER"
-    for name, path in data.sources.items():
-        if not name or "/" in name:
-            yield f"data.sources.{name}", path, "expected a name without /"
-        elif not Path(path).expanduser().is_dir():
-            yield f"data.sources.{name}", path, SHARDS_EXPECTED
-
-
-def _stream(config: Config) -> Iterable[Problem]:
-    data, batch = config.data, config.training.global_batch_size
-    if data.tokenizer is None:
-        yield "data.tokenizer", None, "expected a tokenizer.json: a stream has no text to train one on beforehand"
-    if data.sources and data.path:
-        yield "data.path", data.path, "expected null beside data.sources; give the place a name there"
-    elif not data.sources and not data.path:
-        yield "data.path", data.path, "expected files, a folder, a glob, an address (http...) or hf:NAME"
-    for key, place in {"data.path": data.path, **{f"data.sources.{k}": v for k, v in data.sources.items()}}.items():
-        is_here = place and not re.match(r"https?://|hf:", place) and not re.search(r"[*?\[]", place)
-        if is_here and not Path(str(place)).expanduser().exists():
-            yield key, place, "there is no such file or folder"
-    if data.lanes is not None and (data.lanes < 1 or data.lanes % batch):
-        yield "data.lanes", data.lanes, f"expected null or a multiple of training.global_batch_size ({batch})"
-    if data.shuffle_documents < 0:
-        yield "data.shuffle_documents", data.shuffle_documents, "expected 0 or more"
-    if data.network_retries < 0:
-        yield "data.network_retries", data.network_retries, "expected 0 or more"
-    if data.network_timeout_seconds <= 0:
-        yield "data.network_timeout_seconds", data.network_timeout_seconds, "expected more than 0"
-    if data.mixture and not data.repeat:
-        yield "data.repeat", data.repeat, "expected true with data.mixture: its sources do not end together"
-    for number, stage in enumerate(data.mixture):
-        for name in stage.weights:
-            if name not in data.sources:
-                yield (
-                    f"data.mixture[{number}].weights",
-                    name,
-                    "expected a name of data.sources: a stream has no domains",
-                )
-    for key in ("cache_group_mib", "cache_workers"):
-        if getattr(data, key) < 1:
-            yield f"data.{key}", getattr(data, key), "expected 1 or more"
-    if data.cache_shards:
-        yield from _cached(data)
-    if data.continue_lanes and (data.lanes not in (None, batch) or data.mixture):
-        problem = f"expected false, or data.lanes={batch} (training.global_batch_size) and no data.mixture"
-        yield "data.continue_lanes", data.continue_lanes, problem
-
-
-def _cached(data: DataConfig) -> Iterable[Problem]:
-    for key in ("sources", "mixture", "lanes", "continue_lanes", "shuffle_files", "shuffle_documents"):
-        if getattr(data, key):
-            yield f"data.{key}", getattr(data, key), "not used with data.cache_shards=true: leave it out"
-    if not data.repeat:
-        yield "data.repeat", data.repeat, "expected true with data.cache_shards=true"
-    if re.match(r"https?://|hf://", data.path or ""):
-        yield "data.path", data.path, "expected files or hf:NAME with data.cache_shards=true"
-
-
-def _loading(data: DataConfig) -> Iterable[Problem]:
-    if data.sources and data.source not in (DataSource.shards, DataSource.stream):
-        yield "data.sources", data.sources, f"data.source={data.source} reads none; use data=shards data.path=null"
-    for name, path in data.validation_paths.items():
-        if not Path(path).expanduser().is_dir():
-            yield f"data.validation_paths.{name}", path, SHARDS_EXPECTED
-    for number, stage in enumerate(data.mixture):
-        key = f"data.mixture[{number}]"
-        if number == 0 and stage.from_step != 0:
-            yield f"{key}.from_step", stage.from_step, "expected 0: the first stage begins with the run"
-        elif number and stage.from_step <= data.mixture[number - 1].from_step:
-            last = data.mixture[number - 1].from_step
-            yield f"{key}.from_step", stage.from_step, f"expected more than {last}, the step of the stage before"
-        weights = stage.weights
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()) or not any(weights.values()):
-            yield f"{key}.weights", weights, "expected weights of 0 or more, at least one of them above 0"
-        for name in weights:
-            source = name.partition("/")[0]
-            if data.sources and source not in data.sources:
-                known = ", ".join(data.sources)
-                yield f"{key}.weights", name, f"expected SOURCE or SOURCE/LABEL with a source of data.sources ({known})"
-            elif data.sources and name != source and source in weights:
-                yield f"{key}.weights", name, f"{source} is there as well, which contains it; give one of them"
-
-
 def _training(config: Config) -> Iterable[Problem]:
     training, schedule = config.training, config.schedule
     if training.global_batch_size % training.micro_batch_size:
@@ -298,6 +185,15 @@ def _training(config: Config) -> Iterable[Problem]:
             f"expected at most training.total_steps ({training.total_steps})",
         )
     yield from _run_dir(config.run_dir)
+
+
+def _evaluation(evaluation: EvaluationConfig) -> Iterable[Problem]:
+    if evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
+        yield "evaluation.tasks", evaluation.tasks, "these need the package lm_eval: pip install -e '.[lm-eval]'"
+    if evaluation.interval_steps and not evaluation.tasks:
+        yield "evaluation.interval_steps", evaluation.interval_steps, "expected 0 without evaluation.tasks"
+    if evaluation.task_folder is not None and not Path(evaluation.task_folder).is_dir():
+        yield "evaluation.task_folder", evaluation.task_folder, "there is no such folder"
 
 
 def _engine(config: Config) -> Iterable[Problem]:
@@ -325,8 +221,15 @@ def _slurm(slurm: SlurmConfig) -> Iterable[Problem]:
     seconds = seconds_of(slurm.time)
     if seconds is None or seconds <= 0:
         yield "slurm.time", slurm.time, "expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
+    elif slurm.time.isdecimal() and int(slurm.time) >= 3600:  # 1:00:00 in YAML
+        problem = "these are minutes; in a YAML file write it in quotes, as it reads 24:00:00 as a number of seconds"
+        yield "slurm.time", slurm.time, problem
     elif slurm.signal_seconds >= seconds:
         yield "slurm.signal_seconds", slurm.signal_seconds, f"expected less than slurm.time ({slurm.time})"
+    for name, value in vars(slurm).items():  # what goes into lines of the sbatch file
+        texts = value if name in ("sbatch", "container_mounts") else [value]
+        if any(isinstance(text, str) and not text.isprintable() for text in texts):
+            yield f"slurm.{name}", repr(value), "expected one line of text"
     for entry in slurm.environment:
         if not re.match(r"[A-Za-z_]\w*=", entry):
             yield "slurm.environment", slurm.environment, "expected entries of the form NAME=VALUE"

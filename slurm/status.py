@@ -4,6 +4,7 @@ RUN is the folder of a run or of a sweep; without one, all runs below `runs/`. R
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from mamba_train import run_folder
@@ -20,6 +22,7 @@ from mamba_train.monitor.jsonl import METRICS_NAME
 from mamba_train.monitor.progress import format_duration
 
 HISTORY = "history.jsonl"
+JOB = "job.json"  # in the folder of a submission
 DEFAULT_FOLDER = Path("runs")
 TAIL_BYTES = 2**16
 SHOWN_STARTS = 5
@@ -57,7 +60,8 @@ def main() -> None:
     parser.add_argument("--follow", action="store_true", help=f"show it again every {FOLLOW_SECONDS:g} seconds")
     parser.add_argument("--lines", type=int, default=10, help="how many lines of the log (default: 10)")
     args = parser.parse_intermixed_args()
-    with user_errors_exit():
+    # Ctrl-C is how one leaves --follow.
+    with user_errors_exit(), contextlib.suppress(KeyboardInterrupt):
         while True:
             text = show(args.runs, args.lines)
             if not args.follow:
@@ -78,26 +82,26 @@ def show(paths: list[Path], n_lines: int) -> str:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The runs in a folder that were submitted to SLURM; the folder itself may be one."""
+    """The runs in a folder that were submitted to SLURM, started or not; the folder itself may be one."""
     if (path / run_folder.SLURM / HISTORY).is_file():
         return [path]
-    below = sorted({file.parents[1] for file in path.glob(f"**/{run_folder.SLURM}/{HISTORY}")})
-    if below or not list(path.glob(f"{run_folder.SLURM}/submission-*")):
-        if not below:
-            raise ValueError(f"{path}: no run there that was submitted by slurm.submit or slurm/train.sbatch")
-        return below
-    return [path]  # submitted, and waiting for its first start
+    found = {file.parents[1] for file in path.glob(f"**/{run_folder.SLURM}/{HISTORY}")}
+    for file in path.glob(f"**/{run_folder.SLURM}/submission-*/{JOB}"):
+        root = file.parents[2]
+        found |= {root / name for name in _read_job(file)["runs"]}
+    if not found:
+        raise ValueError(f"{path}: no run there that was submitted by slurm.submit or slurm/train.sbatch")
+    return sorted(found)
 
 
 def read_status(run_dir: Path) -> Status:
     """Read what a run left in its folder, and ask SLURM about its job."""
-    events = _read_lines(run_dir / run_folder.SLURM / HISTORY)
-    job = events[-1]["job"] if events else None
-    submissions = sorted((run_dir / run_folder.SLURM).glob("submission-*/job.json"))
-    if submissions and submissions[-1].stat().st_mtime > (events[-1]["time"] + 1 if events else 0):
-        job = json.loads(submissions[-1].read_text(encoding="utf-8"))["job"]  # submitted again, not started yet
+    events = _read_lines(run_dir / run_folder.SLURM / HISTORY, "job")
+    job = _waiting_job(run_dir, after=events[-1]["time"] + 1 if events else 0.0)
+    if job is None and events:
+        job = events[-1]["job"]
     metrics_file = run_dir / METRICS_NAME
-    records = _read_lines(metrics_file)
+    records = _read_lines(metrics_file, "step")
     log = Path(events[-1]["log"]) if events else None
     return Status(
         run_dir=run_dir,
@@ -125,7 +129,7 @@ def in_full(status: Status, now: float, n_lines: int) -> list[str]:
         lines.append(f"        {when} after step {start['step']:,} on {start['nodes']}{_colon(start['reason'])}")
     lines += [f"{name:<7} {text}" for name, text in _figures(status, now)]
     if status.log is not None:
-        lines += [f"log     {status.log}", *(f"  | {line}" for line in _tail(status.log)[-n_lines:])]
+        lines += [f"log     {status.log}", *(f"  | {line}" for line in _last(n_lines, _tail(status.log)))]
     return lines
 
 
@@ -176,6 +180,25 @@ def _ask_queue(job: str) -> str:
     return f"{state} on {nodes} for {used}, {left} left" if state == "RUNNING" else f"{state} ({reason})"
 
 
+def _waiting_job(run_dir: Path, after: float) -> str | None:
+    """The job that has been submitted for a run after a time, alone or in a sweep, and has not started it yet."""
+    found: dict[float, str] = {}
+    for root in (run_dir, *run_dir.parents):
+        for file in (root / run_folder.SLURM).glob(f"submission-*/{JOB}"):
+            content, name = _read_job(file), str(run_dir.relative_to(root))
+            if name in content["runs"] and file.stat().st_mtime > after:
+                runs = content["runs"]
+                task = f"_{runs.index(name)}" if len(runs) > 1 else ""
+                found[file.stat().st_mtime] = content["job"] + task
+    return found[max(found)] if found else None
+
+
+def _read_job(file: Path) -> dict[str, Any]:
+    """job: its id; runs: their folders, as seen from the one that they share, `.` for a single one."""
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
 def _newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
     found = [
         (int(path.name.removeprefix("step_")), path.stat().st_mtime)
@@ -187,18 +210,25 @@ def _newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
 
 def _total_steps(run_dir: Path) -> int | None:
     config = run_dir / run_folder.CONFIG
-    return OmegaConf.load(config).training.total_steps if config.is_file() else None
+    try:  # it may just be being written
+        return OmegaConf.select(OmegaConf.load(config), "training.total_steps") if config.is_file() else None
+    except yaml.YAMLError:
+        return None
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The last JSON lines of a file that may be long, and that is being written."""
+def _read_lines(path: Path, key: str) -> list[dict[str, Any]]:
+    """The last JSON records with `key` of a file that may be long, and that is being written."""
     found = []
     for line in _tail(path) if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # cut off at the beginning or at the end
-            continue
+        with contextlib.suppress(ValueError):  # cut off at the beginning or at the end
+            record = json.loads(line)
+            if isinstance(record, dict) and key in record:
+                found.append(record)
     return found
+
+
+def _last(count: int, lines: list[str]) -> list[str]:
+    return lines[max(0, len(lines) - max(0, count)) :]
 
 
 def _tail(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,13 @@ from omegaconf import OmegaConf
 
 from mamba_train import run_folder
 from mamba_train.composition import CONF_DIR, compose_config, explain, user_errors_exit
-from mamba_train.config import Config, EngineKind
+from mamba_train.config import Config, EngineKind, SlurmConfig
+from mamba_train.monitor.redact import names_credential
 from slurm.script import Run, Submission, render, tasks_per_node
+from slurm.status import JOB
 
 REPOSITORY = CONF_DIR.parent
 CODE = ("train.py", "conf", "kernels", "mamba_train", "slurm")
-JOB = "job.json"  # in the folder of a submission: the job's id
 
 
 def main() -> None:
@@ -53,42 +55,48 @@ def compose_submission(overrides: list[str], working_dir: Path) -> Submission:
     site = os.environ.get("MAMBA_TRAIN_SITE")
     if site and not any(override.startswith("slurm=") for override in overrides):
         overrides = [f"slurm={site}", *overrides]  # the job may not see this variable
-    combinations = sweep(overrides)
-    configs = [compose_config(combination) for combination in combinations]
-    run_dirs = [config.run_dir for config in configs]
-    if len(set(run_dirs)) < len(run_dirs):  # nothing that is swept is in the name
-        for number, swept in enumerate(swept_values(overrides)):
+    shared, choices = sweep(overrides)
+    configs = [compose_config([*shared, *swept]) for swept in choices]
+    check_alike([config.slurm for config in configs])
+    if len({config.run_dir for config in configs}) < len(configs):  # nothing that is swept is in the name
+        for config, swept in zip(configs, choices, strict=True):
             name = re.sub(r"[^\w.+-]", "-", "_".join(swept))  # optim.lr-0.001_seed-0
-            run_dir = str(Path(run_dirs[number]) / name)
-            combinations[number] = [*combinations[number], f"run_dir={quoted(run_dir)}"]
-            configs[number].run_dir = run_dir
+            config.run_dir = str(Path(config.run_dir) / name)
     runs = [
-        Run(working_dir / config.run_dir, combination, config)
-        for config, combination in zip(configs, combinations, strict=True)
+        Run(working_dir / config.run_dir, _pinned([*shared, *swept], config.run_dir), config)
+        for config, swept in zip(configs, choices, strict=True)
     ]
     for run in runs:
         check(run.config)
-    root = Path(os.path.commonpath([run.run_dir for run in runs]))
-    log_dir = root / run_folder.SLURM
+    log_dir = check_folders([run.run_dir for run in runs], working_dir) / run_folder.SLURM
     number = 1
     while (folder := log_dir / f"submission-{number:03d}").exists():
         number += 1
     return Submission(runs, folder, log_dir, working_dir)
 
 
-def sweep(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each run: every combination of the keys that have several values."""
-    fixed = [str(override.input_line) for override in _parse(overrides) if not override.is_sweep_override()]
-    return [[*fixed, *swept] for swept in swept_values(overrides)]
+def sweep(overrides: list[str]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The overrides that all runs share, and those in which they differ: every combination of the swept values.
 
-
-def swept_values(overrides: list[str]) -> list[tuple[str, ...]]:
-    """The overrides in which the runs differ; one empty tuple when nothing is swept."""
-    sweeps = [override for override in _parse(overrides) if override.is_sweep_override()]
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()] for override in sweeps
-    ]
-    return list(itertools.product(*choices))
+    Nothing is swept: one empty tuple. Raises ValueError for values that are not a list, and for a key given twice.
+    """
+    parsed = _parse(overrides)
+    shared = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    keys = [override.key_or_group for override in parsed]
+    choices = []
+    for override in (override for override in parsed if override.is_sweep_override()):
+        text, key = str(override.input_line), override.key_or_group
+        if keys.count(key) > 1:
+            raise ValueError(f"{text}: {key} is given more than once; give all its values in one place")
+        try:
+            values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        except HydraException as error:
+            problem = f"{text}: expected the values themselves, as {key}=A,B,C or {key}=range(0,3)"
+            raise ValueError(problem) from error
+        if not values:
+            raise ValueError(f"{text}: there is no value in it")
+        choices.append(values)
+    return shared, list(itertools.product(*choices))
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -98,14 +106,50 @@ def _parse(overrides: list[str]) -> list[Override]:
         raise ValueError(explain(error)) from error
 
 
-def quoted(text: str) -> str:
-    """As a value of a Hydra override."""
-    return text if re.fullmatch(r"[\w./-]+", text) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _pinned(overrides: list[str], run_dir: str) -> list[str]:
+    """With the run's folder in so many words: `${now:...}` would name another one at each start."""
+    if f"run_dir={run_dir}" in overrides:
+        return overrides
+    # Without a slash it might be read as a number.
+    plain = re.fullmatch(r"[\w.-]*/[\w./-]*", run_dir)
+    return [*overrides, "run_dir=" + (run_dir if plain else "'" + run_dir.replace("'", "\\'") + "'")]
+
+
+def check_alike(settings: list[SlurmConfig]) -> None:
+    """Raise ValueError when the runs of a sweep want different jobs."""
+    for other in settings[1:]:
+        for name, value in vars(settings[0]).items():
+            if vars(other)[name] != value:
+                raise ValueError(
+                    f"slurm.{name}: {value} and {vars(other)[name]} in one sweep, which is one job array with the same "
+                    f"slurm.* for all runs; submit them one by one, or quote a list: \"slurm.{name}='A,B'\""
+                )
+
+
+def check_folders(run_dirs: list[Path], working_dir: Path) -> Path:
+    """The folder that the runs have in common; raises ValueError when they cannot be where they are."""
+    for folder in (working_dir, *run_dirs):
+        if found := re.search(r'[%\\"\x00-\x1f]', str(folder)):  # sbatch reads some of them as patterns
+            raise ValueError(f"run_dir={str(folder)!r}: expected a path without {found[0]!r}")
+    if len(set(run_dirs)) < len(run_dirs):
+        [twice, *_] = [folder for folder in run_dirs if run_dirs.count(folder) > 1]
+        raise ValueError(f"run_dir={twice}: two runs of the sweep have the same folder; give each value once")
+    root = Path(os.path.commonpath(run_dirs))
+    if root.resolve() == REPOSITORY.resolve():  # where `slurm` is the package that is to be copied
+        raise ValueError(f"run_dir={root}: that is the repository; choose a folder below it, such as runs/NAME")
+    return root
 
 
 def check(config: Config) -> None:
     """What only matters for a job on a cluster."""
     slurm, training = config.slurm, config.training
+    for line in (*slurm.environment, *slurm.setup):
+        for name in re.findall(r"""(\w+)=["']?[^\s$`"']""", line):
+            if names_credential(name):
+                raise ValueError(
+                    f"{name} in slurm.environment or slurm.setup would be saved with the run; export it in the shell "
+                    "that submits (SLURM passes it on), or write setup so that it reads a file"
+                )
     if slurm.nodes is None:
         raise ValueError("slurm.nodes has no value; give the number of nodes: slurm.nodes=1")
     n_ranks = slurm.nodes * tasks_per_node(slurm)
@@ -174,7 +218,9 @@ def sbatch(submission: Submission) -> str:
         shutil.rmtree(submission.folder)
         raise ValueError(f"sbatch refused the job: {' '.join(result.stderr.split())}")
     job = result.stdout.strip().split(";")[0]
-    (submission.folder / JOB).write_text(json.dumps({"job": job, "script": str(submission.script)}) + "\n")
+    root = submission.log_dir.parent
+    runs = [str(run.run_dir.relative_to(root)) for run in submission.runs]
+    (submission.folder / JOB).write_text(json.dumps({"job": job, "runs": runs}) + "\n")
     return job
 
 
@@ -183,11 +229,11 @@ def announce(submission: Submission, job: str) -> None:
     slurm = submission.slurm
     size = f"{slurm.nodes} nodes x {tasks_per_node(slurm)} processes, {slurm.time}"
     runs = f"{len(submission.runs)} runs of " if submission.is_array else ""
-    where = os.path.relpath(submission.log_dir.parent, submission.working_dir)
+    where = shlex.quote(os.path.relpath(submission.log_dir.parent, submission.working_dir))
     log = submission.log_dir / (f"job-{job}_0.log" if submission.is_array else f"job-{job}.log")
     print(f"job {job}: {runs}{size}; folder {where}")
     print(f"  watch   python -m slurm.status {where} --follow")
-    print(f"  log     tail -F {os.path.relpath(log, submission.working_dir)}")
+    print(f"  log     tail -F {shlex.quote(os.path.relpath(log, submission.working_dir))}")
     print(f"  cancel  scancel {job}")
     print("  resume  it comes back by itself; after a cancel, the same command goes on from the newest checkpoint")
 

@@ -26,6 +26,7 @@ TINY_RUN = [
     "logging.wandb=disabled",
     "logging.progress=plain",
     "checkpoint.interval_steps=5",
+    "evaluation.sample_tokens=0",
     "checkpoint.reserve_gib=0",
 ]
 
@@ -81,8 +82,9 @@ def train(run_dir: Path, corpus: Path, *overrides: str) -> subprocess.CompletedP
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """All whole records of metrics.jsonl: of a run that goes on, the last line may be on its way to the disk."""
+    *whole, _ = (run_dir / "metrics.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in whole]
 
 
 def curve(run_dir: Path) -> list[tuple[Any, ...]]:

@@ -9,6 +9,7 @@ from mamba_train.config import Config, ScheduleKind
 
 RECIPES = sorted(path.stem for path in (CONF_DIR / "experiment").glob("[!_]*.yaml"))
 PUBLISHED = [name for name in RECIPES if name.endswith(("_pile", "_slimpajama"))]
+NEEDS_NO_TEXT = ("smoke", "induction_heads", "selective_copying", "mqar")
 # Peak rates: five times GPT-3's (arXiv 2312.00752, E.2.1 and table 12), three times at 2.7B (mamba issue 144).
 GPT3_LR = {"130m": 6e-4, "370m": 3e-4, "780m": 2.5e-4, "790m": 2.5e-4, "1.3b": 2e-4, "1.4b": 2e-4}
 
@@ -20,7 +21,7 @@ def compose(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{}")
 
     def compose_recipe(name: str, *overrides: str) -> Config:
-        places = [] if name == "smoke" else [f"data.path={tmp_path / 'text'}"]
+        places = [] if name in NEEDS_NO_TEXT else [f"data.path={tmp_path / 'text'}"]
         if name == "anneal":
             places += [f"data.tokenizer={tmp_path}/tokenizer.json", f"init_from={tmp_path / 'text'}"]
         return compose_config([f"experiment={name}", *places, *overrides])

@@ -11,15 +11,16 @@ import pytest
 FLOORS: list[set[str]] = [
     {"mamba_train._kernels_name"},
     {"kernels", "mamba_train.config", "mamba_train.ranks", "mamba_train.run_folder"},
+    {"mamba_train.config_data_checks"},
     {"mamba_train.model", "mamba_train.data", "mamba_train.config_checks"},
     {"mamba_train.checkpoint", "mamba_train.composition"},
     {
         "mamba_train.parallel",
         "mamba_train.convert",
         "mamba_train.inference",
-        "mamba_train.evaluation",
         "mamba_train.monitor",
     },
+    {"mamba_train.evaluation"},
     {"mamba_train.training"},
     {"mamba_train.commands", "data_prep", "slurm", "mamba_train.__main__", "train"},
 ]

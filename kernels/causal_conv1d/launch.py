@@ -21,6 +21,7 @@ class Shape(NamedTuple):
     steps: int  # of a program, a multiple of `unroll`
 
 
+# First guesses, measured as they are (docs/kernels.md) and compared with no others.
 FORWARD = Shape(block=256, warps=1, unroll=4, steps=64)
 BACKWARD = Shape(block=256, warps=2, unroll=4, steps=128)
 

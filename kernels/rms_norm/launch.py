@@ -21,6 +21,9 @@ class Shape(NamedTuple):
     stages: int  # rows that are on their way from memory at once
 
 
+# First guesses, measured as they are (docs/kernels.md) and compared with no others.
+
+
 def forward_shape(block: int) -> Shape:
     """The forward kernel for a group of `block` channels, a power of two."""
     return Shape(rows=max(1, 1024 // block), warps=max(1, min(16, block // 512)), programs=16, stages=1)

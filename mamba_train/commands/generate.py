@@ -1,4 +1,4 @@
-"""`mamba-train generate RUN`: text from the newest checkpoint of a run."""
+"""`mamba-train generate RUN`: text that a trained model writes."""
 
 import argparse
 import math
@@ -10,52 +10,73 @@ from mamba_train.run_folder import SAMPLE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a run (its run_dir)")
-    parser.add_argument("--prompt", default="", help="text to continue (default: begin a document)")
+    parser.add_argument(
+        "source",
+        metavar="RUN",
+        help="folder of a run (its newest checkpoint), of a checkpoint, or of published weights",
+    )
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="to continue (default: begin a document); several at once"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens (default: all)")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the tokens with this much probability")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before it; several are possible"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; the second prompt draws with SEED + 1")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of matrices (default: bf16 on a GPU, else fp32)")
     parser.add_argument("--save", action="store_true", help=f"also write the text to RUN/{SAMPLE}")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the prompt and its continuation to stdout as it grows; raises ValueError for bad arguments."""
+    """Write prompts and what continues them, a single one as it grows; raises ValueError for bad arguments."""
     _check(args)
     import torch
 
-    from mamba_train.inference.generate import generate
-    from mamba_train.inference.load import load_model, load_run_tokenizer
+    from mamba_train.convert.source import load_pretrained
+    from mamba_train.data.tokenizer import TextTokenizer
+    from mamba_train.inference.load import inference_model
+    from mamba_train.inference.sampling import Sampling
+    from mamba_train.inference.text import generate_text
 
-    tokenizer = load_run_tokenizer(args.run_dir)
+    pretrained = load_pretrained(args.source, lambda line: print(line, file=sys.stderr))
+    if pretrained.tokenizer is None:
+        raise ValueError(f"{args.source}: there is no tokenizer.json here, without which there is no text")
+    tokenizer = TextTokenizer(pretrained.tokenizer, f"the tokenizer of {args.source}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
-    model, step = load_model(args.run_dir, torch.device(args.device), lambda line: print(line, file=sys.stderr))
-    prompt = [tokenizer.eos_id, *tokenizer.encode(args.prompt).tolist()]
-    print(f"sample after step {step}:", file=sys.stderr)
-    tokens = prompt[1:]
-    shown = ""
-    for token in generate(
+    precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = inference_model(pretrained.config, pretrained.tensors, torch.device(args.device), dtype)
+    if pretrained.step is not None:
+        print(f"sample after step {pretrained.step}:", file=sys.stderr)
+    texts = args.prompt or [""]
+    alone = len(texts) == 1
+
+    def show(row: int, text: str) -> None:
+        if alone:
+            print(text, end="", flush=True)
+
+    show(0, texts[0])
+    continued = generate_text(
         model,
-        prompt,
+        tokenizer,
+        [[tokenizer.eos_id, *tokenizer.encode(text).tolist()] for text in texts],
+        Sampling(args.temperature, args.top_k, args.top_p, args.seed),
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        vocab_size=tokenizer.vocab_size,
-        stop_token=tokenizer.eos_id,
-        seed=args.seed,
-    ):
-        tokens.append(token)
-        text = tokenizer.decode(tokens)
-        # A character may be cut in two by a token: hold it back until it is whole.
-        if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    text = tokenizer.decode(tokens)
-    print(text[len(shown) :])
+        stop_strings=args.stop,
+        on_text=show,
+    )
+    whole = [prompt + text for prompt, text in zip(texts, continued, strict=True)]
+    if alone:
+        print()
+    else:
+        print("\n".join(f"--- {number} ---\n{text}" for number, text in enumerate(whole, start=1)))
     if args.save:
-        (args.run_dir / SAMPLE).write_text(text + "\n", encoding="utf-8")
+        (Path(args.source) / SAMPLE).write_text("\n".join(whole) + "\n", encoding="utf-8")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -63,7 +84,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
     if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature}: expected 0 or more")
+    if args.top_k is not None and args.top_k < 1:
+        raise ValueError(f"--top-k {args.top_k}: expected at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: expected 0 to 2^63 - 1")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p {args.top_p}: expected more than 0 and at most 1")
+    if "" in args.stop:
+        raise ValueError("--stop '': expected a text of at least one character")
+    if args.save and not Path(args.source).is_dir():
+        raise ValueError(f"--save: {args.source} is no folder here to write {SAMPLE} into")

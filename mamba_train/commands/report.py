@@ -53,6 +53,7 @@ def ensure_baseline(run_dir: Path) -> str | None:
     from omegaconf import OmegaConf
 
     from mamba_train.data.batches import WindowForm
+    from mamba_train.data.corpus import Corpus
     from mamba_train.data.manifest import TOKENIZER_NAME
     from mamba_train.data.opening import open_folders
     from mamba_train.data.tokenizer import load_tokenizer
@@ -62,6 +63,8 @@ def ensure_baseline(run_dir: Path) -> str | None:
     config, summary = OmegaConf.load(run_dir / CONFIG), read_summary(run_dir)
     if config.data.source == "stream":
         return "the run tokenised its text while it read it: there are no tokens to fit the bigram model to"
+    if config.data.get("task"):
+        return "a synthetic task is not text"
     if config.data.get("mask_loss_at_documents"):
         return "the run does not predict the first token of a document, the bigram model would"
     folders = {name: Path(folder) for name, folder in (summary.get("sources") or {"": summary["data_folder"]}).items()}
@@ -71,6 +74,7 @@ def ensure_baseline(run_dir: Path) -> str | None:
             return f"its tokens are not in {folder} any more"
     data = open_folders(folders, held_out)
     corpus = data.everything
+    assert isinstance(corpus, Corpus), "folders hold text"
     if corpus.n_tokens > MAX_BASELINE_TOKENS:
         return f"{corpus.n_tokens:,} training tokens are more than {MAX_BASELINE_TOKENS:,}"
     if not data.validation:

@@ -29,6 +29,8 @@ def to_config_json(config: ModelConfig, layout: Layout, eos_id: int | None) -> d
     eos_id: the end-of-document token, where there is a tokenizer.
     Raises ValueError for a model that the layout has no config for.
     """
+    if config.time_invariant:
+        raise ValueError("model.time_invariant=true: others have no model whose Δ, B and C depend on no token")
     if layout is Layout.transformers:
         return transformers_layout.to_json(config, eos_id)
     return state_spaces.to_json(config)

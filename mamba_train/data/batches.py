@@ -5,9 +5,9 @@ the first is a target. The position of the whole pipeline is the number of sampl
 worker or micro-batch asks for a sample makes no difference to what it gets (contract C3).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ import torch
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.mixture import Mixture, Stage
 from mamba_train.data.order import ORDER_VERSION, epoch_key, permute_each
+from mamba_train.data.synthetic import SyntheticCorpus
+
+AnyCorpus: TypeAlias = Corpus | SyntheticCorpus
 
 IGNORE_INDEX = -100  # a target that counts for nothing, as the loss has it
 
@@ -32,13 +35,15 @@ class Batch:
     tokens: int64 (rows, length + 1). seq_idx: int32 (rows, length + 1), the number of each token's
     document counted from 0 in each row, or None where boundaries are not wanted. The end-of-document
     token belongs to the document that it ends. unpredictable_after: the end-of-document id, when the
-    token behind it is to be no target; None: all tokens but the first are targets. lengths: int64 (rows,), how
+    token behind it is to be no target; None: all tokens but the first are targets. labels: of a synthetic task, int64
+    (rows, length), in the place of the next tokens; IGNORE_INDEX where there are none. lengths: int64 (rows,), how
     many tokens of each row are text, the others being no targets; None: all are.
     """
 
     tokens: torch.Tensor
     seq_idx: torch.Tensor | None
     unpredictable_after: int | None = None
+    labels: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
 
     @property
@@ -49,6 +54,8 @@ class Batch:
     @property
     def targets(self) -> torch.Tensor:
         """Tokens that it has to predict, (rows, length); IGNORE_INDEX where there is nothing to predict."""
+        if self.labels is not None:
+            return self.labels
         targets = self.tokens[:, 1:]
         if self.unpredictable_after is not None:
             targets = targets.masked_fill(self.inputs == self.unpredictable_after, IGNORE_INDEX)
@@ -60,7 +67,7 @@ class Batch:
     @property
     def n_targets(self) -> int:
         """How many tokens there are to predict."""
-        if self.lengths is not None:
+        if self.labels is not None or self.lengths is not None:
             return int((self.targets != IGNORE_INDEX).sum())
         if self.unpredictable_after is None:
             return self.inputs.numel()
@@ -68,15 +75,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        seq_idx = None if self.seq_idx is None else self.seq_idx.to(device, non_blocking=True)
-        lengths = None if self.lengths is None else self.lengths.to(device, non_blocking=True)
-        return Batch(self.tokens.to(device, non_blocking=True), seq_idx, self.unpredictable_after, lengths)
+        return self._each(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in memory that a GPU can copy from while it computes (the DataLoader calls this)."""
-        seq_idx = None if self.seq_idx is None else self.seq_idx.pin_memory()
-        lengths = None if self.lengths is None else self.lengths.pin_memory()
-        return Batch(self.tokens.pin_memory(), seq_idx, self.unpredictable_after, lengths)
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        seq_idx, labels, lengths = (
+            None if part is None else change(part) for part in (self.seq_idx, self.labels, self.lengths)
+        )
+        return Batch(change(self.tokens), seq_idx, self.unpredictable_after, labels, lengths)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Between processes as few plain bytes: a tensor would go by shared memory, of which containers have little and
@@ -84,19 +93,21 @@ class Batch:
         tokens = self.tokens.numpy()
         narrow = tokens.astype(np.uint16 if tokens.size and tokens.max() < 2**16 else np.int32)
         starts = None if self.seq_idx is None else np.packbits(np.diff(self.seq_idx.numpy(), axis=-1, prepend=0) > 0)
+        labels = None if self.labels is None else self.labels.numpy().astype(np.int32)
         lengths = None if self.lengths is None else self.lengths.tolist()
-        return _unpack, (narrow, starts, self.unpredictable_after, lengths)
+        return _unpack, (narrow, starts, self.unpredictable_after, labels, lengths)
 
 
 def _unpack(
-    narrow: np.ndarray, starts: np.ndarray | None, unpredictable_after: int | None, lengths: list[int] | None
-) -> Batch:
-    tokens = torch.from_numpy(narrow.astype(np.int64))
-    seq_idx = None
+    narrow: np.ndarray, starts: np.ndarray | None, unpredictable_after: int | None,
+    narrow_labels: np.ndarray | None, lengths: list[int] | None,
+) -> Batch:  # fmt: skip
+    tokens, seq_idx = torch.from_numpy(narrow.astype(np.int64)), None
     if starts is not None:
         begins = np.unpackbits(starts, count=narrow.size).reshape(narrow.shape)
         seq_idx = torch.from_numpy(np.cumsum(begins, axis=-1, dtype=np.int32))
-    return Batch(tokens, seq_idx, unpredictable_after, None if lengths is None else torch.tensor(lengths))
+    labels = None if narrow_labels is None else torch.from_numpy(narrow_labels.astype(np.int64))
+    return Batch(tokens, seq_idx, unpredictable_after, labels, None if lengths is None else torch.tensor(lengths))
 
 
 @dataclass(frozen=True)
@@ -107,17 +118,21 @@ class WindowForm:
     with_boundaries: bool
     mask_loss: bool = False
 
-    def read(self, places: Sequence[tuple[Corpus, int]]) -> Batch:
+    def read(self, places: Sequence[tuple[AnyCorpus, int]]) -> Batch:
         """The windows that begin at these tokens of corpora of one tokenizer. Raises ReadError."""
+        if places and isinstance(task := places[0][0], SyntheticCorpus):
+            samples, labels = task.samples_at([start for _, start in places])
+            return Batch(torch.from_numpy(samples), None, labels=torch.from_numpy(labels))
         tokens = np.empty((len(places), self.length + 1), dtype=np.int64)
         for row, (corpus, start) in zip(tokens, places, strict=True):
+            assert isinstance(corpus, Corpus), "a task is mixed with nothing else"
             corpus.read(start, row)
         eos_id = places[0][0].eos_id if places else None
         boundaries = self.with_boundaries and eos_id is not None
         seq_idx = torch.from_numpy(document_numbers(tokens, eos_id)) if boundaries else None
         return Batch(torch.from_numpy(tokens), seq_idx, eos_id if self.mask_loss else None)
 
-    def check(self, corpus: Corpus, name: str) -> None:
+    def check(self, corpus: AnyCorpus, name: str) -> None:
         """Raise ValueError (`data.sequence_length`) if the corpus is smaller than one window."""
         if self.length < 1:
             raise ValueError(f"data.sequence_length={self.length}: expected at least 1")
@@ -147,7 +162,7 @@ class BatchSource:
 
     def __init__(
         self,
-        corpora: Mapping[str, Corpus],
+        corpora: Mapping[str, AnyCorpus],
         global_batch_size: int,
         seed: int,
         form: WindowForm,
@@ -197,7 +212,7 @@ class BatchSource:
         keys = [epoch_key(self.seed, epoch, self.names[number]) for number, epoch in names_and_epochs]
         return sources, permute_each(places, n_windows.tolist(), keys) if keys else places
 
-    def places(self, samples: np.ndarray) -> list[tuple[Corpus, int]]:
+    def places(self, samples: np.ndarray) -> list[tuple[AnyCorpus, int]]:
         """The corpus of each sample and the token in it with which its window begins."""
         found = []
         for sample in np.asarray(samples, dtype=np.int64).tolist():

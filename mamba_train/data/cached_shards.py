@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mamba_train.config import DataConfig
-from mamba_train.data.batches import EVERYTHING, BatchSource, WindowForm
+from mamba_train.data.batches import EVERYTHING, AnyCorpus, BatchSource, WindowForm
 from mamba_train.data.corpus import Corpus, ReadError
 from mamba_train.data.documents import SPLITS, Log
 from mamba_train.data.manifest import FORMAT_VERSION, Manifest
@@ -103,11 +103,11 @@ class CachedSource(BatchSource):
         """SHA-256 of the plan: inputs with their sizes, and settings."""
         return hashlib.sha256(self.job.to_json().encode("utf-8", "surrogatepass")).hexdigest()
 
-    def places(self, samples: np.ndarray) -> list[tuple[Corpus, int]]:
+    def places(self, samples: np.ndarray) -> list[tuple[AnyCorpus, int]]:
         """As `BatchSource.places`; waits for groups that are not finished. Raises ReadError when they never will be."""
         return [self._place(sample) for sample in np.asarray(samples, dtype=np.int64).tolist()]
 
-    def _place(self, sample: int) -> tuple[Corpus, int]:
+    def _place(self, sample: int) -> tuple[AnyCorpus, int]:
         number, epoch, window, n_windows = self._window(sample)
         corpus = self._groups[number]
         key = epoch_key(self.seed, epoch, f"group {self.job.groups[number].name}")

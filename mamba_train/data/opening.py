@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mamba_train.config import DataConfig
+from mamba_train.config import DataConfig, DataSource
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.documents import Log, Split
 from mamba_train.data.manifest import Manifest, read_manifest
 from mamba_train.data.prepare import check_prepared, prepare
+from mamba_train.data.synthetic import SyntheticCorpus, prepare_task, task_corpus
 
 Folder = tuple[Path, Manifest]
 
@@ -25,10 +26,10 @@ class OpenedData:
 
     folders: dict[str, Path]
     held_out: dict[str, Path]
-    everything: Corpus
-    corpora: dict[str, Corpus]
+    everything: Corpus | SyntheticCorpus
+    corpora: Mapping[str, Corpus | SyntheticCorpus]
     stages: list[tuple[int, dict[str, float]]]
-    validation: dict[str, Corpus]
+    validation: Mapping[str, Corpus | SyntheticCorpus]
 
     @property
     def folder(self) -> Path:
@@ -51,6 +52,8 @@ def open_data(data: DataConfig, log: Log) -> OpenedData:
 
     Raises ValueError, one line that begins with the key or names the file, for whatever is not as it should be.
     """
+    if data.source is DataSource.synthetic:
+        return _open_task(data)
     folders, held_out = {}, {}
     for name, path in data.sources.items():
         folders[name] = check_prepared(Path(path).expanduser(), f"data.sources.{name}={path}", data.check_hashes)
@@ -65,6 +68,15 @@ def open_data(data: DataConfig, log: Log) -> OpenedData:
     if unused:
         log(f"data: warning: no stage of data.mixture has a weight for {', '.join(unused)}")
     return opened
+
+
+def _open_task(data: DataConfig) -> OpenedData:
+    folder = prepare_task(data)
+    everything = task_corpus(data, "train", folder)
+    stages = [(0, {"": 1.0})]
+    return OpenedData(
+        {"": folder}, {}, everything, {"": everything}, stages, {"": task_corpus(data, "validation", folder)}
+    )
 
 
 def open_folders(

@@ -92,7 +92,7 @@ class RankRows(Dataset):
             torch.from_numpy(tokens),
             seq_idx,
             eos_id if form.mask_loss else None,
-            None if is_full else torch.from_numpy(lengths),
+            lengths=None if is_full else torch.from_numpy(lengths),
         )
         return Rows(batch, lanes, cursors, (n_bytes, *self._count()))
 
@@ -183,7 +183,7 @@ class StreamLoader(BatchLoader):
             rows = slice(first, first + self._micro_batch_size)
             seq_idx = None if whole.seq_idx is None else whole.seq_idx[rows]
             lengths = None if whole.lengths is None else whole.lengths[rows]
-            batch = Batch(whole.tokens[rows], seq_idx, whole.unpredictable_after, lengths)
+            batch = Batch(whole.tokens[rows], seq_idx, whole.unpredictable_after, lengths=lengths)
             found.append(batch.pin_memory() if self._pins else batch)
         return found
 
@@ -201,5 +201,5 @@ def _joined(parts: Sequence[Batch], length: int) -> Batch:
         torch.cat([part.tokens for part in parts]),
         torch.cat(seq_idx) if seq_idx else None,
         parts[0].unpredictable_after,
-        lengths,
+        lengths=lengths,
     )

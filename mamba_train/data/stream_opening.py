@@ -18,7 +18,7 @@ from mamba_train.data.corpus import Corpus
 from mamba_train.data.documents import Log
 from mamba_train.data.encoders import fastokens_call
 from mamba_train.data.manifest import TOKENIZER_NAME, read_manifest
-from mamba_train.data.opening import check_held_out_tokenizer, held_out_domains
+from mamba_train.data.opening import OpenedData, check_held_out_tokenizer, held_out_domains
 from mamba_train.data.prepare import check_prepared
 from mamba_train.data.remote_files import HttpFile, Patience, is_address
 from mamba_train.data.shard_job import HUB_PREFIX, find_inputs
@@ -54,6 +54,9 @@ class OpenedStream:
         n_files = sum(len(listed) for listed in self.files.values())
         n_bytes = sum(file.size for listed in self.files.values() for file in listed)
         return f"{n_files:,} files of text, {n_bytes:,} bytes as stored"
+
+
+AnyOpened = OpenedData | OpenedStream
 
 
 def list_stream(data: DataConfig, log: Log) -> dict[str, Any]:

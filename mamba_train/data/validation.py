@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mamba_train.data.batches import Batch, WindowForm
-from mamba_train.data.corpus import Corpus
+from mamba_train.data.batches import AnyCorpus, Batch, WindowForm
 from mamba_train.data.tokenizer import TextTokenizer
 
 # However small its part of the held-out text, a domain is judged by this many sequences, if it has them.
@@ -21,7 +20,7 @@ class ValidationSet:
     """
 
     label: str
-    corpus: Corpus
+    corpus: AnyCorpus
     form: WindowForm
     n_sequences: int
 
@@ -44,7 +43,7 @@ class ValidationSet:
         return total
 
 
-def validation_sets(corpora: Mapping[str, Corpus], form: WindowForm, n_sequences: int) -> list[ValidationSet]:
+def validation_sets(corpora: Mapping[str, AnyCorpus], form: WindowForm, n_sequences: int) -> list[ValidationSet]:
     """Divide about `n_sequences` windows among domains by the size of their text, with a least number for each.
 
     A domain smaller than a window is left out. Raises ValueError (`data.sequence_length`) if all of them are.

@@ -1,52 +1,57 @@
-"""Text from a trained model, one token at a time by recurrence."""
+"""Tokens from a trained model, for a batch of prompts, one position at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
+from mamba_train.inference.decoder import Decoder
+from mamba_train.inference.sampling import NOT_FINITE, Sampling, choose, uniform_draws
 from mamba_train.model.language_model import MambaLM
+
+EndsRow = Callable[[int, int], bool]
+
+
+def goes_on(row: int, token: int) -> bool:
+    """Ends no row before it has all the tokens that were asked for."""
+    return False
 
 
 @torch.no_grad()
 def generate(
     model: MambaLM,
-    prompt: list[int],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     vocab_size: int,
     stop_token: int | None = None,
-    seed: int = 0,
-) -> Iterator[int]:
-    """Yield up to `max_new_tokens` token ids that continue `prompt`.
+    on_token: EndsRow = goes_on,
+    cuda_graph: bool | None = None,
+) -> list[list[int]]:
+    """The tokens that continue each of the prompts, up to `max_new_tokens` of them.
 
-    The state has a constant size, so a token costs the same however long the text is. temperature 0
-    takes the most likely token; top_p keeps the smallest set of tokens with that much probability
-    (arXiv 1904.09751, section 3.1). Ids from `vocab_size` on are padding and are never drawn.
+    A row ends before its `stop_token`, and after a token for which on_token(row, token) is true, which is called as the
+    tokens come. Ids from `vocab_size` on are padding and never chosen. cuda_graph: see `Decoder`.
     Raises ValueError for an empty prompt and for logits that are not finite.
     """
-    if not prompt:
-        raise ValueError("the prompt has no tokens; give at least one")
-    device = model.embedding.weight.device
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    logits, state = model.prefill(torch.tensor([prompt], device=device), model.initial_state(1))
-    for _ in range(max_new_tokens):
-        if not bool(logits.isfinite().all()):
-            raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged")
-        token = _draw(logits[0, :vocab_size].float().cpu(), temperature, top_p, generator)
-        if token == stop_token:
-            return
-        yield token
-        logits, state = model.step(torch.tensor([token], device=device), state)
-
-
-def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
-    # Keep a token when the mass before it is still below top_p: at least one is always kept.
-    kept = probabilities.cumsum(-1) - probabilities < top_p
-    probabilities = probabilities * kept
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    decoder = Decoder(model, prompts, cuda_graph)
+    draws = uniform_draws(sampling, len(prompts), decoder.logits.device)
+    texts: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    for position in range(max_new_tokens):
+        tokens = choose(decoder.logits[:, :vocab_size], sampling, next(draws))
+        chosen = tokens.tolist()
+        for row in sorted(open_rows):
+            if chosen[row] == NOT_FINITE:
+                raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged")
+            if chosen[row] == stop_token:
+                open_rows.discard(row)
+                continue
+            texts[row].append(chosen[row])
+            if on_token(row, chosen[row]):
+                open_rows.discard(row)
+        if not open_rows or position == max_new_tokens - 1:
+            break
+        # Rows that have ended are carried along: the batch keeps its shape.
+        decoder.step(tokens.clamp(min=0))
+    return texts

@@ -1,46 +1,26 @@
-"""A trained model and its tokenizer from a run folder."""
+"""A model to be used, not trained."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from omegaconf import OmegaConf
+from torch import Tensor
 
-from mamba_train.checkpoint.layout import checkpoints_dir
-from mamba_train.checkpoint.storage import load_model_only, newest_complete
 from mamba_train.config import ModelConfig
-from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
+from mamba_train.model.contract import rule_for
 from mamba_train.model.language_model import MambaLM
-from mamba_train.run_folder import TOKENIZER
 
 
-def load_model(run_dir: Path, device: torch.device, log: Callable[[str], None]) -> tuple[MambaLM, int]:
-    """The model of the newest complete checkpoint of a run, and that checkpoint's step.
+def inference_model(
+    config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> MambaLM:
+    """The model of these weights on `device`, computing in `dtype`, without gradients.
 
-    Raises ValueError when the folder holds no complete checkpoint.
+    config: resolved. The SSM parameters stay fp32, as the table of `mamba_train.model.contract` says: a state that
+    decays by rounded rates is another one after a thousand tokens.
     """
-    path = newest_complete(checkpoints_dir(run_dir), log)
-    if path is None:
-        raise ValueError(f"{run_dir}: no complete checkpoint here; expected the folder of a run (run_dir)")
-    tensors, values = load_model_only(path, device)
-    # Only the model's part: imported weights have no other.
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values["model"]))
-    assert isinstance(config, ModelConfig)
-    model = _model_from(config, tensors)
-    return model, int(path.name.split("_")[1])
-
-
-def load_run_tokenizer(run_dir: Path) -> TextTokenizer:
-    """The tokenizer that the run was trained with; raises ValueError when the folder has none."""
-    path = run_dir / TOKENIZER
-    if not path.is_file():
-        raise ValueError(f"{run_dir}: not the folder of a run (there is no {TOKENIZER}); give a run_dir of train.py")
-    return load_tokenizer(path)
-
-
-def _model_from(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> MambaLM:
     with torch.device("meta"):
         model = MambaLM(config)
-    # assign: the checkpoint's tensors become the parameters, nothing is copied.
-    model.load_state_dict(tensors, assign=True)
+    kept = {name: torch.float32 if rule_for(name).fp32_forward else dtype for name in tensors}
+    # assign: these tensors become the parameters, nothing is copied once more.
+    model.load_state_dict({name: tensor.to(device, kept[name]) for name, tensor in tensors.items()}, assign=True)
     return model.requires_grad_(False).eval()

@@ -18,11 +18,13 @@ class KVState:
 
     keys, values: (batch, kv_head, positions so far, head_dim), keys already rotated.
     conv: (batch, d_conv - 1, channels of in_proj), the last inputs of the convolution; None without one.
+    documents: (batch, positions so far) int32, the document of each; None where all are of one.
     """
 
     keys: Tensor
     values: Tensor
     conv: Tensor | None
+    documents: Tensor | None = None
 
 
 class AttentionMixer(nn.Module):
@@ -56,24 +58,29 @@ class AttentionMixer(nn.Module):
             qkv = causal_conv1d(qkv, self.conv_weight, self.conv_bias, seq_idx=seq_idx)
         # Only distances between positions matter, so positions need not start over at a document.
         q, k, v = self._heads(qkv, first_position=0)
-        mask = None if seq_idx is None else _same_document(seq_idx).tril_()
+        mask = None if seq_idx is None else _same_document(seq_idx, seq_idx.shape[1]).tril_()
         return self._attend(q, k, v, mask)
 
-    def prefill(self, hidden: Tensor, state: KVState) -> tuple[Tensor, KVState]:
-        """As forward, after the positions in `state`, also returning the state with the new ones."""
+    def prefill(self, hidden: Tensor, state: KVState, seq_idx: Tensor | None = None) -> tuple[Tensor, KVState]:
+        """As forward, after the positions in `state`, also returning the state with the new ones.
+
+        Without seq_idx the new positions continue the last document.
+        """
         qkv, conv = self.in_proj(hidden), state.conv
         if self.conv_weight is not None:
             qkv, conv = causal_conv1d(
-                qkv, self.conv_weight, self.conv_bias, initial_state=conv, return_final_state=True
+                qkv, self.conv_weight, self.conv_bias, seq_idx=seq_idx, initial_state=conv, return_final_state=True
             )
-        past = state.keys.shape[2]
+        past, length = state.keys.shape[2], hidden.shape[1]
         q, k, v = self._heads(qkv, first_position=past)
-        state = KVState(torch.cat([state.keys.to(k), k], dim=2), torch.cat([state.values.to(v), v], dim=2), conv)
+        documents = _with_new(state.documents, past, seq_idx, length)
+        keys, values = torch.cat([state.keys.to(k), k], dim=2), torch.cat([state.values.to(v), v], dim=2)
         mask = None
-        if past:
-            length = hidden.shape[1]
+        if documents is not None:
+            mask = _same_document(documents, length).tril_(past)
+        elif past:
             mask = torch.ones(length, past + length, dtype=torch.bool, device=hidden.device).tril_(past)
-        return self._attend(q, state.keys, state.values, mask), state
+        return self._attend(q, keys, values, mask), KVState(keys, values, conv, documents)
 
     def step(self, hidden: Tensor, state: KVState) -> tuple[Tensor, KVState]:
         """One token: hidden (batch, d_model)."""
@@ -106,10 +113,25 @@ class AttentionMixer(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
-def _same_document(seq_idx: Tensor) -> Tensor:
-    """Which positions (batch, 1, query, key) are of one document; any change of the number begins another."""
+def _same_document(seq_idx: Tensor, n_queries: int) -> Tensor:
+    """Which positions (batch, 1, query, key) are of one document; any change of the number begins another.
+
+    The queries are the last positions.
+    """
     ordinals = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(dim=1), (1, 0))
-    return (ordinals.unsqueeze(2) == ordinals.unsqueeze(1)).unsqueeze(1)
+    return (ordinals[:, -n_queries:].unsqueeze(2) == ordinals.unsqueeze(1)).unsqueeze(1)
+
+
+def _with_new(documents: Tensor | None, past: int, seq_idx: Tensor | None, length: int) -> Tensor | None:
+    """The documents of `past` cached positions and of `length` new ones; None where all are of one."""
+    if documents is None and seq_idx is None:
+        return None
+    if seq_idx is None:
+        assert documents is not None
+        seq_idx = documents[:, -1:].expand(-1, length)
+    if documents is None:  # what was read so far belongs to the first document of the new ones
+        documents = seq_idx[:, :1].expand(-1, past)
+    return torch.cat([documents, seq_idx], dim=1)
 
 
 def _rotary_angles(first_position: int, length: int, rotary_dim: int, device: torch.device) -> Tensor:

@@ -53,9 +53,11 @@ class Block(nn.Module):
         hidden, residual = self.norm(hidden, residual)
         return self._mlp(self.mixer(hidden, seq_idx), residual)
 
-    def prefill(self, hidden: Tensor, residual: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor, LayerState]:
+    def prefill(
+        self, hidden: Tensor, residual: Tensor | None, state: LayerState, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, LayerState]:
         hidden, residual = self.norm(hidden, residual)
-        hidden, state = self.mixer.prefill(hidden, state)
+        hidden, state = self.mixer.prefill(hidden, state, seq_idx)
         return *self._mlp(hidden, residual), state
 
     def step(self, hidden: Tensor, residual: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor, LayerState]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,14 @@ class MambaLM(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        reduction: Literal["sum", "none"] = "sum",
     ) -> Tensor:
-        """The summed loss, or the logits when there are no targets.
+        """The loss, or the logits when there are no targets.
 
         tokens, targets: (batch, length) int64; seq_idx: (batch, length) int32, the document of each
         position, or None to let each position see all before it.
-        Returns a scalar in fp32 (nats, summed over the targets), or (batch, length, padded vocab).
+        Returns nats in fp32, summed over the targets or, by reduction="none" and without gradients, one for each
+        (batch, length); or logits (batch, length, padded vocab).
         """
         hidden, residual = self.embedding(tokens), None
         for layer in self.blocks():
@@ -77,15 +79,21 @@ class MambaLM(nn.Module):
         hidden, _ = self.norm(hidden, residual)
         if targets is None:
             return F.linear(hidden, self._head_weight())
-        return linear_cross_entropy(hidden, self._head_weight(), targets)
+        return linear_cross_entropy(hidden, self._head_weight(), targets, reduction=reduction)
 
-    def prefill(self, tokens: Tensor, state: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
-        """Read a prompt (batch, length) from `state`; return the last logits (batch, vocab) and the new state."""
+    def prefill(
+        self, tokens: Tensor, state: list[LayerState], seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Read a prompt (batch, length) from `state`; return the last logits (batch, vocab) and the new state.
+
+        seq_idx: (batch, length) int32; what follows continues the document at the last position, and `state` belongs
+        to the one at the first. Prompts of several lengths are padded on the left with a document of its own.
+        """
         hidden = self.embedding(tokens)
         residual: Tensor | None = None
         new_state = []
         for layer, layer_state in zip(self.blocks(), state, strict=True):
-            hidden, residual, layer_state = layer.prefill(hidden, residual, layer_state)
+            hidden, residual, layer_state = layer.prefill(hidden, residual, layer_state, seq_idx)
             new_state.append(layer_state)
         assert residual is not None, "a model has at least one layer"
         hidden, _ = self.norm(hidden[:, -1], residual[:, -1])

@@ -48,14 +48,17 @@ class Mamba2SSM(nn.Module):
             y = ssd(x, dt, self._A(), B, C, self.D, dt_bias=self.dt_bias, chunk_size=self.chunk_size, seq_idx=seq_idx)
             return self._norm(y, z)
 
-    def prefill(self, xBC: Tensor, dt: Tensor, z: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        """As forward, from `state`, also returning the state after the last token."""
+    def prefill(
+        self, xBC: Tensor, dt: Tensor, z: Tensor, state: SSMState, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, SSMState]:
+        """As forward, from `state` (of the first position's document); also returns the state after the last token."""
         with torch.autocast(xBC.device.type, enabled=False):
             xBC, conv = causal_conv1d(
                 xBC,
                 self.conv_weight,
                 self.conv_bias,
                 activation="silu",
+                seq_idx=seq_idx,
                 initial_state=state.conv,
                 return_final_state=True,
             )
@@ -69,6 +72,7 @@ class Mamba2SSM(nn.Module):
                 self.D,
                 dt_bias=self.dt_bias,
                 chunk_size=self.chunk_size,
+                seq_idx=seq_idx,
                 initial_state=state.scan,
                 return_final_state=True,
             )

@@ -22,7 +22,7 @@ class Mixer(Protocol):
     """
 
     def __call__(self, hidden: Tensor, seq_idx: Tensor | None = None) -> Tensor: ...
-    def prefill(self, hidden: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+    def prefill(self, hidden: Tensor, state: Any, seq_idx: Tensor | None = None) -> tuple[Tensor, Any]: ...
     def step(self, hidden: Tensor, state: Any) -> tuple[Tensor, Any]: ...
     def initial_state(self, batch_size: int, dtype: torch.dtype) -> Any: ...
 
@@ -41,9 +41,9 @@ class Mamba1Mixer(nn.Module):
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         return self.out_proj(self.ssm(x, z, seq_idx))
 
-    def prefill(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+    def prefill(self, hidden: Tensor, state: SSMState, seq_idx: Tensor | None = None) -> tuple[Tensor, SSMState]:
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        y, state = self.ssm.prefill(x, z, state)
+        y, state = self.ssm.prefill(x, z, state, seq_idx)
         return self.out_proj(y), state
 
     def step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
@@ -70,9 +70,9 @@ class Mamba2Mixer(nn.Module):
         z, xBC, dt = self.in_proj(hidden).split(self.split_sizes, dim=-1)
         return self.out_proj(self.ssm(xBC, dt, z, seq_idx))
 
-    def prefill(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+    def prefill(self, hidden: Tensor, state: SSMState, seq_idx: Tensor | None = None) -> tuple[Tensor, SSMState]:
         z, xBC, dt = self.in_proj(hidden).split(self.split_sizes, dim=-1)
-        y, state = self.ssm.prefill(xBC, dt, z, state)
+        y, state = self.ssm.prefill(xBC, dt, z, state, seq_idx)
         return self.out_proj(y), state
 
     def step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:

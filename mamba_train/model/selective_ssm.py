@@ -36,6 +36,7 @@ class SelectiveSSM(nn.Module):
         super().__init__()
         d_inner = config.expand * config.d_model
         assert config.dt_rank is not None, "resolve the model config first"
+        self.time_invariant = config.time_invariant
         self.split_sizes = [config.dt_rank, config.d_state, config.d_state]
         self.conv_weight = nn.Parameter(torch.empty(d_inner, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(d_inner))
@@ -53,14 +54,15 @@ class SelectiveSSM(nn.Module):
             dt, B, C = self._project(x)
             return selective_scan(x, dt, self._A(), B, C, self.D, z, self.dt_bias, seq_idx=seq_idx)
 
-    def prefill(self, x: Tensor, z: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        """As forward, from `state`, also returning the state after the last token."""
+    def prefill(self, x: Tensor, z: Tensor, state: SSMState, seq_idx: Tensor | None = None) -> tuple[Tensor, SSMState]:
+        """As forward, from `state` (of the first position's document); also returns the state after the last token."""
         with torch.autocast(x.device.type, enabled=False):
             x, conv = causal_conv1d(
                 x,
                 self.conv_weight,
                 self.conv_bias,
                 activation="silu",
+                seq_idx=seq_idx,
                 initial_state=state.conv,
                 return_final_state=True,
             )
@@ -74,6 +76,7 @@ class SelectiveSSM(nn.Module):
                 self.D,
                 z,
                 self.dt_bias,
+                seq_idx=seq_idx,
                 initial_state=state.scan,
                 return_final_state=True,
             )
@@ -98,6 +101,9 @@ class SelectiveSSM(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Δ before bias and softplus (..., d_inner), B and C (..., d_state); views where possible."""
+        if self.time_invariant:
+            # The same for every token, learned by the same weights: all that is missing is the selection.
+            x = torch.ones_like(x)
         dt, B, C = F.linear(x, self.x_proj_weight.to(x.dtype)).split(self.split_sizes, dim=-1)
         return F.linear(dt, self.dt_proj_weight.to(x.dtype)), B, C
 

@@ -10,6 +10,11 @@ _CREDENTIAL_KEY = re.compile(
 _URL_USER = re.compile(r"(?<=://)[^/@\s]+@")
 
 
+def names_credential(name: str) -> bool:
+    """Whether a key or a variable of this name holds a credential."""
+    return _CREDENTIAL_KEY.search(name) is not None
+
+
 def redact_credentials(config: Mapping[str, Any]) -> dict[str, Any]:
     """Copy a nested config with values under credential-like keys, and users in URLs, replaced by `***`."""
 
@@ -18,7 +23,7 @@ def redact_credentials(config: Mapping[str, Any]) -> dict[str, Any]:
             return {str(name): clean(str(name), item) for name, item in value.items()}
         if isinstance(value, list | tuple):
             return [clean(key, item) for item in value]
-        if _CREDENTIAL_KEY.search(key) and value not in (None, ""):
+        if names_credential(key) and value not in (None, ""):
             return "***"
         return _URL_USER.sub("***@", value) if isinstance(value, str) else value
 

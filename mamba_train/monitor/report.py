@@ -1,6 +1,5 @@
 """A report of one or several runs: a PNG of the curves and one HTML page that stands alone."""
 
-import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +7,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from mamba_train.monitor.evaluation_report import evaluation_parts, image
 from mamba_train.monitor.figures import curves_figure, health_figure, png, report_figure
 from mamba_train.monitor.progress import format_duration
 from mamba_train.monitor.run_record import RunRecord, load_runs
+from mamba_train.monitor.scaling import fit, scaling_figure, scaling_line, scaling_points
 
 MAX_SKIPPED_SHOWN = 50
 MAX_SAMPLE_CHARACTERS = 20_000
@@ -32,7 +33,7 @@ pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; white-space: pre-wra
 
 @dataclass(frozen=True)
 class Report:
-    """The files a report was written to and one line about each run."""
+    """The files a report was written to, and one line about each run and the fit through them."""
 
     png_path: Path
     html_path: Path
@@ -54,14 +55,21 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Report
     png_path, html_path = output / "report.png", output / "report.html"
     png_path.write_bytes(png(report_figure(runs)))
     html_path.write_text(render_html(runs), encoding="utf-8")
-    return Report(png_path, html_path, [_one_line(run) for run in runs])
+    lines = [_one_line(run) for run in runs]
+    points = scaling_points(runs)
+    if (law := fit(points)) is not None:
+        lines.append(scaling_line(points, law))
+    return Report(png_path, html_path, lines)
 
 
 def render_html(runs: Sequence[RunRecord]) -> str:
     """The page: summary table, figures, and for each run its skipped steps, sample and config."""
     title = "mamba-train report: " + ", ".join(run.name for run in runs)
-    figures = [_image(png(curves_figure(runs)), "Curves of the runs")]
-    figures += [_image(png(health_figure(run)), f"SSM health of {run.name}") for run in runs if run.n_layers_observed]
+    figures = [image(png(curves_figure(runs)), "Curves of the runs")]
+    figures += [image(png(health_figure(run)), f"SSM health of {run.name}") for run in runs if run.n_layers_observed]
+    points = scaling_points(runs)
+    if (law := fit(points)) is not None:
+        figures.append(image(png(scaling_figure(points, law)), "Loss against compute"))
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         _summary_table(runs),
@@ -135,11 +143,6 @@ def _at_step(point: tuple[int, float] | None) -> str:
     return "-" if point is None else f"{point[1]:.4f} (step {point[0]:,})"
 
 
-def _image(content: bytes, alternative: str) -> str:
-    data = base64.b64encode(content).decode()
-    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
-
-
 def _details(run: RunRecord) -> str:
     skipped = run.skipped_steps
     shown = ", ".join(f"{step:,}" for step in skipped[:MAX_SKIPPED_SHOWN]) or "none"
@@ -147,6 +150,7 @@ def _details(run: RunRecord) -> str:
     parts = [f"<h2>{html.escape(run.name)}</h2>", f"<p>Skipped steps: {shown}{more}.</p>"]
     if run.sample is not None:
         parts.append(f"<h3>Text sample</h3><pre>{html.escape(run.sample[:MAX_SAMPLE_CHARACTERS])}</pre>")
+    parts += evaluation_parts(run)
     if run.config:
         config = OmegaConf.to_yaml(OmegaConf.create(run.config))
         parts.append(f"<details><summary>Config</summary><pre>{html.escape(config)}</pre></details>")

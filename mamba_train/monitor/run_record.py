@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from mamba_train.monitor.jsonl import read_metrics
 from mamba_train.monitor.redact import redact_credentials
+from mamba_train.run_folder import EVALUATION, SAMPLES
 
 Series = tuple[list[int], list[float]]
 
@@ -19,7 +20,8 @@ class RunRecord:
     """One run: its metrics by step and the files beside them, those that exist.
 
     bigram: the `bigram` entry of baseline.json (bits_per_byte, nats_per_token, n_train_tokens).
-    summary: summary.json, of which the report shows `n_parameters`.
+    summary: summary.json, of which the report shows `n_parameters`. samples: (step, text) written at checkpoints.
+    evaluations: what `mamba-train evaluate` and the hooks of the training found; evaluation_plots: (name, PNG) of it.
     """
 
     name: str
@@ -29,6 +31,9 @@ class RunRecord:
     bigram: dict[str, float] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     sample: str | None = None
+    samples: list[tuple[int, str]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluation_plots: list[tuple[str, bytes]] = field(default_factory=list)
 
     def series(self, name: str) -> Series:
         """Steps and values of one metric, where it was recorded and finite."""
@@ -86,6 +91,12 @@ def load_run(path: Path) -> RunRecord:
         bigram=_read_json(path / "baseline.json").get("bigram", {}),
         summary=_read_json(path / "summary.json"),
         sample=sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else None,
+        samples=[
+            (int(file.stem.split("_")[1]), file.read_text(encoding="utf-8", errors="replace"))
+            for file in sorted((path / SAMPLES).glob("step_*.txt"))
+        ],
+        evaluations=[_read_json(file) for file in sorted((path / EVALUATION).glob("*.json"))],
+        evaluation_plots=[(file.stem, file.read_bytes()) for file in sorted((path / EVALUATION).glob("*.png"))],
     )
 
 

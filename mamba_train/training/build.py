@@ -23,12 +23,9 @@ from mamba_train.data.cached_shards import CachedSource
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.opening import OpenedData, open_data
 from mamba_train.data.position import restore, state_of
-from mamba_train.data.stream_opening import OpenedStream, list_stream, open_stream
+from mamba_train.data.stream_opening import AnyOpened, OpenedStream, list_stream, open_stream
 from mamba_train.data.streams import Source, StreamSource
-from mamba_train.data.tokenizer import load_tokenizer
-from mamba_train.data.validation import validation_sets
 from mamba_train.model.language_model import resolve_model_config
-from mamba_train.monitor.flops import flops_per_token, peak_flops
 from mamba_train.monitor.progress import Progress
 from mamba_train.parallel.auto import resolve_auto
 from mamba_train.parallel.build import build_engine
@@ -36,13 +33,9 @@ from mamba_train.parallel.engine import Engine
 from mamba_train.ranks import Ranks, join
 from mamba_train.training.audit import audit, format_audit
 from mamba_train.training.forward_check import check_forward_loss
+from mamba_train.training.hook_list import hooks_of
 from mamba_train.training.hooks.base import Hook
-from mamba_train.training.hooks.checkpointing import CheckpointHook
-from mamba_train.training.hooks.health import HealthHook
-from mamba_train.training.hooks.inspection import MemorySnapshotHook, ProfilerHook
-from mamba_train.training.hooks.recording import RecordingHook
-from mamba_train.training.hooks.utilisation import UtilisationHook
-from mamba_train.training.hooks.validation import HeldOut, ValidationHook
+from mamba_train.training.hooks.harness import task_manager
 from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
 from mamba_train.training.preemption import StopRequest
 from mamba_train.training.state import TrainState
@@ -52,7 +45,6 @@ LOST_NODE_PATIENCE_SECONDS = 600.0
 CODE_FOLDERS = ("kernels", "mamba_train")
 
 Log = Callable[[str], None]
-Data = OpenedData | OpenedStream
 
 
 def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
@@ -103,7 +95,8 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     if state.step >= config.training.total_steps:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     ranks.first(lambda: _write_run_files(run_dir, config, data, engine))
-    hooks = _hooks(config, engine, data, source.form, progress, shown_config, fingerprints, log)
+    manager = ranks.together(lambda: task_manager(config.evaluation)) if config.evaluation.tasks else None
+    hooks = hooks_of(config, engine, data, source.form, progress, shown_config, fingerprints, manager, log)
     return Trainer(config, engine, source, state, [*hooks, lock], stop)
 
 
@@ -241,7 +234,7 @@ def _resume(checkpoint: Path, engine: Engine, source: Source, allow_changed: boo
     return state
 
 
-def _describe(config: Config, engine: Engine, data: Data, source: Source, log: Log) -> None:
+def _describe(config: Config, engine: Engine, data: AnyOpened, source: Source, log: Log) -> None:
     tokens = config.training.global_batch_size * config.data.sequence_length
     log(
         f"{config.model.name}: {_n_parameters(engine):,} parameters on {engine.device}; "
@@ -257,7 +250,7 @@ def _describe(config: Config, engine: Engine, data: Data, source: Source, log: L
         log("warning: there is no text to validate on; name some by data.validation_paths")
 
 
-def _write_run_files(run_dir: Path, config: Config, data: Data, engine: Engine) -> None:
+def _write_run_files(run_dir: Path, config: Config, data: AnyOpened, engine: Engine) -> None:
     """What the commands that read a run folder need besides checkpoints and metrics."""
     OmegaConf.save(OmegaConf.structured(config), run_dir / run_folder.CONFIG)
     # With it the run can be moved, sampled and exported without its data.
@@ -273,44 +266,6 @@ def _write_run_files(run_dir: Path, config: Config, data: Data, engine: Engine) 
 
 def _n_parameters(engine: Engine) -> int:
     return sum(math.prod(shape) for shape in engine.parameter_shapes().values())
-
-
-def _hooks(
-    config: Config,
-    engine: Engine,
-    data: Data,
-    form: WindowForm,
-    progress: Progress,
-    shown_config: dict[str, Any],
-    fingerprints: dict[str, str],
-    log: Log,
-) -> list[Hook]:
-    """In the order in which they run: those that measure, then the record, then the checkpoint."""
-    training, run_dir = config.training, Path(config.run_dir)
-    length, tokenizer = config.data.sequence_length, load_tokenizer(data.folder / TOKENIZER_NAME)
-    domains = validation_sets(data.validation, form, training.validation_sequences)
-    if short := sorted(data.validation.keys() - {domain.label for domain in domains}):
-        log(f"warning: not validated on, as they have fewer tokens than one window of {length + 1}: {', '.join(short)}")
-    held_out = [
-        HeldOut(domain.label, list(domain.batches(training.micro_batch_size)), domain.n_bytes(tokenizer))
-        for domain in domains
-    ]
-    checkpointing = CheckpointHook(
-        checkpoints_dir(run_dir), config.checkpoint, engine.ranks, shown_config, fingerprints, log
-    )
-    logging = config.logging
-    inspection: list[Hook] = [ProfilerHook(run_dir, logging.profile_steps, engine.rank, log)]
-    if logging.memory_snapshot:
-        inspection.append(MemorySnapshotHook(run_dir, engine.rank, engine.device, log))
-    return [
-        *inspection,
-        HealthHook(config.model, config.logging.ssm_health_interval_steps),
-        ValidationHook(held_out, training.validation_interval_steps),
-        UtilisationHook(flops_per_token(config.model, length), peak_flops(engine.device, engine.compute_dtype)),
-        checkpointing.hold_up,
-        RecordingHook(run_dir, progress, config.logging, shown_config, log),
-        checkpointing,
-    ]
 
 
 def _code_fingerprint() -> str:

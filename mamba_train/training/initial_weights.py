@@ -18,7 +18,7 @@ from mamba_train.parallel.state import load_weights
 # The keys of `model` that decide what is computed; the others decide how weights are drawn or how fast it goes.
 _OF_EVERY_MODEL = ("n_layer", "d_model", "d_intermediate", "tie_embeddings", "norm_eps")
 _OF_A_MIXER = {
-    MixerKind.mamba1: ("d_state", "d_conv", "expand", "dt_rank"),
+    MixerKind.mamba1: ("d_state", "d_conv", "expand", "dt_rank", "time_invariant"),
     MixerKind.mamba2: ("d_state", "d_conv", "expand", "head_dim", "n_groups"),
     MixerKind.attention: (
         "attention_heads",

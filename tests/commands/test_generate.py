@@ -48,6 +48,8 @@ def test_generate_continues_the_prompt_and_saves(run_dir: Path) -> None:
         (["generate", "RUN", "--max-new-tokens", "-1"], "--max-new-tokens"),
         (["generate", "RUN", "--temperature", "-1"], "--temperature"),
         (["generate", "RUN", "--top-p", "0"], "--top-p"),
+        (["generate", "RUN", "--top-k", "0"], "--top-k"),
+        (["generate", "RUN", "--stop", ""], "--stop"),
         (["generate", "RUN", "--device", "abacus"], "--device"),
     ],
 )

@@ -1,60 +1,97 @@
+"""Tokens by recurrence, in batches of prompts of several lengths, against the parallel form."""
+
 import pytest
 import torch
 
-from mamba_train.config import ModelConfig
 from mamba_train.inference.generate import generate
-from mamba_train.model.initialise import initialise_
-from mamba_train.model.language_model import MambaLM, resolve_model_config
+from mamba_train.inference.sampling import Sampling
+from mamba_train.model.language_model import MambaLM
+from tests.model.families import FAMILIES, lively
 
 VOCAB = 53
+GREEDY = Sampling(temperature=0)
 PROMPT = [5, 9, 2]
+RAGGED = [[5, 9, 2], [7], [1, 1, 2, 3, 5, 8, 13, 21, 34], [40, 3]]
 
 
 @pytest.fixture(scope="module")
 def model() -> MambaLM:
-    config = ModelConfig(name="test", n_layer=2, d_model=24, d_state=4, pad_vocab_size_multiple=64)
-    config = resolve_model_config(config, VOCAB)
-    model = MambaLM(config)
-    initialise_(model, config, seed=0)
-    with torch.no_grad():
-        model.embedding.weight *= 30  # far from uniform, so that the most likely token is a clear one
-        model.embedding.weight[VOCAB:] *= 100  # padding rows would win if they were allowed to
+    model = lively("mamba1").requires_grad_(False)
+    model.lm_head.weight[VOCAB:] *= 100  # padding would win if it were allowed to
     return model
 
 
-def test_greedy_tokens_are_those_of_the_forward_pass(model: MambaLM) -> None:
-    """The recurrence against the whole text at once, token by token."""
-    tokens = list(PROMPT)
-    expected = []
-    with torch.no_grad():
-        for _ in range(12):
-            expected.append(int(model(torch.tensor([tokens]))[0, -1, :VOCAB].argmax()))
-            tokens.append(expected[-1])
-    drawn = generate(model, PROMPT, max_new_tokens=12, temperature=0, vocab_size=VOCAB)
-    assert list(drawn) == expected
+def continued(model: MambaLM, prompts: list[list[int]], sampling: Sampling, n: int = 40) -> list[list[int]]:
+    return generate(model, prompts, sampling, max_new_tokens=n, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_a_ragged_batch_are_those_of_the_parallel_form(family: str) -> None:
+    """Each prompt in the batch, alone, and by the whole text at once: three ways to the same tokens."""
+    model = lively(family).requires_grad_(False)
+    together = continued(model, RAGGED, GREEDY, 100)
+    seen = set()
+    for prompt, tokens in zip(RAGGED, together, strict=True):
+        assert continued(model, [prompt], GREEDY, 100) == [tokens]
+        # Teacher-forced: the parallel form picks the same token at each position.
+        picked = model(torch.tensor([prompt + tokens]))[0, :, :VOCAB].argmax(-1)
+        assert picked[len(prompt) - 1 : -1].tolist() == tokens
+        seen |= set(tokens)
+    assert len(seen) > 15, "text that repeats itself proves nothing"
+
+
+def test_a_text_does_not_depend_on_the_batch_it_is_in(model: MambaLM) -> None:
+    sampling = Sampling(temperature=1.5, top_k=20, top_p=0.9, seed=4)
+    together = continued(model, RAGGED, sampling)
+    for row, prompt in enumerate(RAGGED):
+        alone = Sampling(temperature=1.5, top_k=20, top_p=0.9, seed=4 + row)
+        assert continued(model, [prompt], alone) == [together[row]]
 
 
 def test_a_seed_gives_the_same_text_and_another_seed_another(model: MambaLM) -> None:
-    def draw(seed: int) -> list[int]:
-        return list(generate(model, PROMPT, max_new_tokens=40, temperature=2.0, vocab_size=VOCAB, seed=seed))
+    def draw(seed: int) -> list[list[int]]:
+        return continued(model, [PROMPT], Sampling(temperature=2.0, seed=seed))
 
     assert draw(0) == draw(0) != draw(1)
-    assert all(0 <= token < VOCAB for token in draw(2)), "padding is never drawn"
+    assert all(0 <= token < VOCAB for token in draw(2)[0]), "padding is never drawn"
 
 
-def test_top_p_keeps_the_most_likely_tokens_only(model: MambaLM) -> None:
-    greedy = list(generate(model, PROMPT, max_new_tokens=10, temperature=0, vocab_size=VOCAB))
-    narrow = list(generate(model, PROMPT, max_new_tokens=10, temperature=1, top_p=1e-6, vocab_size=VOCAB, seed=3))
-    assert narrow == greedy
+def test_each_row_ends_before_its_stop_token_or_when_it_is_told_to(model: MambaLM) -> None:
+    greedy = continued(model, RAGGED, GREEDY)
+    stop = greedy[0][4]
+    until = generate(model, RAGGED, GREEDY, max_new_tokens=40, vocab_size=VOCAB, stop_token=stop)
+    for free, stopped in zip(greedy, until, strict=True):
+        assert stopped == (free[: free.index(stop)] if stop in free else free)
+    calls: list[tuple[int, int]] = []
+
+    def third_of_row_1(row: int, token: int) -> bool:
+        calls.append((row, token))
+        return row == 1 and sum(row == 1 for row, _ in calls) == 3
+
+    told = generate(model, RAGGED, GREEDY, max_new_tokens=40, vocab_size=VOCAB, on_token=third_of_row_1)
+    assert told == [greedy[0], greedy[1][:3], *greedy[2:]]
+    assert [token for row, token in calls if row == 2] == greedy[2], "tokens are told as they come"
 
 
-def test_stops_before_the_stop_token(model: MambaLM) -> None:
-    greedy = list(generate(model, PROMPT, max_new_tokens=10, temperature=0, vocab_size=VOCAB))
-    stop = greedy[4]
-    until = list(generate(model, PROMPT, max_new_tokens=10, temperature=0, vocab_size=VOCAB, stop_token=stop))
-    assert until == greedy[: greedy.index(stop)]
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("hybrid", "transformer")])
+@torch.no_grad()
+def test_the_state_has_a_constant_size(family: str) -> None:
+    model = lively(family)
+
+    def size(n: int) -> int:
+        _, state = model.prefill(torch.ones(2, n, dtype=torch.int64), model.initial_state(2))
+        _, state = model.step(torch.tensor([1, 2]), state)
+        return sum(layer.conv.numel() + layer.scan.numel() for layer in state)
+
+    assert size(3) == size(300)
 
 
-def test_an_empty_prompt_is_refused(model: MambaLM) -> None:
-    with pytest.raises(ValueError, match="prompt"):
-        next(generate(model, [], max_new_tokens=1, vocab_size=VOCAB))
+def test_wrong_prompts_and_broken_weights_are_said(model: MambaLM) -> None:
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        continued(model, [PROMPT, []], GREEDY)
+    broken = lively("mamba2").requires_grad_(False)
+    broken.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        continued(broken, [PROMPT], GREEDY)
+    with pytest.raises(ValueError, match="cuda_graph"):
+        generate(model, [PROMPT], GREEDY, max_new_tokens=1, vocab_size=VOCAB, cuda_graph=True)

@@ -184,6 +184,28 @@ def test_a_tracker_that_hangs_holds_up_nobody(
     release.set()
 
 
+def test_records_that_find_no_room_behind_a_hang_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(wandb_sink, "_init", lambda start, mode: release.wait(60))
+    monkeypatch.setattr(wandb_sink, "_abandon_service", lambda: None)
+    monkeypatch.setattr(wandb_sink, "FINISH_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(wandb_sink, "QUEUED_RECORDS", 10)
+    sink = WandbSink(tmp_path, OFFLINE, CONFIG, "abc", warnings.append)
+
+    def train() -> None:
+        for step in range(1, 101):
+            sink.log({"step": step})
+        sink.finish(0)
+
+    training = threading.Thread(target=train, daemon=True)
+    training.start()
+    training.join(30)
+    assert not training.is_alive()
+    release.set()
+
+
 def test_a_hang_is_said_while_the_training_goes_on_and_nothing_is_lost_when_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:

@@ -244,28 +244,55 @@ def test_a_sweep_is_a_job_array(cluster: Cluster, tmp_path: Path, corpus: Path) 
 
 
 def test_a_bad_node_is_named_and_excluded(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
-    command = 'test "$SLURMD_NODENAME" != node1 || { echo GPU 3 fell off the bus; exit 1; }'
-    env = {"MAMBA_TRAIN_HEALTH_COMMAND": command}
+    # The first node that is asked is the bad one.
+    command = f"! mkdir {tmp_path / 'asked'} || {{ echo GPU 3 fell off the bus; exit 1; }}"
     job = submit_job(
         cluster,
         tmp_path,
         corpus,
         "training.total_steps=20",
-        "slurm.exclude='node[2-4]'",
+        "slurm.exclude='node[3-4]'",
         "slurm.health_check=true",
-        env=env,
+        env={"MAMBA_TRAIN_HEALTH_COMMAND": command},
     )
-    wait_for(lambda: job.restarts == 1, "the requeue", 60)
+    job.wait_for_end()
+    assert job.restarts == 1
+    bad, good = history(job)[0]["nodes"], cluster.job(job.id)["NodeList"]
+    assert {bad, good} == {"node1", "node2"}
     entry = history(job)[1]
     assert entry["event"] == "requeue"
-    assert "node1" in entry["reason"]
-    assert "fell off the bus" in entry["reason"]
+    assert entry["reason"] == f"not well: {bad} (bad {bad}: GPU 3 fell off the bus)"
     # In addition to those that the config excludes.
-    wait_for(lambda: cluster.job(job.id)["ExcNodeList"] == "node[2-4],node1", "the node to be excluded", 30)
-    wait_for(lambda: cluster.job(job.id)["JobState"] == "PENDING", "the job to wait", 30)
-    cluster.run("scontrol", "update", f"JobId={job.id}", "ExcNodeList=node1")
+    assert cluster.job(job.id)["ExcNodeList"] == f"node[3-4],{bad}"
+
+
+def test_a_check_that_fails_on_all_nodes_does_not_leave_the_job_waiting(
+    cluster: Cluster, tmp_path: Path, corpus: Path
+) -> None:
+    env = {"MAMBA_TRAIN_HEALTH_COMMAND": "no-such-command"}
+    job = submit_job(cluster, tmp_path, corpus, "slurm.nodes=2", "engine=ddp", "slurm.health_check=true", env=env)
+    job.wait_for_end("FAILED")
+    assert events(job) == ["start", "requeue"] * 3 + ["gave up"]
+    assert "no-such-command: command not found" in history(job)[-1]["reason"]
+
+
+def test_a_signal_during_the_health_check_blames_no_node(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    held = tmp_path / "held"
+    command = f"! mkdir {held} || sleep 60"
+    job = submit_job(
+        cluster,
+        tmp_path,
+        corpus,
+        "training.total_steps=20",
+        "slurm.health_check=true",
+        env={"MAMBA_TRAIN_HEALTH_COMMAND": command},
+    )
+    wait_for(held.exists, "the health check", 60)
+    cluster.run("scancel", "--signal=USR1", job.id)
     job.wait_for_end()
-    assert cluster.job(job.id)["NodeList"] != "node1"
+    assert events(job) == ["start", "requeue", "start", "finished"]
+    assert history(job)[1]["reason"] == "SIGUSR1: asked to stop during the health check"
+    assert cluster.job(job.id)["ExcNodeList"] == "(null)"
 
 
 def test_the_plain_script_filled_in_by_a_person(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:

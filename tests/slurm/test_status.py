@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -87,10 +88,44 @@ def test_a_job_that_was_submitted_and_has_not_started(run_dir: Path, monkeypatch
     queue(monkeypatch, "PENDING|0:00|1:00:00||Resources\n")
     waiting = run_dir.with_name("b")
     (waiting / "slurm" / "submission-001").mkdir(parents=True)
-    (waiting / "slurm" / "submission-001" / "job.json").write_text('{"job": "8"}')
+    (waiting / "slurm" / "submission-001" / "job.json").write_text('{"job": "8", "runs": ["."]}')
     text = show([waiting], 0)
     assert "job     8: PENDING (Resources)" in text
     assert "starts  0" in text
+    (waiting / "slurm" / "submission-002").mkdir()
+    (waiting / "slurm" / "submission-002" / "job.json").write_text('{"job": "9", "runs": ["."]}')
+    os.utime(waiting / "slurm" / "submission-002" / "job.json", (NOW, NOW))
+    assert "job     9: PENDING (Resources)" in show([waiting], 0), "the newest one"
+
+
+def test_the_runs_of_a_sweep_that_still_wait_are_shown_too(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(monkeypatch, "PENDING|0:00|1:00:00||Resources\n")
+    submission = run_dir.parent / "slurm" / "submission-001"
+    submission.mkdir(parents=True)
+    (submission / "job.json").write_text('{"job": "7", "runs": ["b", "a"]}')
+    os.utime(submission / "job.json", (NOW - 100, NOW - 100))  # before `a` was started
+    lines = show([run_dir.parent], 5).splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"{run_dir}  job 7", f"{run_dir.with_name('b')}  job 7_0"]
+    assert "no step yet" in lines[1]
+
+
+def test_files_that_are_being_written(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(monkeypatch, "")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('\n5\n[]\n{}\n{"st')
+    with (run_dir / "slurm" / "history.jsonl").open("a") as file:
+        file.write('7\n{"event"')
+    for config in ("", "training: {total_ste", "{"):
+        (run_dir / "config.yaml").write_text(config)
+        text = show([run_dir], 0)
+        assert "step    57, " in text
+        assert "starts  2\n" in text
+
+
+@pytest.mark.parametrize(("lines", "shown"), [(0, 0), (-3, 0), (2, 2), (1000, 100)])
+def test_how_many_lines_of_the_log(run_dir: Path, monkeypatch: pytest.MonkeyPatch, lines: int, shown: int) -> None:
+    queue(monkeypatch, "")
+    assert show([run_dir], lines).count("  | line") == shown
 
 
 def test_many_runs_are_a_line_each(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,11 +149,14 @@ def test_a_folder_without_runs_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_follow_shows_it_again_and_again(run_dir: Path) -> None:
-    script = "import sys, slurm.status as status; status.FOLLOW_SECONDS = 0.2; status.main()"
+    # A shell that runs the tests in the background has SIGINT ignored.
+    sigint = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{sigint}; import slurm.status as status; status.FOLLOW_SECONDS = 0.2; status.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(run_dir), "--follow", "--lines", "1"],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
@@ -131,6 +169,9 @@ def test_follow_shows_it_again_and_again(run_dir: Path) -> None:
             file.write("\n" + json.dumps({"step": 60, "loss": 2.4}) + "\n")
         while "step    60 of 200" not in seen:
             seen += process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=10)
+        assert (process.returncode, stderr) == (0, ""), "Ctrl-C is how one leaves"
     finally:
         process.kill()
         process.wait()

@@ -1,6 +1,6 @@
 """What is submitted, and what is refused before it is; no cluster needed."""
 
-import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +12,7 @@ from mamba_train.config_checks import seconds_of
 from slurm.script import LINE, TEMPLATE, render
 from slurm.submit import compose_submission, sweep
 from tests.helpers import REPOSITORY, environment
-
-BASE = ["experiment=smoke", "slurm.nodes=2", "slurm.gpus_per_node=2", "engine=ddp", "training.micro_batch_size=1"]
-
-
-def script_of(tmp_path: Path, *overrides: str) -> str:
-    return render(compose_submission([*BASE, "run_dir=run", *overrides], tmp_path))
+from tests.slurm.rendered import BASE, script_of
 
 
 def bash_accepts(script: str) -> bool:
@@ -98,12 +93,10 @@ def test_containers(tmp_path: Path) -> None:
 
 
 def test_a_sweep_gives_every_run_a_folder_of_its_own(tmp_path: Path) -> None:
-    assert sweep(["a=1", "b=2,3", "c=x,y"]) == [
-        ["a=1", "b=2", "c=x"],
-        ["a=1", "b=2", "c=y"],
-        ["a=1", "b=3", "c=x"],
-        ["a=1", "b=3", "c=y"],
-    ]
+    assert sweep(["a=1", "b=2,3", "c=x,y"]) == (
+        ["a=1"],
+        [("b=2", "c=x"), ("b=2", "c=y"), ("b=3", "c=x"), ("b=3", "c=y")],
+    )
     submission = compose_submission([*BASE, "run_dir=run", "optim.lr=1e-3,2e-3", "seed=range(0,2)"], tmp_path)
     assert [run.run_dir.name for run in submission.runs] == [
         "optim.lr-0.001_seed-0",
@@ -121,6 +114,30 @@ def test_a_sweep_gives_every_run_a_folder_of_its_own(tmp_path: Path) -> None:
         assert f"optim.lr-{config.optim.lr}_seed-{config.seed}" == run.run_dir.name
     named = compose_submission([*BASE, "seed=0,1", "run_dir='runs/${seed}'"], tmp_path)
     assert [run.run_dir for run in named.runs] == [tmp_path / "runs" / "0", tmp_path / "runs" / "1"]
+    shuffled = compose_submission([*BASE, "run_dir=run", "seed=shuffle(range(0,20))"], tmp_path)
+    for run in shuffled.runs:
+        assert run.run_dir.name == f"seed-{compose_config(run.overrides).seed}"
+    assert not compose_submission([*BASE, "seed=choice(3)"], tmp_path).is_array
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "folder"),
+    [
+        ("'runs/${now:%H-%M-%S-%f}'", None),  # as at the submission, at whatever time the job composes it
+        ("runs/a", "runs/a"),
+        ("'my run, (1)'", "my run, (1)"),
+        ('"it\'s $HOME `x` # {}"', "it's $HOME `x` # {}"),
+        ("001", "001"),
+    ],
+)
+def test_the_job_trains_in_the_folder_that_was_submitted(tmp_path: Path, run_dir: str, folder: str | None) -> None:
+    submission = compose_submission([*BASE, f"run_dir={run_dir}"], tmp_path)
+    [run] = submission.runs
+    assert tmp_path / compose_config(run.overrides).run_dir == run.run_dir
+    assert folder is None or run.run_dir == tmp_path / folder
+    settings = render(submission).split(LINE)[0] + '\nprintf "%s\\n" "$RUN_DIR" "${OVERRIDES[@]}"'
+    read = subprocess.run(["bash"], input=settings, capture_output=True, text=True, env={"SLURM_JOB_ID": "7"})
+    assert read.stdout.splitlines() == [str(run.run_dir), *run.overrides], read.stderr
 
 
 def test_the_site_of_the_environment_reaches_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +165,67 @@ def test_the_site_of_the_environment_reaches_the_job(tmp_path: Path, monkeypatch
         ("slurm.container_image=x", "slurm.container and slurm.container_image go together"),
         ("slurm.partition=a,b,", "cannot read the command line"),
         ("slurm.max_stalled_starts=0", "slurm.max_stalled_starts=0: expected more than 0"),
+        ("slurm.account='a\nb'", r"slurm.account='a\nb': expected one line of text"),
+        ("slurm.sbatch=['--mem=1\nls']", "expected one line of text"),
+        ("slurm.time='86400'", "slurm.time=86400: these are minutes; in a YAML file write it in quotes"),
+        (
+            "slurm.cpus_per_task=1,2",
+            "slurm.cpus_per_task: 1 and 2 in one sweep, which is one job array with the same slurm.*",
+        ),
+        ("slurm.partition=a,b", "or quote a list: \"slurm.partition='A,B'\""),
+        ("seed=0,0", "/run/seed-0: two runs of the sweep have the same folder"),
+        ("seed=range(0,0)", "seed=range(0,0): there is no value in it"),
+        ("optim.lr=interval(0,1)", "optim.lr=interval(0,1): expected the values themselves, as optim.lr=A,B,C"),
+        ("model=glob(*)", "model=glob(*): expected the values themselves"),
+        ("run_dir='50%'", "expected a path without '%'"),
+        ("run_dir='a\\b'", r"expected a path without '\\'"),
+        ("run_dir='a\"b'", "expected a path without '\"'"),
+        ("run_dir='a\nb'", r"expected a path without '\n'"),
+        (
+            "slurm.environment=['WANDB_API_KEY=0123']",
+            "WANDB_API_KEY in slurm.environment or slurm.setup",
+        ),
+        ("slurm.setup=['export A=1 HF_TOKEN=\"0123\"']", "HF_TOKEN in slurm.environment or slurm.setup"),
     ],
 )
 def test_mistakes(tmp_path: Path, override: str, expected: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         compose_submission([*BASE, "run_dir=run", override], tmp_path)
     assert expected in str(caught.value)
+    assert "0123" not in str(caught.value)
+
+
+def test_a_key_that_is_swept_and_given_again(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seed=0,1: seed is given more than once"):
+        compose_submission([*BASE, "run_dir=run", "seed=0,1", "seed=5"], tmp_path)
+
+
+def test_a_credential_that_is_read_when_the_job_runs(tmp_path: Path) -> None:
+    setup = ["export HF_TOKEN=$(cat ~/.token)", 'export WANDB_API_KEY="$KEY"', "TOKENIZERS_PARALLELISM=false"]
+    assert setup[0] in script_of(tmp_path, f"slurm.setup={setup!r}")
+
+
+def test_the_code_is_not_copied_into_itself() -> None:
+    for run_dir in ("run_dir=a,b", "run_dir=."):
+        with pytest.raises(ValueError, match="that is the repository; choose a folder below it"):
+            compose_submission([*BASE, run_dir], REPOSITORY)
+
+
+def test_a_site_that_is_not_yaml_is_one_clear_line(repository: Path, tmp_path: Path) -> None:
+    for name in ("conf", "mamba_train", "slurm", "kernels"):
+        shutil.copytree(repository / name, tmp_path / name)
+    (tmp_path / "train.py").write_text((repository / "train.py").read_text())
+    (tmp_path / "conf" / "slurm" / "mine.yaml").write_text("partition: [\n")
+    for command in (["-m", "slurm.submit", "--dry-run"], ["train.py"]):
+        result = subprocess.run(
+            [sys.executable, *command, *BASE, "slurm=mine"],
+            cwd=tmp_path,
+            env={**environment(), "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert "conf/slurm/mine.yaml" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -191,58 +263,6 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "did you mean model.d_model?" in refused.stderr
 
 
-FAKES = {
-    # An srun that ends as the file `ends` says, one line for each time, and a SLURM that says the job runs.
-    "srun": 'line=$(head -n 1 ends); sed -i 1d ends; eval "$line"',
-    "squeue": "echo 2030-01-01T00:00:00",
-    "scontrol": """
-        echo "$@" >>scontrol.log
-        echo "JobId=7 JobState=$(cat state) Restarts=$(cat restarts 2>/dev/null || echo ${SLURM_RESTART_COUNT:-0}) Run"
-    """,
-}
-
-
-@pytest.mark.parametrize(
-    ("ends", "exit_codes", "events", "requeues"),
-    [
-        (["exit 0"], [0], ["start", "finished"], 0),
-        (["exit 2"], [2], ["start", "refused"], 0),
-        (["exit 75"], [75], ["start", "requeue"], 1),
-        (["exit 1", "exit 0"], [1, 0], ["start", "requeue", "start", "finished"], 1),
-        # No new checkpoint in three starts: given up. With one in between, it goes on.
-        (["exit 1"] * 3, [1, 1, 1], ["start", "requeue"] * 3 + ["gave up"], 2),
-        (
-            ["exit 1", "mkdir -p run/checkpoints/step_00000010; exit 1", "exit 1", "exit 1", "exit 0"],
-            [1, 1, 1, 1, 0],
-            ["start", "requeue"] * 4 + ["start", "finished"],
-            4,
-        ),
-        (["echo CANCELLED >state; exit 75"], [75], ["start", "left to SLURM"], 0),
-        (["echo COMPLETING >state; exit 0"], [1], ["start", "left to SLURM"], 0),  # srun's 0 when a node is lost
-        # A node that was cut off: the job has been started anew elsewhere.
-        (["echo 1 >restarts; exit 75"], [75], ["start", "left to SLURM"], 0),
-    ],
-)
-def test_when_a_job_comes_back(
-    tmp_path: Path, ends: list[str], exit_codes: list[int], events: list[str], requeues: int
-) -> None:
-    (tmp_path / "bin").mkdir()
-    for name, body in FAKES.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / "ends").write_text("\n".join(ends) + "\n")
-    (tmp_path / "state").write_text("RUNNING\n")
-    (tmp_path / "scontrol.log").touch()
-    script = script_of(tmp_path, "slurm.health_check=false")
-    for number, code in enumerate(exit_codes):
-        env = {
-            "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
-            "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NODELIST": "node1",
-            **({"SLURM_RESTART_COUNT": str(number)} if number else {}),
-        }
-        result = subprocess.run(["bash"], input=script, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert result.returncode == code, result.stdout + result.stderr
-    history = [json.loads(line) for line in (tmp_path / "run" / "slurm" / "history.jsonl").read_text().splitlines()]
-    assert [entry["event"] for entry in history] == events
-    assert (tmp_path / "scontrol.log").read_text().count("requeue 7") == requeues
+def test_a_rank_that_dies_takes_the_others_with_it() -> None:
+    # NCCL does not notice by itself within seconds, as gloo does in the tests on a cluster.
+    assert "\nsrun --kill-on-bad-exit=1 " in TEMPLATE.read_text()

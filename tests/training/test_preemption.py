@@ -1,6 +1,7 @@
 """Asked to stop in any phase, once or twice: the run ends as if it had never been asked, and repeats no saved step."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mamba_train.checkpoint import NotEnoughDiskSpace, saving
 from mamba_train.checkpoint.storage import complete_steps, load
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.checkpointing import CheckpointHook
@@ -217,6 +219,21 @@ def test_a_request_on_another_rank_stops_this_one(tmp_path: Path, corpus: Path) 
     assert len(reduced) == 2 * 3, "a step makes two reductions, as it did without preemption"
 
 
+def test_what_a_save_took_is_reckoned_with_from_then_on(tmp_path: Path, corpus: Path) -> None:
+    asked_with: list[tuple[float, float]] = []
+
+    class Listens(StopRequest):
+        def requested(self, step_seconds: float = 0.0, save_seconds: float = 0.0) -> bool:
+            asked_with.append((step_seconds, save_seconds))
+            return False
+
+    build_trainer(make_config(tmp_path / "run", corpus, *OVERRIDES), Listens({})).run()
+    assert asked_with[0] == (0, 0)
+    assert min(asked_with[-1]) > 0
+    saved = load(tmp_path / "run" / "checkpoints" / f"step_{TOTAL_STEPS:08d}").state["train"]["save_seconds"]
+    assert saved > 0, "and after a restart"
+
+
 def test_the_time_limit_leaves_room_for_two_saves_and_a_step() -> None:
     now = [0.0]
     stop = StopRequest({"SLURM_JOB_END_TIME": "1000"}, clock=lambda: now[0])
@@ -278,6 +295,23 @@ def test_a_forked_child_neither_dies_of_usr1_nor_asks_the_run_to_stop(repository
     assert result.returncode == 0, result.stderr
 
 
+AT_THE_VERY_END = """
+import os, signal
+from mamba_train.training.preemption import StopRequest
+StopRequest({}).listen()
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=(signal.SIGUSR1, signal.SIGTERM)):
+        for number in numbers:
+            kill(pid, number)
+late = Late()
+"""
+
+
+def test_a_signal_while_the_interpreter_shuts_down_does_not_make_a_failure_of_it(repository: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", AT_THE_VERY_END], cwd=repository, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_a_full_disk_at_the_stop_is_said_and_not_taken_for_success(tmp_path: Path, corpus: Path) -> None:
     environment_ = {**environment(), "SLURM_JOB_END_TIME": str(int(time.time()))}
     command = train_command(tmp_path / "run", corpus, *OVERRIDES, "checkpoint.reserve_gib=1e9")
@@ -286,3 +320,18 @@ def test_a_full_disk_at_the_stop_is_said_and_not_taken_for_success(tmp_path: Pat
     assert "no space for a checkpoint" in result.stderr
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["step"] == 1
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def test_a_disk_that_becomes_full_during_the_last_save_is_not_taken_for_success(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was room when the save began: its thread finds out, and the run must wait to hear of it."""
+
+    def full(*args: object) -> None:
+        time.sleep(0.2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving, "write_rank_files", full)
+    with pytest.raises(NotEnoughDiskSpace):
+        build_trainer(make_config(tmp_path / "run", corpus, *OVERRIDES), AskedAt(3)).run()
+    assert complete_steps(tmp_path / "run" / "checkpoints") == []

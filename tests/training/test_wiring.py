@@ -11,7 +11,7 @@ import torch
 from mamba_train.checkpoint.storage import complete_steps, load
 from mamba_train.model.language_model import MambaLM
 from mamba_train.parallel.native import NativeEngine
-from mamba_train.training import build
+from mamba_train.training import build, hook_list
 from mamba_train.training.audit import ContractViolation
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks import recording
@@ -215,14 +215,14 @@ def test_each_step_uses_the_rate_of_the_schedule(tmp_path: Path, corpus: Path, m
 def test_validation_reads_the_validation_split(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     validated: list[str] = []
-    source_of, sets_of = build.BatchSource, build.validation_sets
+    source_of, sets_of = build.BatchSource, hook_list.validation_sets
     monkeypatch.setattr(
         build,
         "BatchSource",
         lambda corpora, *args: opened.extend(c.split for c in corpora.values()) or source_of(corpora, *args),
     )
     monkeypatch.setattr(
-        build,
+        hook_list,
         "validation_sets",
         lambda corpora, *args: validated.extend(c.split for c in corpora.values()) or sets_of(corpora, *args),
     )

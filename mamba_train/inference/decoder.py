@@ -1,0 +1,98 @@
+"""A batch of texts being continued: prompts by the parallel form, then one token after the other by recurrence."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mamba_train.config import MixerKind, layer_mixers
+from mamba_train.model.attention import KVState
+from mamba_train.model.language_model import MambaLM
+from mamba_train.model.mixers import LayerState
+from mamba_train.model.selective_ssm import SSMState
+
+WARM_UP_STEPS = 2  # kernels are compiled at their first call, which a graph must not contain
+
+
+class Decoder:
+    """Holds the state of each text; for models without attention its size does not depend on their lengths.
+
+    cuda_graph: replay the step as a CUDA graph instead of launching its kernels one by one, which at small batches
+    takes longer than computing them; None: wherever that is possible.
+    """
+
+    def __init__(self, model: MambaLM, prompts: Sequence[Sequence[int]], cuda_graph: bool | None = None) -> None:
+        """Read the prompts, which may differ in length. Raises ValueError for one without tokens."""
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {number} has no tokens; give at least one")
+        weight = model.embedding.weight
+        # What an attention layer remembers grows, and a graph replays the same shapes at the same addresses.
+        can_replay = weight.is_cuda and MixerKind.attention not in layer_mixers(model.config)
+        if cuda_graph and not can_replay:
+            raise ValueError("cuda_graph=True: needs a model without attention layers on a CUDA device")
+        self._model = model
+        self._replays = can_replay if cuda_graph is None else cuda_graph
+        self._step: _GraphedStep | None = None
+        tokens, seq_idx = _pad_left(prompts, weight.device)
+        self.logits, self._state = model.prefill(tokens, model.initial_state(len(prompts), weight.dtype), seq_idx)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each text, int64 (rows,); return what comes next as logits (rows, padded vocabulary).
+
+        The logits are overwritten by the next call.
+        """
+        if self._replays:
+            if self._step is None:
+                self._step = _GraphedStep(self._model, self._state)
+            self.logits = self._step(tokens)
+        else:
+            self.logits, self._state = self._model.step(tokens, self._state)
+        return self.logits
+
+
+class _GraphedStep:
+    """The step of a model as one CUDA graph, which reads and writes the state where it lies."""
+
+    def __init__(self, model: MambaLM, state: list[LayerState]) -> None:
+        self._token = torch.zeros(_batch_size(state), dtype=torch.int64, device=model.embedding.weight.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):  # leaves the state as it is: a step returns a new one
+                model.step(self._token, state)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits, after = model.step(self._token, state)
+            for old, new in zip(state, after, strict=True):
+                _overwrite(old, new)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self._token.copy_(tokens)
+        self._graph.replay()
+        return self._logits
+
+
+def _overwrite(old: LayerState, new: LayerState) -> None:
+    assert isinstance(old, SSMState), "Decoder replays no model with attention"
+    assert isinstance(new, SSMState)
+    old.conv.copy_(new.conv)
+    old.scan.copy_(new.scan)
+
+
+def _batch_size(state: list[LayerState]) -> int:
+    first = state[0]
+    return len(first.keys) if isinstance(first, KVState) else len(first.scan)
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Tokens (rows, longest), and the documents that keep a prompt apart from its padding; None where there is none."""
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    seq_idx = torch.zeros(len(prompts), longest, dtype=torch.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.int64)
+        seq_idx[row, longest - len(prompt) :] = 1
+    is_ragged = any(len(prompt) < longest for prompt in prompts)
+    return tokens.to(device), seq_idx.to(device) if is_ragged else None

@@ -1,0 +1,62 @@
+"""The part of a run's report that shows what evaluations found, and what the model wrote on the way."""
+
+import base64
+import html
+from typing import Any
+
+from mamba_train.monitor.run_record import RunRecord
+
+MAX_SHOWN = 40  # samples, evenly over the run
+
+
+def evaluation_parts(run: RunRecord) -> list[str]:
+    """Pieces of HTML: tables of results, then the samples of the checkpoints."""
+    parts = []
+    if run.evaluations:
+        rows = "".join(_row(*row) for result in run.evaluations for row in _results(result))
+        head = "<tr><th>evaluation</th><th>step</th><th>of</th><th>result</th></tr>"
+        parts.append(f'<h3>Evaluations</h3><div class="wide"><table>{head}{rows}</table></div>')
+    if run.evaluation_plots:
+        parts.append("".join(image(content, name) for name, content in run.evaluation_plots))
+    if run.samples:
+        every = -(-len(run.samples) // MAX_SHOWN)
+        # From the last one back, so that the newest is always shown.
+        shown = run.samples[::-1][::every]
+        texts = "".join(f"<h4>after step {step:,}</h4><pre>{html.escape(text)}</pre>" for step, text in shown)
+        parts.append(f"<details><summary>Text written at checkpoints</summary>{texts}</details>")
+    return parts
+
+
+def image(content: bytes, alternative: str) -> str:
+    """A PNG inside of the page."""
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
+
+
+def _row(*cells: str) -> str:
+    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def _results(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(kind, step, of what, value) for each line; kinds are those that `mamba_train.evaluation.results` writes."""
+    kind, step = str(result.get("kind", "?")), str(result.get("step", "-"))
+    found: list[tuple[str, str]] = []
+    if "all" in result:
+        protocol = f"{result['protocol']}, length {result['length']}" + (
+            f", stride {result['stride']}" if result.get("stride") else ""
+        )
+        found = [(f"{label or 'all'} ({protocol})", _score(score)) for label, score in result["domains"].items()]
+        if len(found) > 1:
+            found.append((f"all ({protocol})", _score(result["all"])))
+    elif "lengths" in result:
+        found = [(f"length {length}", _score(score)) for length, score in result["lengths"].items()]
+    elif "accuracy" in result:
+        found = [(f"{result['task']}, length {length}", f"{value:.2%}") for length, value in result["accuracy"].items()]
+        found.append(("the paper", result["paper"]))
+    elif "scores" in result:
+        found = [(name, f"{value:.4f}") for name, value in result["scores"].items()]
+    return [(kind, step, of, value) for of, value in found]
+
+
+def _score(score: dict[str, float]) -> str:
+    return f"{score['nats_per_token']:.4f} nats per token, {score['bits_per_byte']:.4f} bits per byte"

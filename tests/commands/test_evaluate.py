@@ -1,0 +1,60 @@
+"""`mamba-train evaluate` on a run that train.py made."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands.test_generate import mamba_train
+from tests.helpers import metrics, train
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    run_dir = tmp_path_factory.mktemp("evaluate") / "run"
+    # All windows there are, as the command reads them.
+    assert train(run_dir, corpus, "training.total_steps=10", "training.validation_sequences=100000").returncode == 0
+    return run_dir
+
+
+def test_packed_is_what_validation_during_training_said(run_dir: Path) -> None:
+    result = mamba_train("evaluate", str(run_dir))
+    assert result.returncode == 0, result.stderr
+    found = json.loads((run_dir / "evaluation" / "perplexity-packed-step_00000010.json").read_text())
+    last = metrics(run_dir)[-1]
+    # Training leaves the last window out where it is not whole.
+    assert found["all"]["nats_per_token"] == pytest.approx(last["validation/loss"], rel=5e-3)
+    assert found["all"]["bits_per_byte"] == pytest.approx(last["validation/bits_per_byte"], rel=5e-3)
+    assert (found["protocol"], found["length"], found["step"]) == ("packed", 32, 10)
+    assert f"{found['all']['bits_per_byte']:.4f} bits per byte" in result.stdout
+
+
+def test_more_context_per_token_and_other_lengths(run_dir: Path, tmp_path: Path) -> None:
+    sliding = mamba_train("evaluate", str(run_dir), "--protocol", "sliding", "--stride", "8", "--max-tokens", "2000")
+    assert sliding.returncode == 0, sliding.stderr
+    assert "protocol sliding, length 32, stride 8" in sliding.stdout
+    lengths = mamba_train("evaluate", str(run_dir), "--lengths", "32,128", "--output", str(tmp_path))
+    assert lengths.returncode == 0, lengths.stderr
+    found = json.loads((tmp_path / "evaluation" / "lengths-step_00000010.json").read_text())
+    assert set(found["lengths"]) == {"32", "128"}
+    assert found["trained_length"] == 32
+    assert (tmp_path / "evaluation" / "lengths-step_00000010.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["/no/such/run"], "/no/such/run"),
+        (["RUN", "--length", "0"], "--length 0"),
+        (["RUN", "--stride", "8"], "--protocol sliding"),
+        (["RUN", "--protocol", "sliding", "--stride", "64"], "stride 64"),
+        (["RUN", "--lengths", "32,x"], "--lengths 32,x"),
+        (["RUN", "--data", "/no/such/data"], "/no/such/data"),
+        (["RUN", "--split", "test"], "--split test"),
+    ],
+)
+def test_mistakes_are_one_line(run_dir: Path, arguments: list[str], expected: str) -> None:
+    result = mamba_train("evaluate", *(str(run_dir) if argument == "RUN" else argument for argument in arguments))
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert expected in result.stderr.strip().splitlines()[-1]
