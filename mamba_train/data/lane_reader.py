@@ -13,24 +13,13 @@ import numpy as np
 
 from mamba_train.data.bad_documents import BadDocumentFilter
 from mamba_train.data.encoders import Encoder, EncoderMismatch
-from mamba_train.data.lanes import LaneOrder, Piece
-from mamba_train.data.text_files import BadDocument, Part, TextRecord
+from mamba_train.data.lanes import Cursor, LaneOrder, Piece
+from mamba_train.data.shared_reads import SharedReads
+from mamba_train.data.text_files import BadDocument, TextRecord
 
 # Encoded at once for one lane, or one document that is longer: few at first, so that the first step comes soon, and
 # never so many that the other lanes of the process have to wait long.
 FIRST_ENCODE_CHARACTERS, ENCODE_CHARACTERS = 1 << 14, 1 << 17
-
-
-class Cursor(NamedTuple):
-    """Where a lane is: the next token is `token` of document `document` of piece `piece` in its epoch `epoch`.
-
-    All from 0; documents in the order of reading. A lane that does not repeat ends with epoch 1.
-    """
-
-    epoch: int = 0
-    piece: int = 0
-    document: int = 0
-    token: int = 0
 
 
 class _Encoded(NamedTuple):
@@ -38,15 +27,12 @@ class _Encoded(NamedTuple):
     ids: np.ndarray  # with the end of document
 
 
-Read = Callable[[int, Part], Iterator[TextRecord | BadDocument]]  # a part of the file of this number
-
-
 @dataclass(frozen=True)
 class LaneText:
-    """What all lanes of a source have in common; `name_of` says how messages call a file."""
+    """What the lanes of a source in one process have in common; `name_of` says how messages call a file."""
 
     order: LaneOrder
-    read: Read
+    reads: SharedReads
     name_of: Callable[[int], str]
     repeat: bool
 
@@ -168,8 +154,7 @@ class Lane:
         """Documents of a piece from one on, each with its place in the order of reading."""
         order, name = self._text.order, self._text.name_of(piece.file)
         block = document // order.block
-        part = Part(piece.stride, 1 + piece.residue + piece.stride * block * order.block)
-        records = self._bad.usable(name, name, self._text.read(piece.file, part))
+        records = self._bad.usable(name, name, self._text.reads.read(piece, epoch, block * order.block))
         held: dict[int, TextRecord] = {}  # of the block that is being read, by their number in the piece
         for record in records:
             ordinal = (record.number - 1 - piece.residue) // piece.stride

@@ -6,8 +6,10 @@ lanes have about as much to read, however many files there are, and nothing is i
 own: it begins its files again when it has read them all.
 """
 
+import functools
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +25,18 @@ class Piece:
     file: int
     stride: int = 1
     residue: int = 0
+
+
+class Cursor(NamedTuple):
+    """Where a lane is: the next token is `token` of document `document` of piece `piece` in its epoch `epoch`.
+
+    All from 0; documents in the order of reading. A lane that does not repeat ends with epoch 1.
+    """
+
+    epoch: int = 0
+    piece: int = 0
+    document: int = 0
+    token: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,9 +59,10 @@ class LaneOrder:
         n_whole, n_left = divmod(self.n_files, self.n_lanes)
         dealt = [Piece(self._dealt(lane + turn * self.n_lanes)) for turn in range(n_whole)]
         if n_left:
-            number, residue = lane % n_left, lane // n_left
-            n_parts = -(-(self.n_lanes - number) // n_left)  # lanes that have the same file
-            dealt.append(Piece(self._dealt(n_whole * self.n_lanes + number), n_parts, residue))
+            # Lanes next to each other share a file: they are mostly read by the same process (`shared_reads`).
+            number = lane * n_left // self.n_lanes
+            first, end = (-(-n * self.n_lanes // n_left) for n in (number, number + 1))
+            dealt.append(Piece(self._dealt(n_whole * self.n_lanes + number), end - first, lane - first))
         if not self.shuffle_files:
             return dealt
         key = self._key("files", lane, epoch)
@@ -62,9 +77,11 @@ class LaneOrder:
         return [first + place for place in permute(np.arange(self.block), self.block, key).tolist()]
 
     def _dealt(self, place: int) -> int:
-        if not self.shuffle_files:
-            return place
-        return int(permute(np.array(place), self.n_files, self._key("deal")))
+        return int(self._deal[place]) if self.shuffle_files else place
+
+    @functools.cached_property
+    def _deal(self) -> np.ndarray:
+        return permute(np.arange(self.n_files), self.n_files, self._key("deal"))
 
     def _key(self, *parts: object) -> bytes:
         text = "/".join(str(part) for part in (STREAM_ORDER, self.seed, self.source, *parts))

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset, get_worker_info
 from mamba_train.data.batches import Batch, document_numbers
 from mamba_train.data.corpus import ReadError
 from mamba_train.data.encoders import Encoder
-from mamba_train.data.lane_reader import Cursor, Lane
+from mamba_train.data.lane_reader import Lane, LaneText
+from mamba_train.data.lanes import Cursor
 from mamba_train.data.loader import BatchLoader
 from mamba_train.data.remote_files import REQUESTS
 from mamba_train.data.streams import Source, StreamSource, encoder_of
@@ -51,6 +52,7 @@ class RankRows(Dataset):
     rank: int
     world_size: int
     n_parts: int
+    texts: list[LaneText] = field(default_factory=list)  # of the sources; all that follows is of this process
     lanes: dict[tuple[int, int], Lane] = field(default_factory=dict)
     encoder: Encoder | None = None
     tokenizer: TextTokenizer | None = None
@@ -61,19 +63,28 @@ class RankRows(Dataset):
         n_rows = self.source.global_batch_size // self.world_size
         rows = self.rank * n_rows + np.arange(part * n_rows // self.n_parts, (part + 1) * n_rows // self.n_parts)
         try:
+            if not self.texts:
+                self._begin(self.first_sample + rows)
             return self._read(self.first_sample + step * self.source.global_batch_size + rows)
         except ReadError as error:
             return error
         except ValueError as error:
             return ReadError(str(error))
 
+    def _begin(self, samples: np.ndarray) -> None:
+        """Prepare to read these samples, and those of the same rows of all later batches."""
+        source = self.source
+        if get_worker_info() is not None:  # the processes are what runs side by side
+            os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
+        self.tokenizer = TextTokenizer(source.tokenizer, "data.tokenizer")
+        self.encoder = encoder_of(self.tokenizer, source.data.encoder)
+        turns = np.arange(0, source.n_lanes, source.global_batch_size)
+        lanes = ((samples[:, None] + turns) % source.n_lanes).ravel().tolist()
+        self.texts = [source.open_text(number, lanes) for number in range(len(source.names))]
+
     def _read(self, samples: np.ndarray) -> Rows:
         source, form = self.source, self.source.form
-        if self.tokenizer is None or self.encoder is None:
-            if get_worker_info() is not None:  # the processes are what runs side by side
-                os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
-            self.tokenizer = TextTokenizer(source.tokenizer, "data.tokenizer")
-            self.encoder = encoder_of(self.tokenizer, source.data.encoder)
+        assert self.tokenizer is not None
         eos_id = self.tokenizer.eos_id
         numbers = source.mixture.locate(samples)[0] if len(source.names) > 1 else np.zeros_like(samples)
         lanes = np.stack([numbers, samples % source.n_lanes], axis=1)
@@ -102,10 +113,10 @@ class RankRows(Dataset):
         assert self.encoder is not None
         assert self.tokenizer is not None
         for number, lane in missing:
-            cursor = Cursor(*source.cursors[number, lane].tolist())
-            reader = source.open_lane(source.names[number], lane, cursor, self.encoder, self.tokenizer.eos_id, _say)
+            text, eos_id = self.texts[number], self.tokenizer.eos_id
+            reader = source.open_lane(number, lane, text, self.encoder, eos_id, _say)
             self.lanes[number, lane] = reader
-            if cursor.document:
+            if reader.cursor.document:
                 going_on.append(reader)
         if going_on:
             with ThreadPoolExecutor(OPENING_THREADS) as pool:

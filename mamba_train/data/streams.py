@@ -21,10 +21,11 @@ from mamba_train.data.batches import EVERYTHING, BatchSource, WindowForm
 from mamba_train.data.documents import Log
 from mamba_train.data.encoders import Encoder, fastokens_call, make_encoder
 from mamba_train.data.hub_text import HubText, read_hub
-from mamba_train.data.lane_reader import Cursor, Lane, LaneText
-from mamba_train.data.lanes import STREAM_ORDER, LaneOrder
+from mamba_train.data.lane_reader import Lane, LaneText
+from mamba_train.data.lanes import STREAM_ORDER, Cursor, LaneOrder
 from mamba_train.data.mixture import Mixture, Stage
 from mamba_train.data.remote_files import HttpFile, Patience, is_address
+from mamba_train.data.shared_reads import SharedReads
 from mamba_train.data.stored_files import StoredFile
 from mamba_train.data.text_files import BadDocument, Fields, Part, TextRecord, read_texts
 from mamba_train.data.tokenizer import TextTokenizer
@@ -108,7 +109,8 @@ class StreamSource:
 
     def gather(self, rank: int, world_size: int, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Learn from the other ranks where their lanes are; total: sums a tensor over all ranks."""
-        rows = np.arange(self.n_lanes) % self.global_batch_size
+        # Rows begin at another lane than 0 where the batch had another size before.
+        rows = (np.arange(self.n_lanes) - self.position) % self.global_batch_size
         mine = rows * world_size // self.global_batch_size == rank
         self.cursors = total(torch.from_numpy(self.cursors * mine[None, :, None])).numpy()
 
@@ -141,19 +143,27 @@ class StreamSource:
             self.cursors[number] = [[lane[field] for field in Cursor._fields] for lane in saved]
         self.position = state["samples"]
 
-    def open_lane(self, name: str, lane: int, cursor: Cursor, encoder: Encoder, eos_id: int, log: Log) -> Lane:
-        """A lane that goes on from a cursor."""
-        data, files = self.data, self.files[name]
-        fields = Fields(data.text_key)
+    def cursor(self, number: int, lane: int) -> Cursor:
+        """Where a lane of the source `names[number]` is."""
+        return Cursor(*self.cursors[number, lane].tolist())
+
+    def open_text(self, number: int, lanes: Sequence[int]) -> LaneText:
+        """What some lanes of the source `names[number]` read, from where they are."""
+        data, name = self.data, self.names[number]
+        files, fields = self.files[name], Fields(data.text_key)
         patience = Patience(data.network_retries, data.network_timeout_seconds)
-        text = LaneText(
-            self.lane_order(name),
+        order = self.lane_order(name)
+        reads = SharedReads(
+            order,
+            {lane: self.cursor(number, lane) for lane in lanes},
             lambda file, part: files[file].read(fields, part, patience),
-            lambda file: files[file].place,
-            data.repeat,
         )
-        bad = BadDocumentFilter(BadDocuments(data.bad_documents), data.max_bad_share, log)
-        return Lane(lane, text, cursor, encoder, eos_id, bad)
+        return LaneText(order, reads, lambda file: files[file].place, data.repeat)
+
+    def open_lane(self, number: int, lane: int, text: LaneText, encoder: Encoder, eos_id: int, log: Log) -> Lane:
+        """A lane of the source `names[number]` that goes on from where it is."""
+        bad = BadDocumentFilter(BadDocuments(self.data.bad_documents), self.data.max_bad_share, log)
+        return Lane(lane, text, self.cursor(number, lane), encoder, eos_id, bad)
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Nothing: how long an epoch is shows when it is over (the checkpoint has the epoch of each lane)."""

@@ -73,13 +73,16 @@ class _Unusable(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """Every `stride`-th document of a file, by its number (of the line, row or sequence), from `first` on."""
+    """Documents of a file by their number (of the line, row or sequence, from 1): from `first` on, those whose number,
+    counted from 0, has one of these residues modulo `stride`.
+    """
 
     stride: int = 1
+    residues: frozenset[int] = frozenset({0})
     first: int = 1
 
     def __contains__(self, number: int) -> bool:
-        return number >= self.first and (number - self.first) % self.stride == 0
+        return number >= self.first and (number - 1) % self.stride in self.residues
 
 
 WHOLE = Part()
@@ -103,7 +106,8 @@ def read_texts(
             yield from _convert([(1, b"".join(bounded(content_bytes(file, on_chunk), file)))], _text_record)
     else:
         chunks = without_lines(content_bytes(file, on_chunk), part.first - 1)
-        lines = itertools.islice(enumerate(lines_of(chunks, file), start=part.first), 0, None, part.stride)
+        chosen = itertools.cycle(number in part for number in range(part.first, part.first + part.stride))
+        lines = itertools.compress(enumerate(lines_of(chunks, file), start=part.first), chosen)
         yield from _convert(((n, line) for n, line in lines if line.strip()), lambda line: _json_record(line, fields))
 
 

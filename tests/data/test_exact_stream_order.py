@@ -27,6 +27,7 @@ from mamba_train.data.lanes import LaneOrder
 from mamba_train.data.mixture import Mixture, Stage
 from mamba_train.data.position import restore, state_of
 from mamba_train.data.stream_loader import StreamLoader
+from mamba_train.data.streams import StreamSource
 from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
 from tests.data.digests import digest
 from tests.data.pile_documents import stdlib_documents
@@ -235,13 +236,36 @@ def test_it_goes_on_from_each_state_twice_in_a_row(texts: list[str], tokenizer_p
                 found = [batch for loader in loaders for batch in loader.step(step * BATCH)]
                 assert rows_of(found) == expected[step]
                 step += 1
-        tables: list[torch.Tensor] = []
-        for rank, source in enumerate(sources):
-            source.gather(rank, world_size, functools.partial(_keep, tables))
-        sources[0].cursors = sum(tables).numpy()
-        state = json.dumps(state_of(sources[0], step * BATCH))
+        state = json.dumps(gathered(sources, step * BATCH))
         sizes.append(len(state))
     assert max(sizes) < min(sizes) + 400  # digits, not entries
+
+
+def gathered(sources: list[StreamSource], samples: int) -> dict[str, Any]:
+    """The state that the ranks have together."""
+    tables: list[torch.Tensor] = []
+    for rank, source in enumerate(sources):
+        source.gather(rank, len(sources), functools.partial(_keep, tables))
+    sources[0].cursors = sum(tables).numpy()
+    return state_of(sources[0], samples)
+
+
+def test_the_batch_size_may_change(texts: list[str], tokenizer_path: Path, tmp_path: Path) -> None:
+    """Also to one that the samples so far are no multiple of, so that rows begin at other lanes."""
+    folder = write_files(tmp_path / "text", [texts[i::7] for i in range(7)])
+    spec = spec_of(folder, tokenizer_path, lanes=24)
+    expected = [row for batches in itertools.islice(steps_of(spec), 30) for row in rows_of(batches)]
+    samples, state = 0, None
+    for batch_size, world_size in ((12, 2), (8, 4), (24, 3), (8, 1), (6, 2)):
+        sources = [make_stream({**spec, "global_batch_size": batch_size}) for _ in range(world_size)]
+        for source in sources if state is not None else []:
+            restore(source, json.loads(json.dumps(state)), 5, allow_changed=False)
+        loaders = [StreamLoader(source, rank, world_size, 1) for rank, source in enumerate(sources)]
+        for _ in range(3):
+            found = rows_of([batch for loader in loaders for batch in loader.step(samples)])
+            assert found == expected[samples : samples + batch_size]
+            samples += batch_size
+        state = gathered(sources, samples)
 
 
 def test_a_lane_without_a_document_is_refused_where_it_repeats(

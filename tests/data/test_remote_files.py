@@ -203,14 +203,14 @@ def test_a_stream_over_a_failing_server_has_the_tokens_of_the_files(
 ) -> None:
     texts = make_texts(400)
     write_tokenizer(tmp_path / "tokenizer.json", texts)
-    folder = write_files(tmp_path / "text", [texts[i::3] for i in range(3)])
+    folder = write_files(tmp_path / "text", [texts[i::12] for i in range(12)])
     for file in folder.iterdir():
         server.files[f"/{file.name}"] = file.read_bytes()
     settings = {"tokenizer": str(tmp_path / "tokenizer.json"), "cache_dir": str(tmp_path / "cache")}
     patience = {"network_retries": 3, "network_timeout_seconds": 0.5}
     common = {"length": 32, "global_batch_size": 12, "seed": 3}
     local = {"data": {**settings, "path": str(folder)}, **common}
-    remote = {"data": {**settings, **patience, "path": address(server, "/{000..002}.jsonl.zst")}, **common}
+    remote = {"data": {**settings, **patience, "path": address(server, "/{000..011}.jsonl.zst")}, **common}
     expected = list(itertools.islice(steps_of(local), 60))  # some epochs
     listed = make_stream(remote)
     assert [file.size for file in listed.files[""]] == [file.stat().st_size for file in sorted(folder.iterdir())]
