@@ -59,7 +59,7 @@ def ours(config: ModelConfig, device: torch.device, state_dtype: torch.dtype = t
 
 
 def of_mamba_ssm(config: ModelConfig, device: torch.device) -> Continue:
-    """The published implementation: the CUDA graph of its `generate(cg=True)`, and the most likely token of each step."""
+    """The published implementation: the CUDA graph of its `generate(cg=True)`, and the most likely token each time."""
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
     from mamba_ssm.utils.generation import update_graph_cache
