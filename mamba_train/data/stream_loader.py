@@ -189,13 +189,14 @@ class StreamLoader(BatchLoader):
 
     def _micro_batches(self, parts: Sequence[Rows]) -> list[Batch]:
         whole = _joined([rows.batch for rows in parts], self.source.form.length + 1)
+        if self._pins:
+            whole = whole.pin_memory()
         found = []
         for first in range(0, self._n_rows, self._micro_batch_size):
             rows = slice(first, first + self._micro_batch_size)
             seq_idx = None if whole.seq_idx is None else whole.seq_idx[rows]
             lengths = None if whole.lengths is None else whole.lengths[rows]
-            batch = Batch(whole.tokens[rows], seq_idx, whole.unpredictable_after, lengths=lengths)
-            found.append(batch.pin_memory() if self._pins else batch)
+            found.append(Batch(whole.tokens[rows], seq_idx, whole.unpredictable_after, lengths=lengths))
         return found
 
 
