@@ -248,6 +248,7 @@ class EngineConfig:
     layer_grad_norms: bool = False  # the norm of each layer's gradient among the metrics
     kernel_cache: str | None = None  # folder for compiled kernels, best on a disk of the node; null: the user's cache
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
+    cuda_graphs: bool | None = None  # replay forward and backward as one graph; null: with engine=single on a GPU
     recompute: Recompute = Recompute.none  # activation checkpointing: less memory, more computation
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
     zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too

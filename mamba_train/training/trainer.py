@@ -32,9 +32,13 @@ DEFAULT_GPU_WORKERS = 2
 def summed_loss(engine: Engine, batch: Batch) -> Tensor:
     """The loss of a batch in nats, summed over its targets: a scalar in fp32 on the engine's device."""
     batch = batch.to(engine.device)
-    seq_idx = None if batch.seq_idx is None else batch.seq_idx[:, :-1]
     with engine.compute():
-        return engine.model(batch.inputs, batch.targets, seq_idx)
+        return engine.model(batch.inputs, batch.targets, documents_read(batch))
+
+
+def documents_read(batch: Batch) -> Tensor | None:
+    """The document of each token that the model reads, (rows, length)."""
+    return None if batch.seq_idx is None else batch.seq_idx[:, :-1]
 
 
 class StopInsideHook(Exception):
@@ -161,9 +165,8 @@ class Trainer:
         loss = torch.zeros((), device=self.engine.device)
         for batch in self.engine.micro_batches(batches):
             # Divided by the count of all ranks: the mean over the global batch, however it is split.
-            micro_loss = summed_loss(self.engine, batch) / n_targets
-            self.engine.backward(micro_loss)
-            loss += micro_loss.detach()
+            batch = batch.to(self.engine.device)
+            loss += self.engine.accumulate(batch.inputs, batch.targets, documents_read(batch), n_targets)
 
         lr = learning_rate(state.step + 1, self.config.optim.lr, self.config.schedule, training.total_steps)
         result = self.engine.step(lr)

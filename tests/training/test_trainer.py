@@ -14,7 +14,7 @@ from mamba_train.config import Config
 from mamba_train.data.batches import BatchSource, WindowForm
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.prepare import prepare
-from mamba_train.parallel.engine import StepResult
+from mamba_train.parallel.engine import StepResult, accumulate
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.base import Hook
 from mamba_train.training.state import TrainState
@@ -57,6 +57,8 @@ class RecordingEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         pass
+
+    accumulate = accumulate
 
     def step(self, lr: float) -> StepResult:
         self.steps.append([])
