@@ -259,6 +259,27 @@ def test_files_of_the_hub_are_listed_once_at_one_commit(
         make_stream({"data": {**settings, "path": "hf://datasets/a/b/other/*"}, **common})
 
 
+def test_a_dataset_of_the_hub_is_read_at_the_commit_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    commits = iter(["c0ffee", "c0ffee", "decade"])
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: type("Info", (), {"sha": next(commits)})
+    )
+    monkeypatch.setattr("mamba_train.data.hub_text._stream", lambda part, option: type("Stream", (), {"num_shards": 3}))
+    write_tokenizer(tmp_path / "tokenizer.json", make_texts(60))
+    settings = {"tokenizer": str(tmp_path / "tokenizer.json"), "cache_dir": str(tmp_path / "cache"), "path": "hf:a/b"}
+    first, again, moved = (
+        make_stream({"data": settings, "length": 32, "global_batch_size": 12, "seed": 3}) for _ in range(3)
+    )
+    assert [file.hub.revision for file in first.files[""] if file.hub] == ["c0ffee"] * 3
+    assert first.fingerprint_of("") == again.fingerprint_of("") != moved.fingerprint_of("")
+    with pytest.raises(ValueError, match=r"data\.path=hf:a/b: its commit cannot be looked up"):
+        make_stream({"data": settings, "length": 32, "global_batch_size": 12, "seed": 3})
+
+
 def test_patterns() -> None:
     assert expand("http://a/{00..02}.zst") == ["http://a/00.zst", "http://a/01.zst", "http://a/02.zst"]
     assert expand("http://a/{1..2}/{9..10}") == ["http://a/1/9", "http://a/1/10", "http://a/2/9", "http://a/2/10"]
