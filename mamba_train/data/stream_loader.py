@@ -132,7 +132,9 @@ class RankRows(Dataset):
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # of any rank: each reads files that the others do not
+    # Of any rank, as each reads files that the others do not; in one piece, as lanes are opened by several threads.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 class StreamLoader(BatchLoader):
