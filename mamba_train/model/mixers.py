@@ -18,12 +18,13 @@ LayerState: TypeAlias = SSMState | KVState
 class Mixer(Protocol):
     """What a layer asks of its mixer; hidden is (batch, length, d_model), in `step` (batch, d_model).
 
-    The state is the mixer's own kind of LayerState. prefill and step return the new state with the output.
+    The state is the mixer's own kind of LayerState. prefill and step return the new state with the output; in a step
+    with in_place=True a state of constant size is overwritten, and the one returned is the same.
     """
 
     def __call__(self, hidden: Tensor, seq_idx: Tensor | None = None) -> Tensor: ...
     def prefill(self, hidden: Tensor, state: Any, seq_idx: Tensor | None = None) -> tuple[Tensor, Any]: ...
-    def step(self, hidden: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+    def step(self, hidden: Tensor, state: Any, in_place: bool = False) -> tuple[Tensor, Any]: ...
     def initial_state(self, batch_size: int, dtype: torch.dtype) -> Any: ...
 
 
@@ -46,9 +47,9 @@ class Mamba1Mixer(nn.Module):
         y, state = self.ssm.prefill(x, z, state, seq_idx)
         return self.out_proj(y), state
 
-    def step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+    def step(self, hidden: Tensor, state: SSMState, in_place: bool = False) -> tuple[Tensor, SSMState]:
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        y, state = self.ssm.step(x, z, state)
+        y, state = self.ssm.step(x, z, state, in_place)
         return self.out_proj(y), state
 
     def initial_state(self, batch_size: int, dtype: torch.dtype) -> SSMState:
@@ -75,9 +76,9 @@ class Mamba2Mixer(nn.Module):
         y, state = self.ssm.prefill(xBC, dt, z, state, seq_idx)
         return self.out_proj(y), state
 
-    def step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+    def step(self, hidden: Tensor, state: SSMState, in_place: bool = False) -> tuple[Tensor, SSMState]:
         z, xBC, dt = self.in_proj(hidden).split(self.split_sizes, dim=-1)
-        y, state = self.ssm.step(xBC, dt, z, state)
+        y, state = self.ssm.step(xBC, dt, z, state, in_place)
         return self.out_proj(y), state
 
     def initial_state(self, batch_size: int, dtype: torch.dtype) -> SSMState:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from kernels.mamba_step import mamba_step_
 from kernels.selective_scan import selective_scan, selective_scan_step
 from mamba_train.config import ModelConfig
 
@@ -82,12 +83,20 @@ class SelectiveSSM(nn.Module):
             )
         return y, SSMState(conv, scan)
 
-    def step(self, x: Tensor, z: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        """One token: x, z (batch, d_inner). Equal to forward at that position."""
+    def step(self, x: Tensor, z: Tensor, state: SSMState, in_place: bool = False) -> tuple[Tensor, SSMState]:
+        """One token: x, z (batch, d_inner). Equal to forward at that position. in_place: overwrite `state`."""
         with torch.autocast(x.device.type, enabled=False):
-            x, conv = causal_conv1d_step(state.conv, x, self.conv_weight, self.conv_bias, activation="silu")
+            if in_place and not self.time_invariant:
+                x_proj_weight, dt_proj_weight = self.x_proj_weight.to(x.dtype), self.dt_proj_weight.to(x.dtype)
+                weights = (self.conv_weight, self.conv_bias, x_proj_weight, dt_proj_weight, self.dt_bias)
+                return mamba_step_(state.conv, state.scan, x, z, *weights, self.A_log, self.D), state
+            x, conv = causal_conv1d_step(
+                state.conv, x, self.conv_weight, self.conv_bias, activation="silu", in_place=in_place
+            )
             dt, B, C = self._project(x)
-            y, scan = selective_scan_step(state.scan, x, dt, self._A(), B, C, self.D, z, self.dt_bias)
+            y, scan = selective_scan_step(
+                state.scan, x, dt, self.A_log, B, C, self.D, z, self.dt_bias, A_is_log=True, in_place=in_place
+            )
         return y, SSMState(conv, scan)
 
     def initial_state(self, batch_size: int, dtype: torch.dtype) -> SSMState:

@@ -63,7 +63,7 @@ def hooks_of(
         HealthHook(config.model, config.logging.ssm_health_interval_steps),
         ValidationHook(held_out, training.validation_interval_steps),
         *task_at_steps,
-        *_evaluation_hooks(config, tokenizer, manager),
+        *_evaluation_hooks(config, tokenizer, manager, log),
         UtilisationHook(flops_per_token(config.model, length), peak_flops(engine.device, engine.compute_dtype)),
         checkpointing.hold_up,
         RecordingHook(run_dir, progress, config.logging, shown_config, log),
@@ -72,14 +72,14 @@ def hooks_of(
     ]
 
 
-def _evaluation_hooks(config: Config, tokenizer: TextTokenizer, manager: Any) -> list[Hook]:
+def _evaluation_hooks(config: Config, tokenizer: TextTokenizer, manager: Any, log: Log) -> list[Hook]:
     evaluation, run_dir = config.evaluation, Path(config.run_dir)
     hooks: list[Hook] = []
     if manager is not None:
-        hooks.append(HarnessHook(evaluation, manager, tokenizer, config.data.sequence_length, run_dir))
+        hooks.append(HarnessHook(evaluation, manager, tokenizer, config.data.sequence_length, run_dir, log))
     if config.data.source is not DataSource.synthetic:
         prompts, interval = list(evaluation.sample_prompts), config.checkpoint.interval_steps
-        hooks.append(SamplesHook(prompts, evaluation.sample_tokens, interval, tokenizer, run_dir))
+        hooks.append(SamplesHook(prompts, evaluation.sample_tokens, interval, tokenizer, run_dir, log))
     return hooks
 
 
