@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kernels.causal_conv1d import launch
 from kernels.causal_conv1d.reference import causal_conv1d_backward_op
 from kernels.dispatch import on_cuda
+from kernels.operator import operator
 
 
-@torch.library.custom_op("mamba_train::causal_conv1d_backward_into", mutates_args=("x_grad",))
+@operator("mamba_train::causal_conv1d_backward_into", mutates_args=("x_grad",))
 def causal_conv1d_backward_into(
     y_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None, x_grad: Tensor
 ) -> tuple[Tensor, Tensor]:

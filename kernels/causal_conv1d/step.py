@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.checks import compute_dtype, needs_gradient
 from kernels.dispatch import on_cuda, triton_unsupported
+from kernels.operator import operator
 
 MAX_WIDTH = 16  # of the kernel, which is unrolled over the width
 
@@ -72,7 +73,7 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 
 # An operator for CUDA devices only: elsewhere, and where gradients are wanted, the plain functions are faster.
-_op = torch.library.custom_op("mamba_train::causal_conv1d_step", _reference, mutates_args=())
+_op = operator("mamba_train::causal_conv1d_step")(_reference)
 on_cuda(_op, launch, lambda state, x, weight, *_: unsupported(x, weight))
 
 

@@ -6,16 +6,16 @@ projection's output gets their gradients as halves, too: both save a pass over m
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from kernels.operator import operator
 from kernels.selective_scan.cuda import scan
 from kernels.selective_scan.reference import selective_scan_backward_op
 
 _OUTPUTS = ("x_grad", "dt_grad", "z_grad")
 
 
-@torch.library.custom_op("mamba_train::selective_scan_backward_into", mutates_args=_OUTPUTS)
+@operator("mamba_train::selective_scan_backward_into", mutates_args=_OUTPUTS)
 def selective_scan_backward_into(
     y_grad: Tensor,
     x: Tensor,

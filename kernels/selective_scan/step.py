@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.checks import check_floating, check_same_device, check_tensor, compute_dtype, needs_gradient
 from kernels.dispatch import on_cuda, triton_unsupported
+from kernels.operator import operator
 from kernels.selective_scan import step_launch
 
 
@@ -67,7 +68,7 @@ def _reference(
 
 
 # An operator for CUDA devices only: elsewhere, and where gradients are wanted, the plain functions are faster.
-_op = torch.library.custom_op("mamba_train::selective_scan_step", _reference, mutates_args=())
+_op = operator("mamba_train::selective_scan_step")(_reference)
 on_cuda(_op, step_launch.step, lambda state, x, *_: triton_unsupported(x))
 
 

@@ -40,4 +40,4 @@ def test_opcheck() -> None:
         (state, x, dt, A, B, C, vector, z, vector, True),
         (state, x, dt, A, B, C, None, None, None, False),
     ):
-        torch.library.opcheck(step._op, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(step._op._opoverload, arguments, test_utils=("test_schema", "test_faketensor"))
