@@ -64,10 +64,10 @@ class FusedSSM(torch.autograd.Function):
         if ctx.recompute:
             dt, starts, ungated = ctx.computed_again or _compute_again(ctx)[1:]
             ctx.computed_again = None
-            x_grad, dt_grad = ungated, dt  # their memory: nothing else will read them
         else:
             dt, starts, ungated = saved
-            x_grad, dt_grad = torch.empty_like(dt), torch.empty_like(dt)
+        # The scan's backward reads these once, each value before its gradient is there.
+        x_grad, dt_grad = (ungated, dt) if ctx.recompute or _last_walk() else (torch.empty_like(dt) for _ in range(2))
         with torch.autocast(xz.device.type, enabled=False):
             (x_given, z), rank, states = xz.chunk(2, dim=-1), dt_proj.shape[1], A.shape[1]
             dt_low, B, C = projected.split((rank, states, states), dim=-1)
@@ -115,6 +115,11 @@ def forgetting(y: Tensor) -> AbstractContextManager[object]:
         return y.view(packed.shape)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _last_walk() -> bool:
+    """Whether the backward at work frees its graph, so that what was saved for it may be overwritten."""
+    return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 @dataclass

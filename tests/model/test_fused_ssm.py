@@ -71,12 +71,14 @@ def test_gradients_are_those_of_the_plain_operators(packed: bool, recompute: boo
         assert grad.abs().max() > 1e-3, "the comparison would see no error"
 
 
-def test_a_kept_graph_is_walked_twice() -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_kept_graph_is_walked_twice(recompute: bool) -> None:
     mixer = make_mixer()
-    mixer.ssm.recompute_scan = True
+    mixer.ssm.recompute_scan = recompute
     hidden = torch.randn(1, 7, D_MODEL, dtype=torch.float64, requires_grad=True)
     y = mixer(hidden)
-    first, second = (torch.autograd.grad(y.sum(), list(mixer.parameters()), retain_graph=True) for _ in range(2))
+    total, weights = y.sum(), list(mixer.parameters())
+    first, second = (torch.autograd.grad(total, weights, retain_graph=again) for again in (True, False))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
