@@ -93,6 +93,7 @@ def test_a_cuda_graph_of_a_step() -> None:
             losses.append(float(step_once()))
         return losses
 
+    torch.cuda.synchronize()  # the other stream does not wait for the inputs
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
