@@ -25,8 +25,11 @@ def _(y_grad, x, weight, bias, seq_idx, x_grad):
     return weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-def _launch(y_grad, x, weight, bias, seq_idx, x_grad):
+def launch_into(
+    y_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None, x_grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same on CUDA devices."""
     return launch.backward(y_grad, None, x, weight, bias, True, seq_idx, None, x_grad)[1:3]
 
 
-on_cuda(causal_conv1d_backward_into, _launch, lambda y_grad, x, weight, *_: launch.unsupported(x, weight))
+on_cuda(causal_conv1d_backward_into, launch_into, lambda y_grad, x, weight, *_: launch.unsupported(x, weight))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mamba_train.config import ModelConfig
 from mamba_train.model.mixers import Mamba1Mixer
+from tests.model.families import perturbed, small_config
 from tests.model.test_fused_ssm import gradients, plain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -117,3 +118,21 @@ def test_compiled(recompute: bool) -> None:
     found = on_gpu(mixer, hidden, forward(compiled, hidden, seq_idx))  # type: ignore[arg-type]
     for name, grad in expected.items():
         assert (found[name] - grad).norm() < 1e-2 * grad.norm(), name
+
+
+def test_a_compiled_model_is_one_graph() -> None:
+    config = small_config("mamba1", d_model=64, d_state=16)
+    model = perturbed(config).cuda()
+    for block in model.blocks():
+        block.mixer.ssm.recompute_scan = True  # type: ignore[attr-defined]
+    tokens = torch.randint(0, 53, (2, 65), device="cuda")
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    losses, grads = [], []
+    for call in (model, torch.compile(model, fullgraph=True)):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = call(inputs, targets)
+        losses.append(float(loss))
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    for found, expected in zip(grads[1], grads[0], strict=True):
+        assert (found - expected).norm() < 5e-2 * expected.norm()
