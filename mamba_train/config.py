@@ -82,9 +82,11 @@ class Precision(StrEnum):
 class Recompute(StrEnum):
     """What the backward pass computes again instead of having kept it."""
 
+    auto = "auto"  # scan on a GPU, none on the CPU
     none = "none"
-    layer = "layer"  # all of a layer but its inputs
+    scan = "scan"  # what the scan of a Mamba-1 layer returns and the Δ that it reads
     keep_scan = "keep_scan"  # all of a layer but its inputs and what its scan returns
+    layer = "layer"  # all of a layer but its inputs
 
 
 class WandbMode(StrEnum):
@@ -249,7 +251,7 @@ class EngineConfig:
     kernel_cache: str | None = None  # folder for compiled kernels, best on a disk of the node; null: the user's cache
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
     cuda_graphs: bool | None = None  # replay forward and backward as one graph; null: with engine=single on a GPU
-    recompute: Recompute = Recompute.none  # activation checkpointing: less memory, more computation
+    recompute: Recompute = Recompute.auto  # activation checkpointing: less memory, more computation
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
     zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too
     # fsdp

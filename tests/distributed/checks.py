@@ -84,7 +84,7 @@ def recomputed(config: Config, engine: Engine) -> tuple[dict[str, float], dict[s
     """Recomputing activations: the largest relative difference of a gradient, and the scans of a step, by policy."""
     expected = gradient(engine, 1.0)
     largest, scans = {}, {}
-    for policy in (Recompute.layer, Recompute.keep_scan):
+    for policy in (Recompute.scan, Recompute.layer, Recompute.keep_scan):
         settings = dataclasses.replace(config, engine=dataclasses.replace(config.engine, recompute=policy))
         other = make(settings, engine.ranks)
         with observe_scans() as calls:
