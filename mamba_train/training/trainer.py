@@ -14,9 +14,12 @@ from torch import Tensor
 from mamba_train.config import Config
 from mamba_train.data.batches import Batch, BatchSource
 from mamba_train.data.loader import BatchLoader
+from mamba_train.monitor.event_log import EventLog
 from mamba_train.monitor.jsonl import finite
 from mamba_train.monitor.throughput import Throughput
 from mamba_train.parallel.engine import Engine
+from mamba_train.training.events import record_skip
+from mamba_train.training.guard import Decision, Guard
 from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.preemption import Stopped, StopRequest
 from mamba_train.training.schedule import learning_rate
@@ -49,6 +52,7 @@ class Trainer:
         state: TrainState,
         hooks: Sequence[Hook],
         stop: StopRequest | None = None,
+        events: EventLog | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -66,8 +70,10 @@ class Trainer:
             prefetch_batches=config.data.prefetch_batches,
             pin_memory=on_gpu,
         )
+        self.guard = Guard(config.guard, config.optim.max_grad_norm, state.guard)
         self.throughput = Throughput(config.training.total_steps)
         self.stop = stop or StopRequest()
+        self.events = events or EventLog()
         self._all_stop = False  # agreed by all ranks
         self._step_seconds = 0.0
         # Set by a signal handler, on any rank. All ranks raise at the end of the step that they next begin together,
@@ -103,6 +109,11 @@ class Trainer:
             self.loader.close()
             for hook in self.hooks:
                 hook.close(failed)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the global batch."""
+        return self.config.training.global_batch_size * self.config.data.sequence_length
 
     @property
     def finished(self) -> bool:
@@ -151,30 +162,29 @@ class Trainer:
             self.engine.backward(micro_loss)
             loss += micro_loss.detach()
 
+        self.guard.begin([self.source.mixture.stage_at(state.samples), training.global_batch_size])
         lr = learning_rate(state.step + 1, self.config.optim.lr, self.config.schedule, training.total_steps)
-        result = self.engine.step(lr)
-        # Read after the update has been queued: on a GPU this waits for it, so the step's time is whole.
-        # The request to stop rides along: all ranks learn of it in the same step, at no cost.
-        request = loss.new_tensor(float(self._wants_stop()))
-        mean_loss, n_requests = self.engine.sum_over_ranks(torch.stack([loss, request])).tolist()
-        self._all_stop = n_requests > 0
+        # The request to stop rides along with the loss: all ranks learn of it in the same step, at no cost.
+        decision = Decision(self.engine, self.guard, loss, self._wants_stop())
+        result = self.engine.step(lr, decision)
+        self._all_stop = decision.n_requests > 0
         self._stops = bool(n_interrupted)
-        bits_per_byte = mean_loss / LN_2 / self.source.bytes_per_target(state.samples)
-        n_tokens = training.global_batch_size * self.config.data.sequence_length
+        bits_per_byte = decision.loss / LN_2 / self.source.bytes_per_target(state.samples)
+        if decision.cause is not None:
+            record_skip(self, decision, result)
+        self.guard.note(decision.loss, decision.grad_norm, decision.cause)
         state.step += 1
         state.samples += training.global_batch_size
-        state.tokens += n_tokens
-        if result.skipped:
-            state.skipped_steps.append(state.step)
+        state.tokens += self.tokens_per_step
         self.last_batch = batches[0]
-        timing = self.throughput.step(state.step, n_tokens)
+        timing = self.throughput.step(state.step, self.tokens_per_step)
         self._step_seconds = timing.step_seconds
         self.stop.first_step_done()
         return {
             "step": state.step,
             "tokens": state.tokens,
             "samples": state.samples,
-            "loss": mean_loss,
+            "loss": decision.loss,
             "bits_per_byte": bits_per_byte,
             "grad_norm": result.grad_norm,
             "lr": lr,
