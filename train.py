@@ -35,6 +35,8 @@ def run(config: Config, stop: StopRequest) -> None:
         sys.exit(EXIT_RESTART)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the newest checkpoint")
+    if trainer.data_ended and trainer.engine.rank == 0:
+        print(f"the text ended after step {trainer.state.step} (data.repeat=false)", file=sys.stderr)
     ranks.leave()
 
 

@@ -19,7 +19,15 @@ class DataSource(StrEnum):
     stdlib = "stdlib"  # the Python standard library of this machine
     local = "local"  # a folder (or one file) of .txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet
     shards = "shards"  # a folder of token shards that data_prep made
+    stream = "stream"  # files or a dataset of the hub, tokenised while they are read
     synthetic = "synthetic"  # no text: a task of data.task, made up as it is read
+
+
+class EncoderKind(StrEnum):
+    """Which library turns text into ids, with source=stream."""
+
+    tokenizers = "tokenizers"  # the reference
+    fastokens = "fastokens"  # some twenty times as fast; its ids are compared with the reference's now and then
 
 
 class SyntheticTask(StrEnum):
@@ -186,6 +194,21 @@ class DataConfig:
     workers: int | None = None  # processes that read ahead; null: 2 on a GPU, none on the CPU
     prefetch_batches: int = 4  # micro-batches that each of them holds ready
     allow_changed: bool = False  # go on from a checkpoint that was trained on other tokens
+    # source=stream
+    lanes: int | None = None  # virtual streams, a multiple of the global batch; null: training.global_batch_size
+    repeat: bool = True  # false: each document once, and the run ends when all are read
+    shuffle_files: bool = False  # another order of the files in each epoch
+    shuffle_documents: int = 0  # documents are permuted in blocks of so many; 0: the order of the files
+    continue_lanes: bool = False  # row j of a step goes on with the text of row j of the step before; checked
+    cache_shards: bool = False  # write shards into cache_dir meanwhile, and train on those that are finished
+    cache_group_mib: int = 64  # stored MiB of input files that become shards at once
+    cache_workers: int = 2  # processes that make them, beside rank 0
+    encoder: EncoderKind = EncoderKind.tokenizers
+    network_retries: int = 8  # of a request in a row, with longer and longer pauses, before the run ends
+    network_timeout_seconds: float = 60.0  # without a single byte
+    hub_config: str | None = None  # of a dataset named hf:NAME
+    hub_revision: str | None = None
+    hub_split: str | None = None  # null: train
     # for source=synthetic; vocab_size and sequence_length are the task's
     task: SyntheticTask | None = None
     task_items: int = 16  # tokens to copy, or pairs of key and value
@@ -225,6 +248,7 @@ class EngineConfig:
     layer_grad_norms: bool = False  # the norm of each layer's gradient among the metrics
     kernel_cache: str | None = None  # folder for compiled kernels, best on a disk of the node; null: the user's cache
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
+    cuda_graphs: bool | None = None  # replay forward and backward as one graph; null: with engine=single on a GPU
     recompute: Recompute = Recompute.none  # activation checkpointing: less memory, more computation
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
     zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too

@@ -43,6 +43,14 @@ class StepResult:
     layer_grad_norms: dict[str, float] = field(default_factory=dict)
 
 
+def accumulate(engine: "Engine", inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
+    """What `Engine.accumulate` does where nothing is recorded."""
+    with engine.compute():
+        loss = engine.model(inputs, targets, seq_idx) / n_targets
+    engine.backward(loss)
+    return loss.detach()
+
+
 class Engine(Protocol):
     """Owns the model, its optimiser, and how a step is executed on the devices of this rank.
 
@@ -68,6 +76,13 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of `loss`, once per micro-batch; the step's gradient is the sum over all ranks."""
+
+    def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
+        """Forward and `backward` of one micro-batch, which is on the device; return its loss, detached.
+
+        inputs, targets: (rows, length) int64; seq_idx: (rows, length) int32 or None; n_targets: a scalar, what the
+        sum of the losses is divided by, the same for all micro-batches and ranks of a step.
+        """
 
     def step(self, lr: float, judge: Judge | None = None) -> StepResult:
         """Clip and apply the accumulated gradients, or skip, as `judge` says; in both cases leave none behind.

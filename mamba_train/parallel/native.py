@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfi
 from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
-from mamba_train.parallel.engine import Item, Judge, StepResult, only_finite
+from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
+from mamba_train.parallel.graphed import GraphedPasses
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks
@@ -25,6 +27,8 @@ from mamba_train.ranks import Ranks
 
 class NativeEngine:
     """One device, or the ground that DDP and FSDP2 stand on."""
+
+    may_record = True  # the passes of a micro-batch as a CUDA graph: nothing in them speaks with other ranks
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
@@ -36,6 +40,8 @@ class NativeEngine:
                 "engine.compile=true: compiling for the CPU needs a C++ compiler and none is on the path; "
                 "install g++, or use engine.compile=false"
             )
+        if config.cuda_graphs and self.device.type != "cuda":
+            raise ValueError("engine.cuda_graphs=true: there is no CUDA device to record on; use null or false")
 
     def prepare(self, model_config: ModelConfig, optim: OptimConfig, seed: int) -> None:
         with torch.device("meta"):
@@ -54,6 +60,11 @@ class NativeEngine:
             for block in model.blocks():
                 block.compile()  # in place, so that parameter names stay as they are
         self.model: nn.Module = self._wrapped(model)
+        self._graphed = GraphedPasses(partial(accumulate, self), list(model.parameters())) if self._records() else None
+
+    def _records(self) -> bool:
+        """Whether the passes of a micro-batch become a CUDA graph."""
+        return self.may_record and self.device.type == "cuda" and self.config.cuda_graphs is not False
 
     def _shard(self, model: MambaLM) -> None:
         """Cut the parameters, which are still on the meta device."""
@@ -79,6 +90,11 @@ class NativeEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
+        if self._graphed is not None:
+            return self._graphed(inputs, targets, seq_idx, n_targets)
+        return accumulate(self, inputs, targets, seq_idx, n_targets)
+
     @torch.no_grad()
     def step(self, lr: float, judge: Judge | None = None) -> StepResult:
         gradients = [_local(p.grad) for p in self._parameters.values() if p.grad is not None]
@@ -92,7 +108,10 @@ class NativeEngine:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._graphed is not None:
+            self._graphed.clear_gradients()
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
         return StepResult(judgement.grad_norm, judgement.skip, by_layer)
 
     def _layer_norms(self) -> dict[str, float]:

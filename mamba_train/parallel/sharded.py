@@ -23,6 +23,8 @@ from mamba_train.ranks import Ranks, lone_group
 class ShardedEngine(NativeEngine):
     """`fully_shard` over all ranks, or over `world_size / engine.replicas` of them."""
 
+    may_record = False
+
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
         if ranks.world_size % config.replicas:

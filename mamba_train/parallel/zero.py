@@ -21,7 +21,7 @@ from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfi
 from mamba_train.model.initialise import initialise_
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
-from mamba_train.parallel.engine import Item, Judge, StepResult, only_finite
+from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
 from mamba_train.parallel.native import adamw, choose_device, choose_dtype
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
@@ -111,6 +111,9 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed takes the mean over the ranks.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
+        return accumulate(self, inputs, targets, seq_idx, n_targets)
 
     @torch.no_grad()
     def step(self, lr: float, judge: Judge | None = None) -> StepResult:

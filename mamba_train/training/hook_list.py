@@ -8,7 +8,7 @@ from mamba_train.checkpoint.layout import checkpoints_dir
 from mamba_train.config import Config, DataSource
 from mamba_train.data.batches import WindowForm
 from mamba_train.data.manifest import TOKENIZER_NAME
-from mamba_train.data.opening import OpenedData
+from mamba_train.data.stream_opening import AnyOpened
 from mamba_train.data.synthetic import task_corpus
 from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
 from mamba_train.data.validation import validation_sets
@@ -34,7 +34,7 @@ Log = Callable[[str], None]
 def hooks_of(
     config: Config,
     engine: Engine,
-    data: OpenedData,
+    data: AnyOpened,
     form: WindowForm,
     progress: Progress,
     shown_config: dict[str, Any],
@@ -88,7 +88,7 @@ def _evaluation_hooks(config: Config, tokenizer: TextTokenizer, manager: Any) ->
     return hooks
 
 
-def _task_hooks(config: Config, data: OpenedData, log: Log) -> tuple[list[Hook], list[Hook]]:
+def _task_hooks(config: Config, data: AnyOpened, log: Log) -> tuple[list[Hook], list[Hook]]:
     """What measures a synthetic task at a step, and what tests it when all is saved."""
     if config.data.source is not DataSource.synthetic:
         return [], []

@@ -6,14 +6,17 @@ with them is the engine's matter. The loop connects the two and counts.
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from mamba_train.config import Config
-from mamba_train.data.batches import Batch, BatchSource
+from mamba_train.data.batches import Batch
 from mamba_train.data.loader import BatchLoader
+from mamba_train.data.position import state_of
+from mamba_train.data.stream_loader import StreamLoader
+from mamba_train.data.streams import Source, StreamSource
 from mamba_train.monitor.event_log import EventLog
 from mamba_train.monitor.jsonl import finite
 from mamba_train.monitor.throughput import Throughput
@@ -32,9 +35,13 @@ DEFAULT_GPU_WORKERS = 2
 def summed_loss(engine: Engine, batch: Batch) -> Tensor:
     """The loss of a batch in nats, summed over its targets: a scalar in fp32 on the engine's device."""
     batch = batch.to(engine.device)
-    seq_idx = None if batch.seq_idx is None else batch.seq_idx[:, :-1]
     with engine.compute():
-        return engine.model(batch.inputs, batch.targets, seq_idx)
+        return engine.model(batch.inputs, batch.targets, documents_read(batch))
+
+
+def documents_read(batch: Batch) -> Tensor | None:
+    """The document of each token that the model reads, (rows, length)."""
+    return None if batch.seq_idx is None else batch.seq_idx[:, :-1]
 
 
 class StopInsideHook(Exception):
@@ -48,7 +55,7 @@ class Trainer:
         self,
         config: Config,
         engine: Engine,
-        source: BatchSource,
+        source: Source,
         state: TrainState,
         hooks: Sequence[Hook],
         stop: StopRequest | None = None,
@@ -61,7 +68,7 @@ class Trainer:
         self.hooks = hooks
         on_gpu = engine.device.type == "cuda"
         workers = config.data.workers
-        self.loader = BatchLoader(
+        self.loader = (StreamLoader if isinstance(source, StreamSource) else BatchLoader)(
             source,
             engine.rank,
             engine.world_size,
@@ -80,6 +87,7 @@ class Trainer:
         # and between steps only: Python drops what is raised inside a finaliser.
         self.interrupted = False
         self._stops = False
+        self.data_ended = False  # a stream that does not repeat is read to its end
         self.last_batch: Batch | None = None
 
     def run(self) -> None:
@@ -89,12 +97,13 @@ class Trainer:
         """
         failed = True
         try:
+            self.loader.begin(self.state.samples)  # reads while the rest starts up
             for hook in self.hooks:
                 hook.on_start(self)
             if self.state.pending_metrics is not None:
                 self._run_hooks(self.state.pending_metrics)
-            while not self.finished:
-                self._run_hooks(self._step())
+            while not self.finished and (metrics := self._step()) is not None:
+                self._run_hooks(metrics)
                 if self._stops:
                     raise KeyboardInterrupt
                 if self._all_stop and not self.finished:
@@ -147,20 +156,27 @@ class Trainer:
     def _wants_stop(self) -> bool:
         return self.stop.requested(self._step_seconds, self.state.save_seconds or 0.0)
 
-    def _step(self) -> Metrics:
-        """One global step: all micro-batches of this rank, then the update."""
+    def data_state(self) -> dict[str, Any]:
+        """Of the data, for a checkpoint; every rank must call it at the same step."""
+        self.loader.gather(self.engine.ranks.sum)
+        return state_of(self.source, self.state.samples)
+
+    def _step(self) -> Metrics | None:
+        """One global step: all micro-batches of this rank, then the update. None: there is nothing left to read."""
         self.throughput.start()
         state, training = self.state, self.config.training
         batches = self.loader.step(state.samples)
-        counts = [sum(batch.n_targets for batch in batches), int(self.interrupted)]
-        n_targets, n_interrupted = self.engine.sum_over_ranks(torch.tensor(counts, device=self.engine.device))
-        n_targets = n_targets.clamp(min=1)  # a batch without a single target has the loss 0
+        counts = [sum(batch.n_targets for batch in batches), int(self.interrupted), *self.loader.counts]
+        summed = self.engine.sum_over_ranks(torch.tensor(counts, device=self.engine.device))
+        if self.loader.finite and not summed[0]:
+            self.data_ended = True
+            return None
+        n_targets = summed[0].clamp(min=1)  # a batch without a single target has the loss 0
         loss = torch.zeros((), device=self.engine.device)
         for batch in self.engine.micro_batches(batches):
             # Divided by the count of all ranks: the mean over the global batch, however it is split.
-            micro_loss = summed_loss(self.engine, batch) / n_targets
-            self.engine.backward(micro_loss)
-            loss += micro_loss.detach()
+            batch = batch.to(self.engine.device)
+            loss += self.engine.accumulate(batch.inputs, batch.targets, documents_read(batch), n_targets)
 
         self.guard.begin([self.source.mixture.stage_at(state.samples), training.global_batch_size])
         lr = learning_rate(state.step + 1, self.config.optim.lr, self.config.schedule, training.total_steps)
@@ -168,11 +184,14 @@ class Trainer:
         decision = Decision(self.engine, self.guard, loss, self._wants_stop())
         result = self.engine.step(lr, decision)
         self._all_stop = decision.n_requests > 0
-        self._stops = bool(n_interrupted)
-        bits_per_byte = decision.loss / LN_2 / self.source.bytes_per_target(state.samples)
         if decision.cause is not None:
             record_skip(self, decision, result)
         self.guard.note(decision.loss, decision.grad_norm, decision.cause)
+        # One transfer, when all of this has been computed anyway.
+        targets, n_interrupted, n_bytes, *of_stream = summed.tolist()
+        self._stops = bool(n_interrupted)
+        bytes_per_target = n_bytes / max(1, targets) or self.source.bytes_per_target(state.samples)
+        bits_per_byte = decision.loss / LN_2 / bytes_per_target
         state.step += 1
         state.samples += training.global_batch_size
         state.tokens += self.tokens_per_step
@@ -194,8 +213,15 @@ class Trainer:
             "tokens_per_second": timing.tokens_per_second,
             "eta_seconds": timing.eta_seconds,
             "data_wait_seconds": self.loader.wait_seconds,
+            **self._stream_counts(*of_stream),
             **self._epochs(),
         }
+
+    def _stream_counts(self, n_left_out: int, n_repeated: int) -> Metrics:
+        """What went wrong while the tokens of this step were read, on all ranks."""
+        if not isinstance(self.source, StreamSource):
+            return {}
+        return {"data/left_out_documents": n_left_out, "data/repeated_requests": n_repeated}
 
     def _epochs(self) -> Metrics:
         """How many times each source of the data has been read."""

@@ -15,7 +15,7 @@ from mamba_train.config import Config
 from mamba_train.data.batches import BatchSource, WindowForm
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.prepare import prepare
-from mamba_train.parallel.engine import Judge, StepResult
+from mamba_train.parallel.engine import Judge, StepResult, accumulate
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.base import Hook
 from mamba_train.training.state import TrainState
@@ -58,6 +58,8 @@ class RecordingEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         pass
+
+    accumulate = accumulate
 
     def step(self, lr: float, judge: Judge) -> StepResult:
         self.steps.append([])
@@ -202,4 +204,4 @@ def test_a_step_waits_for_the_device_as_often_as_it_did_without_a_guard(
     for _ in range(8):
         trainer._step()
     assert math.isfinite(trainer.guard.limits[0]), "steps are compared"
-    assert waits == ["tolist", "__bool__"] * 8
+    assert waits == ["tolist", "tolist"] * 8

@@ -12,7 +12,6 @@ from mamba_train.checkpoint.retention import apply_retention
 from mamba_train.checkpoint.saving import Saver
 from mamba_train.checkpoint.storage import Record
 from mamba_train.config import CheckpointConfig
-from mamba_train.data.position import state_of
 from mamba_train.monitor.event_log import EventLog
 from mamba_train.ranks import Ranks
 from mamba_train.training.forward_check import forward_loss
@@ -112,7 +111,7 @@ class CheckpointHook(Hook):
 
     def _save(self, trainer: Trainer) -> None:
         state, begin = trainer.state, time.perf_counter()
-        values: dict[str, Any] = {"train": state.to_json(), "data": state_of(trainer.source, state.samples)}
+        values: dict[str, Any] = {"train": state.to_json(), "data": trainer.data_state()}
         if self._config.verify_forward:
             values["forward_loss"] = forward_loss(trainer.engine)
         best_step = state.best_validation_step if self._config.keep_best else None
