@@ -299,6 +299,20 @@ class TrainingConfig:
 
 
 @dataclass
+class GuardConfig:
+    """Which steps are not applied because of their loss or gradient norm, and when a run goes back."""
+
+    outliers: bool = True  # false: only steps that are not finite are skipped
+    window_steps: int = 128  # applied steps that a step is compared with
+    min_steps: int = 32  # so many must have been applied before one is compared
+    deviations: float = 15.0  # standard deviations above the median that are still usual
+    loss_rise: float = 0.75  # nats above the median that are usual in any case
+    norm_ratio: float = 10.0  # of a gradient norm to the median that is usual in any case
+    rollback_after: int = 5  # skipped steps in a row that lead back to a checkpoint; 0: never
+    max_rollbacks: int = 3  # without a full window of applied steps in between; then the run gives up
+
+
+@dataclass
 class EvaluationConfig:
     """What a model is tried on while it is trained, besides its loss on held-out text."""
 
@@ -355,6 +369,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = 0
     # Weights to begin with: a run, a checkpoint, published weights, a name on the Hub; null: drawn ones.

@@ -69,6 +69,7 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
         assert skip["changed"] == []
         assert skip["next_is_finite"]
         assert skip["moved"]
+    assert found["skip"]["after"] == found["undisturbed"], "a skipped step leaves something behind"
 
 
 @pytest.mark.slow
