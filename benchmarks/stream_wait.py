@@ -79,8 +79,9 @@ def train(folder: Path, tokenizer: Path, steps: int, options: list[str]) -> str:
         raise SystemExit(f"train.py failed ({done.returncode}):\n{done.stdout[-3000:]}")
     records = [json.loads(line) for line in metrics.read_text().splitlines()[n_before:]]
     waits = [record["data_wait_seconds"] * 1e3 for record in records]
-    rates = [record["tokens_per_second"] for record in records[SETTLED_STEPS:]]
-    seconds = [record["step_seconds"] * 1e3 for record in records[SETTLED_STEPS:]]
+    settled = records[min(SETTLED_STEPS, len(records) // 2) :]
+    rates = [record["tokens_per_second"] for record in settled]
+    seconds = [record["step_seconds"] * 1e3 for record in settled]
     return (
         f"steps {records[0]['step']} to {records[-1]['step']}: {statistics.median(rates):,.0f} tokens per second "
         f"({min(rates):,.0f} to {max(rates):,.0f}), a step {statistics.median(seconds):.1f} ms; waited for data: first "

@@ -2,15 +2,18 @@
 
     python benchmarks/streams.py FILE.jsonl.zst tokenizer.json [--length 2048] [--rows 8] [--seconds 6] [--repeats 3]
 
-FILE is cut into `--files` files of equally many documents. One core tokenises (TOKENIZERS_PARALLELISM=false):
-the bare encoder on texts that are in memory already; ours, from compressed files to batches with document boundaries;
+FILE is cut into as many files of equally many documents as there are rows. One core tokenises
+(TOKENIZERS_PARALLELISM=false): the bare encoder, which is the library called with texts that are in memory already, as
+many characters at once as a lane gives it, and its ids as arrays; ours, from compressed files to batches with document
+boundaries, with a file for each row, and with the one FILE for all rows, as when a corpus has fewer files than lanes;
 and Hugging Face `datasets` in streaming mode, whose texts the same encoder turns into the same windows. Printed: median
-and range in millions of tokens per second, the rounds of the sides alternating; what opening a lane in the middle of a
-file costs, as a resume does; and what a step of `--step-ms` waits with worker processes.
+and range in millions of tokens per second of processor time, the rounds of the sides alternating; what opening a lane
+in the middle of a file costs, as a resume does; and what a step of `--step-ms` waits with worker processes.
 """
 
 import argparse
 import io
+import itertools
 import json
 import os
 import platform
@@ -34,14 +37,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mamba_train.config import DataConfig, DataSource, EncoderKind
 from mamba_train.data.batches import WindowForm, document_numbers
-from mamba_train.data.encoders import Encoder
+from mamba_train.data.encoders import Encoder, fastokens_call
+from mamba_train.data.lane_reader import ENCODE_CHARACTERS
 from mamba_train.data.stream_loader import StreamLoader
 from mamba_train.data.stream_opening import list_stream, open_stream
 from mamba_train.data.streams import StreamSource, encoder_of
 from mamba_train.data.text_files import Fields, Part, TextRecord, read_texts
 from mamba_train.data.tokenizer import load_tokenizer
 
-ENCODED_AT_ONCE = 64  # documents, of the bare encoder and of the peer
+ENCODED_AT_ONCE = 64  # documents, of the peer
+CALLS_PER_LOOK = 8  # at the clock, which may take half a millisecond
 
 
 def cut(file: Path, folder: Path, n_files: int) -> list[str]:
@@ -54,12 +59,26 @@ def cut(file: Path, folder: Path, n_files: int) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def bare(texts: list[str], encoder: Encoder) -> Iterator[int]:
-    """Tokens of each call of the encoder on texts in memory, for ever."""
+def bare(texts: list[str], encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[int]:
+    """Tokens of each call of the library on texts in memory, for ever."""
     while True:
-        for first in range(0, len(texts), ENCODED_AT_ONCE):
-            records = [TextRecord(0, text, 0) for text in texts[first : first + ENCODED_AT_ONCE]]
-            yield sum(len(ids) + 1 for ids in encoder.encode(records))
+        group: list[str] = []
+        for text in texts:
+            group.append(text)
+            if sum(map(len, group)) >= ENCODE_CHARACTERS:
+                yield sum(len(ids) + 1 for ids in encode(group))
+                group = []
+
+
+def library_call(tokenizer: Path, kind: EncoderKind) -> Callable[[list[str]], list[np.ndarray]]:
+    """The encoder of a library as its documentation has it."""
+    if kind is EncoderKind.fastokens:
+        return fastokens_call(load_tokenizer(tokenizer))
+    library = tokenizers.Tokenizer.from_file(str(tokenizer))
+    library.encode_special_tokens = True
+    return lambda texts: [
+        np.array(found.ids, dtype=np.int32) for found in library.encode_batch_fast(texts, add_special_tokens=False)
+    ]
 
 
 def ours(source: StreamSource, rows: int, workers: int = 0) -> Iterator[int]:
@@ -93,7 +112,7 @@ def rate(counts: Iterator[int], seconds: float) -> float:
     """Millions of tokens per second of the processor: other work on the machine does not count."""
     n, began = 0, time.process_time()
     while time.process_time() - began < seconds:
-        n += next(counts)
+        n += sum(itertools.islice(counts, CALLS_PER_LOOK))
     return n / (time.process_time() - began) / 1e6
 
 
@@ -122,7 +141,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("tokenizer", type=Path)
-    parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=6.0)
@@ -132,18 +150,19 @@ def main() -> None:
     datasets.disable_progress_bars()
     print(
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"tokenizers {tokenizers.__version__}, datasets {datasets.__version__}; {options.files} files, "
+        f"tokenizers {tokenizers.__version__}, datasets {datasets.__version__}; "
         f"{options.rows} windows of {options.length} in a batch; millions of tokens per second of one core"
     )
     with tempfile.TemporaryDirectory() as name:
-        texts = cut(options.file, Path(name), options.files)
-        print("encoder       bare encoder          ours                  datasets, same encoder")
+        texts = cut(options.file, Path(name), options.rows)
+        print("encoder     bare encoder          ours, file per row    ours, one file        datasets, same encoder")
         for kind in EncoderKind:
             source = make_source(Path(name), options, kind)
             tokenizer = load_tokenizer(options.tokenizer)
             sides = [
-                bare(texts, encoder_of(tokenizer, kind)),
+                bare(texts, library_call(options.tokenizer, kind)),
                 ours(source, options.rows),
+                ours(make_source(options.file, options, kind), options.rows),
                 theirs(Path(name), encoder_of(tokenizer, kind), tokenizer.eos_id, options.length, options.rows),
             ]
             found: list[list[float]] = [[] for _ in sides]
@@ -161,10 +180,10 @@ def main() -> None:
     resume(options.file, len(texts))
 
 
-def make_source(folder: Path, options: argparse.Namespace, kind: EncoderKind) -> StreamSource:
+def make_source(path: Path, options: argparse.Namespace, kind: EncoderKind) -> StreamSource:
     data = DataConfig(
-        name="benchmark", source=DataSource.stream, path=str(folder), tokenizer=str(options.tokenizer), encoder=kind,
-        cache_dir=str(folder / "cache"),
+        name="benchmark", source=DataSource.stream, path=str(path), tokenizer=str(options.tokenizer), encoder=kind,
+        cache_dir=tempfile.gettempdir(),
     )  # fmt: skip
     opened = open_stream(data, list_stream(data, lambda line: None))
     form = WindowForm(options.length, with_boundaries=True, mask_loss=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.checks import compute_dtype, needs_gradient
 from kernels.dispatch import on_cuda, triton_unsupported
+from kernels.operator import operator
 
 MAX_WIDTH = 16  # of the kernel, which is unrolled over the width
 
@@ -94,9 +95,9 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 
 # Operators for CUDA devices only: elsewhere, and where gradients are wanted, the plain functions are faster.
-_op = torch.library.custom_op("mamba_train::causal_conv1d_step", _reference, mutates_args=())
+_op = operator("mamba_train::causal_conv1d_step")(_reference)
 on_cuda(_op, launch, lambda state, x, weight, *_: unsupported(x, weight))
-_op_ = torch.library.custom_op("mamba_train::causal_conv1d_step_", _reference_, mutates_args=("state",))
+_op_ = operator("mamba_train::causal_conv1d_step_", mutates_args=("state",))(_reference_)
 on_cuda(_op_, launch_, lambda state, x, weight, *_: unsupported(x, weight))
 
 

@@ -15,6 +15,7 @@ from kernels.checks import (
     needs_gradient,
 )
 from kernels.dispatch import on_cuda, triton_unsupported
+from kernels.operator import operator
 from kernels.selective_scan import step_launch
 
 
@@ -104,9 +105,9 @@ def _reference_(
 
 
 # Operators for CUDA devices only: elsewhere, and where gradients are wanted, the plain functions are faster.
-_op = torch.library.custom_op("mamba_train::selective_scan_step", _reference, mutates_args=())
+_op = operator("mamba_train::selective_scan_step")(_reference)
 on_cuda(_op, step_launch.step, lambda state, x, *_: triton_unsupported(x))
-_op_ = torch.library.custom_op("mamba_train::selective_scan_step_", _reference_, mutates_args=("state",))
+_op_ = operator("mamba_train::selective_scan_step_", mutates_args=("state",))(_reference_)
 on_cuda(_op_, step_launch.step_, lambda state, x, *_: triton_unsupported(x))
 
 

@@ -6,6 +6,7 @@ a group that is not there yet. From the second epoch on everything is there.
 """
 
 import hashlib
+import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from mamba_train.config import DataConfig
 from mamba_train.data.batches import EVERYTHING, AnyCorpus, BatchSource, WindowForm
 from mamba_train.data.corpus import Corpus, ReadError
 from mamba_train.data.documents import SPLITS, Log
+from mamba_train.data.hub_text import hub_options
 from mamba_train.data.manifest import FORMAT_VERSION, Manifest
 from mamba_train.data.mixture import Mixture, Stage
 from mamba_train.data.order import epoch_key, permute
@@ -40,8 +42,10 @@ def begin(data: DataConfig, tokenizer: TextTokenizer, log: Log) -> Path:
 
     What an earlier run has finished stays. Raises ValueError (`data.path`).
     """
-    hub = {"config": data.hub_config, "revision": data.hub_revision, "split": data.hub_split}
-    inputs, paths = find_inputs([data.path or ""], "train", TEXT_SUFFIXES, hub, log, "data.path")
+    place = data.path or ""
+    inputs, paths = find_inputs(
+        [place], "train", TEXT_SUFFIXES, hub_options(data, place, "data.path"), log, "data.path"
+    )
     settings = JobSettings(
         text_key=data.text_key,
         label_key=None,
@@ -68,6 +72,9 @@ def begin(data: DataConfig, tokenizer: TextTokenizer, log: Log) -> Path:
 
 
 def _make(work: Work, job: Job, n_workers: int, log: Log) -> None:
+    # SLURM tells all processes of a job that its time is up. The run stops then as soon as it can; what is started here
+    # would die of it at once, and the run of that.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         if work.groups:
             run_pool(work, min(n_workers, len(work.groups)), lambda line: None, lambda counts: None)

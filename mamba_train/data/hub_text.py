@@ -7,12 +7,15 @@ spread and a killed group begins again at the start of its shard.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mamba_train.config import DataConfig
 from mamba_train.data.documents import Split
 from mamba_train.data.remote_files import Attempts, Patience
 from mamba_train.data.text_files import WHOLE, BadDocument, Fields, Part, TextRecord, records_of
 
+HUB_PREFIX = "hf:"
 NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 
 
@@ -30,6 +33,29 @@ class HubText:
     def label(self) -> str:
         """How messages and records call it."""
         return f"hf:{self.name}/{self.hub_split}/{self.shard + 1}-of-{self.n_shards}"
+
+
+def commit_of(name: str, revision: str | None) -> str:
+    """The commit of a dataset of the hub that a branch, a tag or null (the main branch) stands for now."""
+    from huggingface_hub import HfApi
+
+    return str(HfApi().dataset_info(name, revision=revision).sha)
+
+
+def hub_options(data: DataConfig, place: str, option: str) -> dict[str, Any]:
+    """The options of `open_hub` that a config names, for a place hf:NAME at the commit of now.
+
+    Without the commit the text could change between two starts of a run. Raises ValueError that begins with `option`.
+    """
+    options = {"config": data.hub_config, "revision": data.hub_revision, "split": data.hub_split}
+    name = place.removeprefix(HUB_PREFIX)
+    if place.startswith(HUB_PREFIX) and not Path(name).exists():
+        try:
+            options["revision"] = commit_of(name, data.hub_revision)
+        except Exception as error:  # the library raises many kinds: no such name, no network
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{option}={place}: its commit cannot be looked up ({reason})") from error
+    return options
 
 
 def open_hub(name: str, split: Split, options: dict[str, Any], option: str = "--input") -> list[HubText]:

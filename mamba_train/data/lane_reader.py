@@ -34,17 +34,17 @@ class LaneText:
     order: LaneOrder
     reads: SharedReads
     name_of: Callable[[int], str]
+    new_filter: Callable[[], BadDocumentFilter]
     repeat: bool
 
 
 class Lane:
     """Windows of one lane, from a cursor on. Raises ValueError (file, line, reason) for what cannot be read."""
 
-    def __init__(
-        self, number: int, text: LaneText, cursor: Cursor, encoder: Encoder, eos_id: int, bad: BadDocumentFilter
-    ) -> None:
+    def __init__(self, number: int, text: LaneText, cursor: Cursor, encoder: Encoder, eos_id: int) -> None:
         self.cursor = cursor
-        self._number, self._text, self._encoder, self._bad = number, text, encoder, bad
+        self._number, self._text, self._encoder = number, text, encoder
+        self._bad, self._bad_of_rest = text.new_filter(), text.new_filter()
         self._eos = np.array([eos_id])
         self._ready: deque[_Encoded] = deque()
         self._n_ready = -cursor.token  # tokens from the cursor on
@@ -53,7 +53,7 @@ class Lane:
     @property
     def n_left_out(self) -> int:
         """Documents that could not be used, so far."""
-        return self._bad.totals().total()
+        return self._bad.totals().total() + self._bad_of_rest.totals().total()
 
     def begin(self) -> None:
         """Come to the cursor, which takes long in the middle of a large compressed file."""
@@ -154,7 +154,9 @@ class Lane:
         """Documents of a piece from one on, each with its place in the order of reading."""
         order, name = self._text.order, self._text.name_of(piece.file)
         block = document // order.block
-        records = self._bad.usable(name, name, self._text.reads.read(piece, epoch, block * order.block))
+        # What was left out before a restart is not known any more: a share of the rest alone would say nothing.
+        bad = self._bad if document == 0 else self._bad_of_rest
+        records = bad.usable(name, name, self._text.reads.read(piece, epoch, block * order.block))
         held: dict[int, TextRecord] = {}  # of the block that is being read, by their number in the piece
         for record in records:
             ordinal = (record.number - 1 - piece.residue) // piece.stride
@@ -163,7 +165,8 @@ class Lane:
                 held, block = {}, block + 1
             held[ordinal] = record
         yield from self._of_block(piece, epoch, block, held, document)
-        self._bad.check_share(name)
+        if document == 0:
+            bad.check_share(name)
 
     def _of_block(
         self, piece: Piece, epoch: int, block: int, held: dict[int, TextRecord], document: int

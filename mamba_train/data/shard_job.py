@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_train.data.documents import SPLITS, Log, Split
-from mamba_train.data.hub_text import HubText, open_hub
+from mamba_train.data.hub_text import HUB_PREFIX, HubText, open_hub
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.shards import fsync_folder, write_durably
 from mamba_train.data.stored_files import find_text_files, readable
@@ -23,7 +23,6 @@ from mamba_train.data.tokenizer import TextTokenizer
 
 JOB_NAME = "job.json"
 JOB_VERSION = 1
-HUB_PREFIX = "hf:"
 
 
 @dataclass(frozen=True)

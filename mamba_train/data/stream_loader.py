@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from mamba_train.data.batches import Batch, document_numbers
+from mamba_train.data.batches import IGNORE_INDEX, Batch, document_numbers
 from mamba_train.data.corpus import ReadError
 from mamba_train.data.encoders import Encoder
 from mamba_train.data.lane_reader import Lane, LaneText
@@ -80,7 +80,7 @@ class RankRows(Dataset):
         self.encoder = encoder_of(self.tokenizer, source.data.encoder)
         turns = np.arange(0, source.n_lanes, source.global_batch_size)
         lanes = ((samples[:, None] + turns) % source.n_lanes).ravel().tolist()
-        self.texts = [source.open_text(number, lanes) for number in range(len(source.names))]
+        self.texts = [source.open_text(number, lanes, _say) for number in range(len(source.names))]
 
     def _read(self, samples: np.ndarray) -> Rows:
         source, form = self.source, self.source.form
@@ -90,13 +90,12 @@ class RankRows(Dataset):
         lanes = np.stack([numbers, samples % source.n_lanes], axis=1)
         tokens = np.full((len(samples), form.length + 1), eos_id, dtype=np.int64)
         cursors = np.empty((len(samples), len(Cursor._fields)), dtype=np.int64)
-        lengths, n_bytes = np.empty(len(samples), dtype=np.int64), 0
+        lengths = np.empty(len(samples), dtype=np.int64)
         self._open([(number, lane) for number, lane in lanes.tolist() if (number, lane) not in self.lanes])
         for row, (number, lane) in enumerate(lanes.tolist()):
             reader = self.lanes[number, lane]
             lengths[row] = reader.window(tokens[row])
             cursors[row] = reader.cursor
-            n_bytes += self.tokenizer.n_bytes(tokens[row, 1 : lengths[row]])
         seq_idx = torch.from_numpy(document_numbers(tokens, eos_id)) if form.with_boundaries else None
         is_full = bool((lengths == form.length + 1).all())
         batch = Batch(
@@ -105,6 +104,8 @@ class RankRows(Dataset):
             eos_id if form.mask_loss else None,
             lengths=None if is_full else torch.from_numpy(lengths),
         )
+        targets = batch.targets.numpy()
+        n_bytes = self.tokenizer.n_bytes(targets[targets != IGNORE_INDEX])
         return Rows(batch, lanes, cursors, (n_bytes, *self._count()))
 
     def _open(self, missing: list[tuple[int, int]]) -> None:
@@ -113,10 +114,10 @@ class RankRows(Dataset):
         assert self.encoder is not None
         assert self.tokenizer is not None
         for number, lane in missing:
-            text, eos_id = self.texts[number], self.tokenizer.eos_id
-            reader = source.open_lane(number, lane, text, self.encoder, eos_id, _say)
+            cursor = source.cursor(number, lane)
+            reader = Lane(lane, self.texts[number], cursor, self.encoder, self.tokenizer.eos_id)
             self.lanes[number, lane] = reader
-            if reader.cursor.document:
+            if cursor.document:
                 going_on.append(reader)
         if going_on:
             with ThreadPoolExecutor(OPENING_THREADS) as pool:
@@ -131,7 +132,9 @@ class RankRows(Dataset):
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # of any rank: each reads files that the others do not
+    # Of any rank, as each reads files that the others do not; in one piece, as lanes are opened by several threads.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 class StreamLoader(BatchLoader):
@@ -189,13 +192,14 @@ class StreamLoader(BatchLoader):
 
     def _micro_batches(self, parts: Sequence[Rows]) -> list[Batch]:
         whole = _joined([rows.batch for rows in parts], self.source.form.length + 1)
+        if self._pins:
+            whole = whole.pin_memory()
         found = []
         for first in range(0, self._n_rows, self._micro_batch_size):
             rows = slice(first, first + self._micro_batch_size)
             seq_idx = None if whole.seq_idx is None else whole.seq_idx[rows]
             lengths = None if whole.lengths is None else whole.lengths[rows]
-            batch = Batch(whole.tokens[rows], seq_idx, whole.unpredictable_after, lengths=lengths)
-            found.append(batch.pin_memory() if self._pins else batch)
+            found.append(Batch(whole.tokens[rows], seq_idx, whole.unpredictable_after, lengths=lengths))
         return found
 
 

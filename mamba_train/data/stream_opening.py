@@ -17,11 +17,12 @@ from mamba_train.data.batches import EVERYTHING
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.documents import Log
 from mamba_train.data.encoders import fastokens_call
+from mamba_train.data.hub_text import HUB_PREFIX, commit_of, hub_options
 from mamba_train.data.manifest import TOKENIZER_NAME, read_manifest
 from mamba_train.data.opening import OpenedData, check_held_out_tokenizer, held_out_domains
 from mamba_train.data.prepare import check_prepared
 from mamba_train.data.remote_files import HttpFile, Patience, is_address
-from mamba_train.data.shard_job import HUB_PREFIX, find_inputs
+from mamba_train.data.shard_job import find_inputs
 from mamba_train.data.shards import write_durably
 from mamba_train.data.streams import StreamFile
 from mamba_train.data.text_files import TEXT_SUFFIXES
@@ -104,8 +105,7 @@ def _list(place: str, key: str, data: DataConfig, log: Log) -> list[StreamFile]:
         return _remote(place, key, data)
     if place.startswith(HUB_FILES):
         return _of_hub(place, key)
-    options = {"config": data.hub_config, "revision": data.hub_revision, "split": data.hub_split}
-    inputs, paths = find_inputs([place], "train", TEXT_SUFFIXES, options, log, key)
+    inputs, paths = find_inputs([place], "train", TEXT_SUFFIXES, hub_options(data, place, key), log, key)
     return [
         StreamFile(entry.name, entry.size, place if entry.hub else str(paths[entry.name]), entry.hub)
         for entry in inputs
@@ -152,7 +152,7 @@ def _of_hub(place: str, key: str) -> list[StreamFile]:
         raise ValueError(f"{key}={place}: expected {HUB_FILES}OWNER/NAME[@REVISION][/GLOB]")
     name, revision, pattern = match.groups()
     try:
-        commit = HfApi().dataset_info(name, revision=revision).sha or "main"
+        commit = commit_of(name, revision)
         entries = list(HfApi().list_repo_tree(name, recursive=True, revision=commit, repo_type="dataset"))
     except Exception as error:  # the library raises many kinds: no such name, no network
         raise ValueError(f"{key}={place}: cannot be listed ({' '.join(str(error).split())})") from error

@@ -21,7 +21,7 @@ from mamba_train.data.batches import EVERYTHING, BatchSource, WindowForm
 from mamba_train.data.documents import Log
 from mamba_train.data.encoders import Encoder, fastokens_call, make_encoder
 from mamba_train.data.hub_text import HubText, read_hub
-from mamba_train.data.lane_reader import Lane, LaneText
+from mamba_train.data.lane_reader import LaneText
 from mamba_train.data.lanes import STREAM_ORDER, Cursor, LaneOrder
 from mamba_train.data.mixture import Mixture, Stage
 from mamba_train.data.remote_files import HttpFile, Patience, is_address
@@ -48,6 +48,10 @@ class StreamFile:
     def from_json(cls, record: dict[str, Any]) -> "StreamFile":
         """What `to_json` was made of."""
         return cls(**{**record, "hub": record["hub"] and HubText(**record["hub"])})
+
+    def identity(self) -> list[Any]:
+        """What says that a file is the one that it was, without reading it."""
+        return [self.name, self.size, *([self.hub.config, self.hub.revision] if self.hub is not None else [])]
 
     def read(self, fields: Fields, part: Part, patience: Patience) -> Iterator[TextRecord | BadDocument]:
         """The documents of a part of it. Raises ValueError that begins with its place."""
@@ -95,7 +99,7 @@ class StreamSource:
 
     def fingerprint_of(self, name: str) -> str:
         """SHA-256 of what the order of a source depends on besides the seed: files, fields, tokenizer, settings."""
-        data, files = self.data, [[file.name, file.size] for file in self.files[name]]
+        data, files = self.data, [file.identity() for file in self.files[name]]
         settings = [data.text_key, data.repeat, data.shuffle_files, data.shuffle_documents, str(data.bad_documents)]
         content = json.dumps([hashlib.sha256(self.tokenizer).hexdigest(), files, settings])
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
@@ -147,7 +151,7 @@ class StreamSource:
         """Where a lane of the source `names[number]` is."""
         return Cursor(*self.cursors[number, lane].tolist())
 
-    def open_text(self, number: int, lanes: Sequence[int]) -> LaneText:
+    def open_text(self, number: int, lanes: Sequence[int], log: Log) -> LaneText:
         """What some lanes of the source `names[number]` read, from where they are."""
         data, name = self.data, self.names[number]
         files, fields = self.files[name], Fields(data.text_key)
@@ -158,12 +162,11 @@ class StreamSource:
             {lane: self.cursor(number, lane) for lane in lanes},
             lambda file, part: files[file].read(fields, part, patience),
         )
-        return LaneText(order, reads, lambda file: files[file].place, data.repeat)
-
-    def open_lane(self, number: int, lane: int, text: LaneText, encoder: Encoder, eos_id: int, log: Log) -> Lane:
-        """A lane of the source `names[number]` that goes on from where it is."""
-        bad = BadDocumentFilter(BadDocuments(self.data.bad_documents), self.data.max_bad_share, log)
-        return Lane(lane, text, self.cursor(number, lane), encoder, eos_id, bad)
+        policy = BadDocuments(data.bad_documents)
+        return LaneText(
+            order, reads, lambda file: files[file].place, lambda: BadDocumentFilter(policy, data.max_bad_share, log),
+            data.repeat,
+        )  # fmt: skip
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Nothing: how long an epoch is shows when it is over (the checkpoint has the epoch of each lane)."""

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from mamba_train.data import stored_files
 from mamba_train.data.stored_files import (
     OnChunk,
@@ -160,16 +162,24 @@ def _text_record(data: bytes) -> tuple[str, int, str]:
 
 
 def _json_record(line: bytes, fields: Fields) -> tuple[str, int, str]:
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        row = _python_json(line)
+    if not isinstance(row, dict):
+        raise _Unusable("wrong type", f"expected a JSON object, got {type(row).__name__}")
+    return record_of(row, fields)
+
+
+def _python_json(line: bytes) -> Any:
+    """Slower; takes more (NaN, a mark of byte order, half of a surrogate pair), and says better what is wrong."""
     text = _decoded(line)
     try:
-        row = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise _Unusable("invalid JSON", f"invalid JSON ({error.msg} at column {error.colno})") from None
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
         raise _Unusable("invalid JSON", f"unusable JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise _Unusable("wrong type", f"expected a JSON object, got {type(row).__name__}")
-    return record_of(row, fields)
 
 
 def _string(row: Any, key: str, option: str) -> str:

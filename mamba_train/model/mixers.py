@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mamba_train.config import MixerKind, ModelConfig
 from mamba_train.model.attention import AttentionMixer, KVState
+from mamba_train.model.fused_ssm import forgetting
 from mamba_train.model.mamba2_ssm import Mamba2SSM
 from mamba_train.model.selective_ssm import SelectiveSSM, SSMState
 
@@ -39,8 +40,9 @@ class Mamba1Mixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
 
     def forward(self, hidden: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        return self.out_proj(self.ssm(x, z, seq_idx))
+        y = self.ssm(self.in_proj(hidden), seq_idx)
+        with forgetting(y):
+            return self.out_proj(y)
 
     def prefill(self, hidden: Tensor, state: SSMState, seq_idx: Tensor | None = None) -> tuple[Tensor, SSMState]:
         x, z = self.in_proj(hidden).chunk(2, dim=-1)

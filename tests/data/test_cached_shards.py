@@ -1,5 +1,8 @@
 """Shards that are made while they are read: the files of `data_prep tokenize`, in an order that no timing changes."""
 
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -74,6 +77,22 @@ def test_the_files_are_those_of_data_prep_and_the_order_is_no_matter_of_time(dat
     assert restore(CachedSource(folder, BATCH, 3, FORM), state, 5, allow_changed=False) == []
     assert begin(data, load_tokenizer(data.tokenizer or ""), said.append) == folder
     assert "3 of 3 groups of shards are finished" in said[-2] + said[-1]
+
+
+def test_the_signal_of_a_job_whose_time_is_up_does_not_end_the_making(data: DataConfig, tmp_path: Path) -> None:
+    """SLURM sends it to all processes; the run itself stops when it can."""
+    fresh = DataConfig(**{**vars(data), "cache_dir": str(tmp_path / "cache")})
+    before = set(multiprocessing.active_children())
+    folder = begin(fresh, load_tokenizer(data.tokenizer or ""), lambda line: None)
+    give_up = time.monotonic() + 60
+    while not (started := set(multiprocessing.active_children()) - before):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    for process in started:
+        os.kill(process.pid or 0, signal.SIGUSR1)
+    source = CachedSource(folder, BATCH, 3, FORM)
+    source.places(np.array([10**6]))  # waits for all groups
+    assert len(source._groups) == 3
 
 
 def test_what_cannot_be_made_ends_the_waiting_with_the_reason(data: DataConfig, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 
+from mamba_train.data.batches import IGNORE_INDEX
 from mamba_train.data.lanes import LaneOrder
 from mamba_train.data.mixture import Mixture, Stage
 from mamba_train.data.position import restore, state_of
@@ -321,6 +322,46 @@ def test_other_files_or_lanes_are_refused(texts: list[str], tokenizer_path: Path
     write_files(folder, [texts[:61], texts[60:120]])
     with pytest.raises(ValueError, match="are not the checkpoint's, so its places"):
         restore(make_stream(spec), state, 1, allow_changed=True)
+
+
+def test_a_restart_near_the_end_of_a_file_does_not_judge_by_its_rest(
+    texts: list[str], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    """Few documents are left there, and a bad one among them is a large share of them."""
+    files = [[*texts[i * 30 : (i + 1) * 30], " "] for i in range(BATCH)]
+    folder = write_files(tmp_path / "text", files)
+    spec = spec_of(folder, tokenizer_path, bad_documents="skip", max_bad_share=0.1, repeat=False)
+    expected = [rows_of(batches) for batches in itertools.islice(steps_of(spec), 150)]
+    last = max(step for step, rows in enumerate(expected) if all(len(row) == LENGTH + 1 for row in rows))
+    source = make_stream(spec)
+    loader = StreamLoader(source, 0, 1, BATCH)
+    for step in range(last):
+        loader.step(step * BATCH)
+    again = make_stream(spec)
+    restore(again, json.loads(json.dumps(state_of(source, last * BATCH))), last, allow_changed=False)
+    loader = StreamLoader(again, 0, 1, BATCH)
+    n_left_out = 0
+    for step in range(last, 150):
+        assert rows_of(loader.step(step * BATCH)) == expected[step]
+        n_left_out += loader.counts[1]
+    assert 0 < n_left_out <= BATCH
+
+
+def test_the_bytes_that_are_counted_are_those_of_the_targets(
+    texts: list[str], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    texts = [text for text in texts if text.isascii()]
+    spec = spec_of(write_files(tmp_path / "text", [texts[i::9] for i in range(9)]), tokenizer_path, repeat=False)
+    tokenizer = load_tokenizer(tokenizer_path)
+    loader = StreamLoader(make_stream(spec), 0, 1, BATCH)
+    for step in itertools.count():
+        batches = loader.step(step * BATCH)
+        targets = torch.cat([batch.targets for batch in batches])
+        targets = targets[(targets != IGNORE_INDEX) & (targets != tokenizer.eos_id)]
+        assert loader.counts[0] == len("".join(tokenizer.decode([target]) for target in targets.tolist()))
+        if not len(targets):
+            break
+    assert step > 10
 
 
 @dataclasses.dataclass(frozen=True)

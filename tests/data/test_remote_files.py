@@ -1,10 +1,8 @@
 """A server that fails in many ways: the bytes, and the tokens, are the same, or the reason is said."""
 
 import itertools
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +13,13 @@ from mamba_train.data.hub_text import HubText, read_hub
 from mamba_train.data.remote_files import REQUESTS, HttpFile, Patience
 from mamba_train.data.stream_opening import expand
 from mamba_train.data.text_files import Fields
+from tests.data import file_server
 from tests.data.conftest import make_texts
+from tests.data.file_server import Handler, serving
 from tests.data.streams import make_stream, steps_of, write_files, write_tokenizer
 
 PATIENCE = Patience(retries=3, timeout_seconds=0.5)
 CONTENT = bytes(range(256)) * 4000  # some chunks
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers with `server.files`; `server.faults` are what the next GETs do wrong, one each."""
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer(only_head=True)
-
-    def do_GET(self) -> None:
-        self.server.seen[self.path] += 1
-        fault = next(self.server.faults, None)
-        if fault is None:
-            self.answer()
-        else:
-            fault(self)
-
-    def answer(self, only_head: bool = False, ranges: bool = True) -> None:
-        content = self.server.files.get(self.path)
-        if content is None:
-            self.send_error(404)
-            return
-        begin = int((self.headers["Range"] or "bytes=0-")[6:-1]) if ranges else 0
-        self.send_response(206 if begin else 200)
-        if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - begin))
-        self.end_headers()
-        if not only_head:
-            self.wfile.write(content[begin:])
-
-    def content(self) -> bytes:
-        begin = int((self.headers["Range"] or "bytes=0-")[6:-1])
-        return self.server.files[self.path][begin:]
 
 
 def status(code: int, **headers: str) -> Callable[[Handler], None]:
@@ -137,20 +101,12 @@ FAULTS: dict[str, Callable[[Handler], None]] = {
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setattr(remote_files, "FIRST_PAUSE_SECONDS", 0.001)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.files, server.faults, server.seen = {"/a.jsonl": CONTENT}, iter([]), Counter()
-    server.released = threading.Event()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    server.server_close()
+    with serving({"/a.jsonl": CONTENT}) as server:
+        yield server
 
 
 def address(server: ThreadingHTTPServer, path: str = "/a.jsonl") -> str:
-    return f"http://127.0.0.1:{server.server_address[1]}{path}"
+    return file_server.address(server, path)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -257,6 +213,27 @@ def test_files_of_the_hub_are_listed_once_at_one_commit(
     assert asked == [("a/b", "c0ffee")]
     with pytest.raises(ValueError, match=r"data.path=hf://datasets/a/b/other/\*: none of its 4 files"):
         make_stream({"data": {**settings, "path": "hf://datasets/a/b/other/*"}, **common})
+
+
+def test_a_dataset_of_the_hub_is_read_at_the_commit_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    commits = iter(["c0ffee", "c0ffee", "decade"])
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: type("Info", (), {"sha": next(commits)})
+    )
+    monkeypatch.setattr("mamba_train.data.hub_text._stream", lambda part, option: type("Stream", (), {"num_shards": 3}))
+    write_tokenizer(tmp_path / "tokenizer.json", make_texts(60))
+    settings = {"tokenizer": str(tmp_path / "tokenizer.json"), "cache_dir": str(tmp_path / "cache"), "path": "hf:a/b"}
+    first, again, moved = (
+        make_stream({"data": settings, "length": 32, "global_batch_size": 12, "seed": 3}) for _ in range(3)
+    )
+    assert [file.hub.revision for file in first.files[""] if file.hub] == ["c0ffee"] * 3
+    assert first.fingerprint_of("") == again.fingerprint_of("") != moved.fingerprint_of("")
+    with pytest.raises(ValueError, match=r"data\.path=hf:a/b: its commit cannot be looked up"):
+        make_stream({"data": settings, "length": 32, "global_batch_size": 12, "seed": 3})
 
 
 def test_patterns() -> None:

@@ -1,7 +1,9 @@
 """Runs of train.py that stream: killed, and gone on with on other ranks; read to the end; refused."""
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from tests.data.conftest import make_texts
+from tests.data.file_server import address, serving
 from tests.data.streams import write_files, write_tokenizer
 from tests.helpers import REPOSITORY, TINY_RUN, environment, metrics
 
@@ -68,6 +71,31 @@ def test_a_killed_run_goes_on_with_the_same_losses(text: Path, tmp_path: Path) -
               ("killed", "whole")]  # fmt: skip
     assert places[0] == places[1]
     assert {lane["file"] for lane in places[0]["lanes"][""]} <= {f"{i:03d}.jsonl.zst" for i in range(5)}
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_ends_the_run_at_its_last_checkpoint(text: Path, tmp_path: Path) -> None:
+    """And when it is there again, the run goes on from it to the same losses, on other ranks."""
+    small = write_files(tmp_path / "text", [make_texts(160, seed=i) for i in range(16)])
+    (tmp_path / "tokenizer.json").write_bytes((text.parent / "tokenizer.json").read_bytes())
+    long = "data.sequence_length=512"
+    whole = run(small, tmp_path / "whole", long)
+    assert whole.returncode == 0, whole.stderr
+    with serving({f"/{file.name}": file.read_bytes() for file in sorted(small.iterdir())}) as server:
+        patience = ["data.network_retries=1", "data.network_timeout_seconds=5", "data.workers=1", long]
+        place = f"data.path='{address(server, '/{000..015}.jsonl.zst')}'"
+        # Four lanes with four files each, one after another; the first is enough for some steps.
+        server.faults = itertools.chain([None] * 5, itertools.repeat(lambda handler: handler.send_error(503)))
+        gone = run(small, tmp_path / "run", place, *patience)
+        assert gone.returncode == 1, gone.stderr
+        assert re.search(r"http://127.*zst: given up after 2 attempts in a row, the last one: HTTP 503", gone.stderr)
+        assert "Traceback" not in gone.stderr
+        last = metrics(tmp_path / "run")[-1]["step"]
+        assert 4 <= last < 24, gone.stderr
+        server.faults = iter([])
+        again = run(small, tmp_path / "run", place, *patience, "engine=ddp", "engine.device=cpu", ranks=2)
+        assert again.returncode == 0, again.stderr
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=2e-5, atol=0)
 
 
 def test_it_ends_with_the_text(text: Path, tmp_path: Path) -> None:

@@ -42,4 +42,4 @@ def test_opcheck() -> None:
         (state, x, dt, A, B, C, None, None, None, False, True),
     ):
         for operator in (step._op, step._op_):
-            torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(operator._opoverload, arguments, test_utils=("test_schema", "test_faketensor"))
