@@ -1,0 +1,266 @@
+"""The SSD operators on CUDA devices: layouts, buffers, launches of the Triton kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import alignment, triton_unsupported
+
+MAX_HEAD_DIM, MAX_STATES = 128, 256
+DECAY_HEADS = 8  # of a program of the kernel that computes the decays
+DECAY_WARPS = 4
+GATE_BLOCK = 1024
+
+
+class Shape(NamedTuple):
+    """How a kernel divides its work."""
+
+    chunk: int  # positions
+    head_dim: int  # channels of a head in a program, at most
+    states: int  # in a program, at most
+    warps: int
+    stages: int  # of what a loop reads, on their way from memory
+
+
+FORWARD = Shape(chunk=64, head_dim=64, states=256, warps=4, stages=2)
+STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
+GRADIENTS = Shape(chunk=64, head_dim=128, states=256, warps=8, stages=2)
+
+
+def unsupported(x: Tensor, B: Tensor) -> str | None:
+    """Why the kernels cannot run on these inputs, None when they can."""
+    if x.shape[3] > MAX_HEAD_DIM:
+        return f"heads of {x.shape[3]} channels are wider than {MAX_HEAD_DIM}"
+    if B.shape[3] > MAX_STATES:
+        return f"{B.shape[3]} states are more than {MAX_STATES}"
+    return triton_unsupported(x)
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator's forward: y, the final state, the initial one if the backward needs it, y before the gate.
+
+    `chunk_size` is what the reference works with; here the kernels have their own.
+    """
+    from kernels.ssd.triton_kernels import forward_kernel
+
+    (batch, length, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
+    x, B, C, z = (_unit(t, x.dtype) for t in (x, B, C, z))  # type: ignore[assignment]
+    D, initial_state = (None if t is None else t.contiguous() for t in (D, initial_state))
+    y = torch.empty((batch, length, heads, head_dim), dtype=x.dtype, device=x.device)
+    ungated = torch.empty_like(y) if for_backward and z is not None else None
+    final_state = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
+    initial = None if initial_state is None else initial_state.float()
+    shape, exact = FORWARD, x.dtype == torch.float32
+    p, n = min(shape.head_dim, _block(head_dim)), _block(states)
+    chunks = -(-length // shape.chunk)
+    align = alignment(head_dim, states, *(s for t in (x, B, C, z) if t is not None for s in t.stride()[:3]))
+    strides = [s // align for t in (x, B, C) for s in t.stride()[:3]]
+    z_strides = [0, 0, 0] if z is None else [s // align for s in z.stride()[:3]]
+    with torch.cuda.device_of(x):
+        decays = _decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, exact)
+        forward_kernel[(batch * heads * -(-head_dim // p),)](
+            *(x, B, C, D, z, decays, initial, y, ungated, final_state),
+            *(*strides, *z_strides),
+            *(length, heads, heads // groups, head_dim // align, states // align, chunks, 1, chunks),
+            *(D is not None and D.dim() == 2, head_dim % p == 0 and states == n, exact, _precision(x), align, shape.chunk, p, n, shape.stages),
+            num_warps=shape.warps,
+        )
+    nothing = x.new_empty((0,))
+    starts = nothing.float() if initial is None or not for_backward else initial.unsqueeze(0).clone()
+    return y, final_state, starts, nothing if ungated is None else ungated
+
+
+def backward(
+    y_grad: Tensor | None,
+    final_state_grad: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int,
+    seq_idx: Tensor | None,
+    starts: Tensor,
+    ungated: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one."""
+    from kernels.ssd.triton_kernels import delta_kernel, gradients_kernel
+
+    (batch, length, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
+    given, dtype, device = (x, dt, A, B, C, D, z, dt_bias), x.dtype, x.device
+    x, B, C, z = (_unit(t, dtype) for t in (x, B, C, z))  # type: ignore[assignment]
+    y_grad = torch.zeros_like(x) if y_grad is None else _unit(y_grad, dtype)
+    assert y_grad is not None
+    D = None if D is None else D.contiguous()
+    shape, exact = GRADIENTS, dtype == torch.float32
+    chunk, chunks = shape.chunk, -(-length // shape.chunk)
+    p, n = _block(head_dim), _block(states)
+    parts, part_heads = 1, heads // groups
+    wide_skip = D is not None and D.dim() == 2
+
+    def buffer(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device=device)
+
+    with torch.cuda.device_of(x):
+        z_grad = x.new_empty((0,))
+        if z is not None:
+            y_grad, z_grad = _gate_backward(y_grad, ungated, z)
+        decays = _decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, chunk, exact)
+        initial = starts[0] if starts.numel() else None
+        initial_grad = buffer(batch, heads, head_dim, states)
+        before, _ = _carries(x, B, decays, initial, None, False)
+        after, _ = _carries(y_grad, C, decays, final_state_grad, initial_grad, True)
+        x_grad = torch.empty((batch, length, heads, head_dim), dtype=dtype, device=device)
+        B_grad, C_grad = (
+            torch.empty(
+                (parts, batch, length, groups, states), dtype=dtype if parts == 1 else torch.float32, device=device
+            )
+            for _ in range(2)
+        )
+        sums = buffer(5, batch, heads, chunks * chunk)
+        through = buffer(batch, heads, chunks)
+        D_parts = buffer(batch * chunks, 1, heads * head_dim) if wide_skip else None
+        align = alignment(head_dim, states, *(s for t in (y_grad, x, B, C) for s in t.stride()[:3]))
+        gradients_kernel[(batch * chunks * groups * parts,)](
+            *(y_grad, x, B, C, D, decays, before, after, x_grad, B_grad, C_grad, sums, through, D_parts),
+            *(s // align for t in (y_grad, x, B, C) for s in t.stride()[:3]),
+            *(length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads),
+            *(head_dim == p and states == n, exact, _precision(x), align, chunk, p, n, shape.stages),
+            num_warps=shape.warps,
+        )
+        dt_grad = torch.empty((batch, length, heads), dtype=dt.dtype, device=device)
+        small_parts = buffer(batch * chunks, 3, heads)
+        delta_kernel[(batch * chunks, -(-heads // DECAY_HEADS))](
+            *(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays, sums, through),
+            *(dt_grad, small_parts),
+            *dt.stride(),
+            *((0, 0) if seq_idx is None else seq_idx.stride()),
+            *(dt_min, dt_max, length, heads, chunks),
+            *(dt_softplus, chunk, DECAY_HEADS),
+            num_warps=DECAY_WARPS,
+        )
+        A_grad, bias_grad, D_grad = _sum(small_parts)
+        if D_parts is not None:
+            D_grad = _sum(D_parts)[0].view(heads, head_dim)
+    found = (x_grad, dt_grad, A_grad, B_grad.sum(0) if parts > 1 else B_grad[0])
+    found += (C_grad.sum(0) if parts > 1 else C_grad[0], D_grad, z_grad, bias_grad)
+    grads = [x.new_empty((0,)) if g is None else v.to(g.dtype) for g, v in zip(given, found, strict=True)]
+    return *grads, initial_grad  # type: ignore[return-value]
+
+
+def _carries(
+    rows: Tensor, columns: Tensor, decays: Tensor, first: Tensor | None, last: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """States before the chunks, or gradients of those after them; see `states_kernel`."""
+    from kernels.ssd.triton_kernels import states_kernel
+
+    (batch, length, heads, head_dim), (groups, states) = rows.shape, columns.shape[2:]
+    shape, chunk = STATES, GRADIENTS.chunk
+    chunks = decays.shape[3] // chunk
+    p, n = min(shape.head_dim, _block(head_dim)), min(shape.states, _block(states))
+    carries = torch.empty((batch, chunks, heads, states, head_dim), dtype=rows.dtype, device=rows.device)
+    first = None if first is None else first.float().contiguous()
+    align = alignment(head_dim, states, *rows.stride()[:3], *columns.stride()[:3])
+    states_kernel[(batch * heads * -(-states // n) * -(-head_dim // p),)](
+        *(rows, columns, decays, first, carries, last),
+        *(s // align for t in (rows, columns) for s in t.stride()[:3]),
+        *(length, heads, heads // groups, head_dim // align, states // align, chunks),
+        *(reverse, head_dim % p == 0 and states % n == 0, decays.shape[0] > 3, _precision(rows), align),
+        *(chunk, p, n, shape.stages),
+        num_warps=shape.warps,
+    )
+    return carries, last
+
+
+def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of y before the gate, and of z."""
+    from kernels.ssd.triton_kernels import gate_backward_kernel
+
+    batch, length, heads, head_dim = z.shape
+    ungated_grad, z_grad = torch.empty_like(ungated), torch.empty_like(ungated)
+    gate_backward_kernel[(batch * length, -(-heads * head_dim // GATE_BLOCK))](
+        *(y_grad, ungated, z, ungated_grad, z_grad, *y_grad.stride()[:3], *z.stride()[:3]),
+        *(length, heads, head_dim, GATE_BLOCK),
+    )
+    return ungated_grad, z_grad
+
+
+def _sum(parts: Tensor) -> tuple[Tensor, ...]:
+    """The sums over the first axis of parts (row, kind, column), in a fixed order."""
+    from kernels.sum_parts import COLUMNS, ROWS, sum_parts
+
+    rows, kinds, columns = parts.shape
+    sums = torch.empty((columns, kinds), dtype=torch.float32, device=parts.device)
+    sum_parts[(-(-columns // COLUMNS), kinds)](parts, sums, None, rows, columns, KINDS=kinds, ROWS=ROWS, COLUMNS=COLUMNS)
+    return sums.t().contiguous().unbind(0)
+
+
+def _decays(
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    seq_idx: Tensor | None,
+    chunk: int,
+    exact: bool,
+) -> Tensor:
+    """Δ and the decays' logarithms summed in chunks, (plane, batch, head, length in whole chunks) fp32."""
+    from kernels.ssd.triton_kernels import decays_kernel
+
+    batch, length, heads = dt.shape
+    chunks = -(-length // chunk)
+    decays = torch.empty((5 if exact else 3, batch, heads, chunks * chunk), dtype=torch.float32, device=dt.device)
+    decays_kernel[(batch * chunks, -(-heads // DECAY_HEADS))](
+        *(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays),
+        *dt.stride(),
+        *((0, 0) if seq_idx is None else seq_idx.stride()),
+        *(dt_min, dt_max, length, heads, chunks),
+        *(dt_softplus, exact, chunk, DECAY_HEADS),
+        num_warps=DECAY_WARPS,
+    )
+    return decays
+
+
+def _unit(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in that dtype with neighbouring elements of its last axis side by side: a copy only if it must be."""
+    if tensor is None:
+        return None
+    tensor = tensor.to(dtype)
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _block(size: int) -> int:
+    """The power of two, at least 16, that holds `size`."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _precision(x: Tensor) -> str:
+    """How fp32 matrix products are computed: three tf32 ones each, which together lose as little as fp32 does."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
