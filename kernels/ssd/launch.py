@@ -30,13 +30,30 @@ STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
 GRADIENTS = Shape(chunk=64, head_dim=128, states=256, warps=8, stages=2)
 
 
-def unsupported(x: Tensor, B: Tensor) -> str | None:
+def unsupported(x: Tensor, B: Tensor, dt_min: float) -> str | None:
     """Why the kernels cannot run on these inputs, None when they can."""
+    if dt_min < 0:
+        return "dt_limit lets Δ be negative"
     if x.shape[3] > MAX_HEAD_DIM:
         return f"heads of {x.shape[3]} channels are wider than {MAX_HEAD_DIM}"
     if B.shape[3] > MAX_STATES:
         return f"{B.shape[3]} states are more than {MAX_STATES}"
     return triton_unsupported(x)
+
+
+def fake(
+    x: Tensor, B: Tensor, z: Tensor | None, initial_state: Tensor | None, for_backward: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `forward` returns, without values."""
+    state = (x.shape[0], x.shape[2], x.shape[3], B.shape[3])
+    starts = (1, *state) if for_backward and initial_state is not None else (0,)
+    ungated = x.new_empty(x.shape if for_backward and z is not None else (0,))
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(state, dtype=torch.float32),
+        x.new_empty(starts, dtype=torch.float32),
+        ungated,
+    )
 
 
 def forward(
@@ -81,7 +98,17 @@ def forward(
             *(x, B, C, D, z, decays, initial, y, ungated, final_state),
             *(*strides, *z_strides),
             *(length, heads, heads // groups, head_dim // align, states // align, chunks, 1, chunks),
-            *(D is not None and D.dim() == 2, head_dim % p == 0 and states == n, exact, _precision(x), align, shape.chunk, p, n, shape.stages),
+            *(
+                D is not None and D.dim() == 2,
+                head_dim % p == 0 and states == n,
+                exact,
+                _precision(x),
+                align,
+                shape.chunk,
+                p,
+                n,
+                shape.stages,
+            ),
             num_warps=shape.warps,
         )
     nothing = x.new_empty((0,))
@@ -147,7 +174,8 @@ def backward(
         D_parts = buffer(batch * chunks, 1, heads * head_dim) if wide_skip else None
         align = alignment(head_dim, states, *(s for t in (y_grad, x, B, C) for s in t.stride()[:3]))
         gradients_kernel[(batch * chunks * groups * parts,)](
-            *(y_grad, x, B, C, D, decays, before, after, x_grad, B_grad, C_grad, sums, through, D_parts),
+            *(y_grad, x, B, C, D, decays, before, after, x_grad, B_grad, C_grad, sums, through),
+            *(D_parts, buffer(batch * chunks * groups * parts, chunk, chunk)),
             *(s // align for t in (y_grad, x, B, C) for s in t.stride()[:3]),
             *(length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads),
             *(head_dim == p and states == n, exact, _precision(x), align, chunk, p, n, shape.stages),
@@ -216,7 +244,9 @@ def _sum(parts: Tensor) -> tuple[Tensor, ...]:
 
     rows, kinds, columns = parts.shape
     sums = torch.empty((columns, kinds), dtype=torch.float32, device=parts.device)
-    sum_parts[(-(-columns // COLUMNS), kinds)](parts, sums, None, rows, columns, KINDS=kinds, ROWS=ROWS, COLUMNS=COLUMNS)
+    sum_parts[(-(-columns // COLUMNS), kinds)](
+        parts, sums, None, rows, columns, KINDS=kinds, ROWS=ROWS, COLUMNS=COLUMNS
+    )
     return sums.t().contiguous().unbind(0)
 
 

@@ -374,6 +374,7 @@ def gradients_kernel(
     sums,
     through,
     D_parts,
+    scratch,
     y_grad_batch,
     y_grad_row,
     y_grad_head,
@@ -407,7 +408,7 @@ def gradients_kernel(
 
     starts, end_grads: what `states_kernel` left. x_grad like x; B_grad, C_grad (part, batch, length, group, state);
     sums: (plane, batch, head, padded) fp32, see below; through (batch, head, chunk) fp32; D_parts (batch, chunk, head,
-    head_dim) fp32, None unless D is per channel. Programs: batch x chunks x groups x parts, the last fastest.
+    head_dim) fp32, None unless D is per channel; scratch (program, Q, Q) fp32. Programs: batch x chunks x groups x parts, the last fastest.
     """
     head_dim = head_dim * ALIGN
     states = states * ALIGN
@@ -427,9 +428,13 @@ def gradients_kernel(
     C += batch * (C_batch * ALIGN) + group.to(tl.int64) * (C_group * ALIGN) + begin * C_row
     B_tile = tile(B, s, B_row, rows, n, states, WHOLE)
     C_tile = tile(C, t, C_row, rows, n, states, WHOLE)
-    products = product(B_tile, tl.trans(C_tile), None, PRECISION)  # (s, t)
-    own_product = tl.sum(tl.where(s[:, None] == t[None, :], products, 0.0), axis=1)
-    is_later = t[None, :] > s[:, None]
+    # (s, t), by way of memory: a product that others are computed from is given a layout that suits none of them.
+    place = scratch + pid.to(tl.int64) * (Q * Q) + s[:, None] * Q + t[None, :]
+    tl.store(place, product(B_tile, tl.trans(C_tile), None, PRECISION))
+    tl.debug_barrier()
+    products = tl.load(place)
+    is_own, is_later = t[None, :] == s[:, None], t[None, :] > s[:, None]
+    own_product = tl.sum(tl.where(is_own, products, 0.0), axis=1)
 
     first = group * group_heads + part * part_heads
     last = min(first + part_heads, (group + 1) * group_heads)
@@ -477,6 +482,8 @@ def gradients_kernel(
         decay = tl.exp2(tl.where(is_later, power, float("-inf")))
         mixing = products * decay
         grads = product(x_tile, tl.trans(grad), None, PRECISION)
+        own = tl.sum(tl.where(is_own, grads, 0.0), axis=1)
+        own_product_grad += own * delta
         pairs = grads * mixing
         delta_grad = tl.sum(pairs, axis=1)
         read = tl.sum(pairs * delta[:, None], axis=0)
@@ -496,10 +503,7 @@ def gradients_kernel(
         tl.store(through + head * chunks, passed * tl.exp2(end))
 
         # Its own reading.
-        own = tl.sum(x_wide * grad_wide, axis=1)
-        own_product_grad += own * delta
-        written_grad += by_state + own_product[:, None] * grad_wide
-        found = written_grad * delta[:, None]
+        found = written_grad * delta[:, None] + by_state * delta[:, None] + (own_product * delta)[:, None] * grad_wide
         if D is not None:
             if D_parts is not None:
                 skip = tl.load(D + head * head_dim + p, mask=p < head_dim, other=0.0).to(tl.float32)[None, :]
@@ -518,7 +522,7 @@ def gradients_kernel(
         tl.store(there + TO_STATE * plane + s, delta * by_state_sum)
         tl.store(there + OWN * plane + s, own)
 
-    products_grad += tl.where(s[:, None] == t[None, :], own_product_grad[:, None], 0.0)
+    products_grad += tl.where(is_own, own_product_grad[:, None], 0.0)
     rounded = products_grad.to(B_tile.dtype)
     B_sum = product(rounded, C_tile, B_sum, PRECISION)
     C_sum = product(tl.trans(rounded), B_tile, C_sum, PRECISION)
