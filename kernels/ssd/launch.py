@@ -169,7 +169,7 @@ def backward(
             )
             for _ in range(2)
         )
-        sums = buffer(5, batch, heads, chunks * chunk)
+        sums = buffer(6, batch, heads, chunks * chunk)
         through = buffer(batch, heads, chunks)
         D_parts = buffer(batch * chunks, 1, heads * head_dim) if wide_skip else None
         align = alignment(head_dim, states, *(s for t in (y_grad, x, B, C) for s in t.stride()[:3]))

@@ -16,7 +16,7 @@ from kernels.triton_math import INTERPRETED, sigmoid, softplus
 LOG2_E = tl.constexpr(1.4426950408889634)
 GONE = tl.constexpr(-160.0)  # as a power of 2: fp32 has nothing that small
 TOTAL, ORIGIN, DELTA, TOTAL_LOW, ORIGIN_LOW = (tl.constexpr(plane) for plane in range(5))  # of `decays`
-READ, FROM_STATE, DELTA_GRAD, TO_STATE, OWN = (tl.constexpr(plane) for plane in range(5))  # of `sums`
+READ, WRITTEN, FROM_STATE, TO_STATE, DELTA_GRAD, OWN = (tl.constexpr(plane) for plane in range(6))  # of `sums`
 
 
 @triton.jit(do_not_specialize=["dt_batch", "dt_row", "dt_head", "seq_batch", "seq_row", "length", "heads", "chunks"])
@@ -453,12 +453,82 @@ def gradients_kernel(
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     is_x = (s < rows)[:, None] & (p < head_dim)[None, :]
 
+    # What the positions wrote.
     B_sum = tl.zeros([Q, N], tl.float32)
-    C_sum = tl.zeros([Q, N], tl.float32)
     products_grad = tl.zeros([Q, Q], tl.float32)
     own_product_grad = tl.zeros([Q], tl.float32)
     for head in tl.range(first, last, num_stages=STAGES):
         x_tile = tile(x + head * (x_head * ALIGN), s, x_row, rows, p, head_dim, WHOLE)
+        grad = tile(y_grad + head * (y_grad_head * ALIGN), t, y_grad_row, rows, p, head_dim, WHOLE)
+        if WHOLE:
+            end_grad = tl.load(end_grads + head * size + state_place)
+        else:
+            end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0)
+        here = decays + head * padded
+        delta = tl.load(here + DELTA * plane + s)
+        total_s, total_t = tl.load(here + TOTAL * plane + s), tl.load(here + TOTAL * plane + t)
+        end = tl.load(here + TOTAL * plane + Q - 1)
+        power, to_end = total_t[None, :] - total_s[:, None], end - total_s
+        if EXACT:
+            total_s, total_t = tl.load(here + TOTAL_LOW * plane + s), tl.load(here + TOTAL_LOW * plane + t)
+            end = tl.load(here + TOTAL_LOW * plane + Q - 1)
+            power += total_t[None, :] - total_s[:, None]
+            to_end += end - total_s
+        to_end = tl.exp2(to_end)
+
+        # Inside of the chunk. What a position reads of itself does not decay and is left out of `decay`.
+        decay = tl.exp2(tl.where(is_later, power, float("-inf")))
+        grads = product(x_tile, tl.trans(grad), None, PRECISION)
+        own = tl.sum(tl.where(is_own, grads, 0.0), axis=1)
+        own_product_grad += own * delta
+        grads *= decay
+        products_grad += grads * delta[:, None]
+        pairs = grads * products
+        delta_grad = tl.sum(pairs, axis=1)
+        read = tl.sum(pairs * delta[:, None], axis=0)
+        mixing = (products * decay).to(x_tile.dtype)
+        written_grad = product(mixing, grad, None, PRECISION)
+
+        # By way of the state after the chunk.
+        by_state = product(B_tile, end_grad, None, PRECISION) * to_end[:, None]
+        x_wide = x_tile.to(tl.float32)
+        by_state_sum = tl.sum(by_state * x_wide, axis=1)
+        weighted = (x_wide * (delta * to_end)[:, None]).to(x_tile.dtype)
+        B_sum = product(weighted, tl.trans(end_grad), B_sum, PRECISION)
+
+        # (Apart: a sum with a product would become part of it, and its layout that of the other product.)
+        found = written_grad * delta[:, None] + by_state * delta[:, None]
+        own_factor = own_product * delta
+        grad_wide = grad.to(tl.float32)
+        if D is not None:
+            if D_parts is not None:
+                found += tl.load(D + head * head_dim + p, mask=p < head_dim, other=0.0).to(tl.float32)[None, :] * grad_wide
+                target = D_parts + ((batch * chunks + chunk) * heads + head) * head_dim + p
+                tl.store(target, tl.sum(x_wide * grad_wide, axis=0), mask=p < head_dim)
+            else:
+                own_factor += tl.load(D + head).to(tl.float32)
+        found += own_factor[:, None] * grad_wide
+        target = x_grad + head * head_dim + (s[:, None] * x_grad_row + p[None, :])
+        tl.store(target, found.to(x_grad.dtype.element_ty), mask=is_x)
+
+        there = sums + head * padded
+        tl.store(there + READ * plane + t, read)
+        tl.store(there + WRITTEN * plane + s, delta * delta_grad)
+        tl.store(there + DELTA_GRAD * plane + s, delta_grad + by_state_sum + own * own_product)
+        tl.store(there + TO_STATE * plane + s, delta * by_state_sum)
+        tl.store(there + OWN * plane + s, own)
+
+    products_grad += tl.where(is_own, own_product_grad[:, None], 0.0)
+    rounded = products_grad.to(B_tile.dtype)
+    B_sum = product(rounded, C_tile, B_sum, PRECISION)
+    place = ((part * batches + batch) * length + begin) * groups * states + group * states
+    place += s[:, None] * (groups * states) + n[None, :]
+    mask = (s < rows)[:, None] & (n < states)[None, :]
+    tl.store(B_grad + place, B_sum.to(B_grad.dtype.element_ty), mask=mask)
+
+    # What they read of the state before the chunk, and what of it was left after the chunk.
+    C_sum = product(tl.trans(rounded), B_tile, None, PRECISION)
+    for head in tl.range(first, last, num_stages=STAGES):
         grad = tile(y_grad + head * (y_grad_head * ALIGN), t, y_grad_row, rows, p, head_dim, WHOLE)
         if WHOLE:
             start = tl.load(starts + head * size + state_place)
@@ -467,69 +537,16 @@ def gradients_kernel(
             start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0)
             end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0)
         here = decays + head * padded
-        delta = tl.load(here + DELTA * plane + s)
-        total_s, total_t = tl.load(here + TOTAL * plane + s), tl.load(here + TOTAL * plane + t)
-        end = tl.load(here + TOTAL * plane + Q - 1)
-        power, from_start, to_end = total_t[None, :] - total_s[:, None], total_s, end - total_s
+        from_start, end = tl.load(here + TOTAL * plane + t), tl.load(here + TOTAL * plane + Q - 1)
         if EXACT:
-            total_s, total_t = tl.load(here + TOTAL_LOW * plane + s), tl.load(here + TOTAL_LOW * plane + t)
-            end_low = tl.load(here + TOTAL_LOW * plane + Q - 1)
-            power += total_t[None, :] - total_s[:, None]
-            from_start, to_end, end = from_start + total_s, to_end + (end_low - total_s), end + end_low
-        from_start, to_end = tl.exp2(from_start), tl.exp2(to_end)
-
-        # Inside of the chunk, without what a position writes and reads itself: that decays by nothing.
-        decay = tl.exp2(tl.where(is_later, power, float("-inf")))
-        mixing = products * decay
-        grads = product(x_tile, tl.trans(grad), None, PRECISION)
-        own = tl.sum(tl.where(is_own, grads, 0.0), axis=1)
-        own_product_grad += own * delta
-        pairs = grads * mixing
-        delta_grad = tl.sum(pairs, axis=1)
-        read = tl.sum(pairs * delta[:, None], axis=0)
-        products_grad += grads * decay * delta[:, None]
-        written_grad = product(mixing.to(x_tile.dtype), grad, None, PRECISION)
-
-        # By way of the states.
-        x_wide, grad_wide = x_tile.to(tl.float32), grad.to(tl.float32)
-        by_state = product(B_tile, end_grad, None, PRECISION) * to_end[:, None]
-        by_state_sum = tl.sum(by_state * x_wide, axis=1)
-        weighted = (x_wide * (delta * to_end)[:, None]).to(x_tile.dtype)
-        B_sum = product(weighted, tl.trans(end_grad), B_sum, PRECISION)
-        weighted_grad = grad_wide * from_start[:, None]
+            from_start += tl.load(here + TOTAL_LOW * plane + t)
+            end += tl.load(here + TOTAL_LOW * plane + Q - 1)
+        weighted_grad = grad.to(tl.float32) * tl.exp2(from_start)[:, None]
         from_state = tl.sum(product(C_tile, start, None, PRECISION) * weighted_grad, axis=1)
-        C_sum = product(weighted_grad.to(x_tile.dtype), tl.trans(start), C_sum, PRECISION)
+        C_sum = product(weighted_grad.to(grad.dtype), tl.trans(start), C_sum, PRECISION)
         passed = tl.sum(tl.sum(start.to(tl.float32) * end_grad.to(tl.float32), axis=1), axis=0)
+        tl.store(sums + head * padded + FROM_STATE * plane + t, from_state)
         tl.store(through + head * chunks, passed * tl.exp2(end))
-
-        # Its own reading.
-        found = written_grad * delta[:, None] + by_state * delta[:, None] + (own_product * delta)[:, None] * grad_wide
-        if D is not None:
-            if D_parts is not None:
-                skip = tl.load(D + head * head_dim + p, mask=p < head_dim, other=0.0).to(tl.float32)[None, :]
-                target = D_parts + ((batch * chunks + chunk) * heads + head) * head_dim + p
-                tl.store(target, tl.sum(x_wide * grad_wide, axis=0), mask=p < head_dim)
-            else:
-                skip = tl.load(D + head).to(tl.float32)
-            found += skip * grad_wide
-        target = x_grad + head * head_dim + (s[:, None] * x_grad_row + p[None, :])
-        tl.store(target, found.to(x_grad.dtype.element_ty), mask=is_x)
-
-        there = sums + head * padded
-        tl.store(there + READ * plane + t, read)
-        tl.store(there + FROM_STATE * plane + s, from_state - delta * delta_grad)
-        tl.store(there + DELTA_GRAD * plane + s, delta_grad + by_state_sum + own * own_product)
-        tl.store(there + TO_STATE * plane + s, delta * by_state_sum)
-        tl.store(there + OWN * plane + s, own)
-
-    products_grad += tl.where(is_own, own_product_grad[:, None], 0.0)
-    rounded = products_grad.to(B_tile.dtype)
-    B_sum = product(rounded, C_tile, B_sum, PRECISION)
-    C_sum = product(tl.trans(rounded), B_tile, C_sum, PRECISION)
-    place = ((part * batches + batch) * length + begin) * groups * states + group * states
-    place += s[:, None] * (groups * states) + n[None, :]
-    mask = (s < rows)[:, None] & (n < states)[None, :]
-    tl.store(B_grad + place, B_sum.to(B_grad.dtype.element_ty), mask=mask)
     tl.store(C_grad + place, C_sum.to(C_grad.dtype.element_ty), mask=mask)
 
 
@@ -575,6 +592,7 @@ def delta_kernel(
     place = (batch * heads + head)[None, :] * padded + t[:, None]
     delta = tl.load(decays + DELTA * plane + place, mask=is_head, other=0.0)
     read = tl.load(sums + READ * plane + place, mask=is_head, other=0.0).to(tl.float64)
+    read -= tl.load(sums + WRITTEN * plane + place, mask=is_head, other=0.0).to(tl.float64)
     read += tl.load(sums + FROM_STATE * plane + place, mask=is_head, other=0.0).to(tl.float64)
     delta_grad = tl.load(sums + DELTA_GRAD * plane + place, mask=is_head, other=0.0)
     to_state = tl.load(sums + TO_STATE * plane + place, mask=is_head, other=0.0).to(tl.float64)
