@@ -1,11 +1,14 @@
 """Who computes SSD: Triton on NVIDIA GPUs, plain PyTorch everywhere else and where Triton can't run."""
 
+from collections.abc import Callable
+from typing import Any
+
 from kernels.dispatch import on_cuda
 from kernels.ssd import launch, reference
 
 _FORWARD, _BACKWARD = reference.ssd_op, reference.ssd_backward_op
-_reference_fake = _FORWARD._abstract_fn
-assert _reference_fake is not None
+assert _FORWARD._abstract_fn is not None
+_reference_fake: Callable[..., Any] = _FORWARD._abstract_fn
 
 
 def _unsupported_forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, *_):

@@ -25,15 +25,41 @@ class Shape(NamedTuple):
     stages: int  # of what a loop reads, on their way from memory
 
 
+# For heads of up to 64 x 128 states of 16 bits; see `_shapes` for others. The chunk of STATES is that of GRADIENTS.
 FORWARD = Shape(chunk=64, head_dim=64, states=256, warps=4, stages=2)
 STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
 GRADIENTS = Shape(chunk=64, head_dim=128, states=256, warps=8, stages=2)
+MAX_STATE_FP32 = 64 * 128  # numbers of a state of one head, for fp32 activations
+
+
+class Shapes(NamedTuple):
+    """Those of one call."""
+
+    forward: Shape
+    states: Shape
+    gradients: Shape
+
+
+def _shapes(x: Tensor, B: Tensor) -> Shapes:
+    """Smaller tiles where those of the table would not fit into shared memory."""
+    state, fp32 = _block(x.shape[3]) * _block(B.shape[3]), x.dtype == torch.float32
+    forward, states, gradients = FORWARD, STATES, GRADIENTS
+    if fp32:
+        forward = forward._replace(chunk=min(32, forward.chunk), head_dim=32, stages=1)
+        states = states._replace(states=64, stages=1)
+    elif _block(B.shape[3]) > 128:
+        forward = forward._replace(head_dim=32, stages=1)
+    if fp32 or state > 64 * 128:
+        gradients = gradients._replace(chunk=min(32, gradients.chunk), stages=1)
+    return Shapes(forward, states, gradients)
 
 
 def unsupported(x: Tensor, B: Tensor, dt_min: float) -> str | None:
     """Why the kernels cannot run on these inputs, None when they can."""
     if dt_min < 0:
         return "dt_limit lets Δ be negative"
+    if x.dtype == torch.float32 and _block(x.shape[3]) * _block(B.shape[3]) > MAX_STATE_FP32:
+        return f"states of {x.shape[3]} x {B.shape[3]} numbers in fp32 are too large"
     if x.shape[3] > MAX_HEAD_DIM:
         return f"heads of {x.shape[3]} channels are wider than {MAX_HEAD_DIM}"
     if B.shape[3] > MAX_STATES:
@@ -86,7 +112,7 @@ def forward(
     ungated = torch.empty_like(y) if for_backward and z is not None else None
     final_state = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
     initial = None if initial_state is None else initial_state.float()
-    shape, exact = FORWARD, x.dtype == torch.float32
+    shape, exact = _shapes(x, B).forward, x.dtype == torch.float32
     p, n = min(shape.head_dim, _block(head_dim)), _block(states)
     chunks = -(-length // shape.chunk)
     align = alignment(head_dim, states, *(s for t in (x, B, C, z) if t is not None for s in t.stride()[:3]))
@@ -111,9 +137,9 @@ def forward(
             ),
             num_warps=shape.warps,
         )
-    nothing = x.new_empty((0,))
-    starts = nothing.float() if initial is None or not for_backward else initial.unsqueeze(0).clone()
-    return y, final_state, starts, nothing if ungated is None else ungated
+    keep_initial = for_backward and initial is not None
+    starts = initial.unsqueeze(0).clone() if keep_initial else final_state.new_empty((0,))  # type: ignore[union-attr]
+    return y, final_state, starts, x.new_empty((0,)) if ungated is None else ungated
 
 
 def backward(
@@ -144,7 +170,7 @@ def backward(
     y_grad = torch.zeros_like(x) if y_grad is None else _unit(y_grad, dtype)
     assert y_grad is not None
     D = None if D is None else D.contiguous()
-    shape, exact = GRADIENTS, dtype == torch.float32
+    shape, exact = _shapes(x, B).gradients, dtype == torch.float32
     chunk, chunks = shape.chunk, -(-length // shape.chunk)
     p, n = _block(head_dim), _block(states)
     parts, part_heads = 1, heads // groups
@@ -195,8 +221,8 @@ def backward(
         A_grad, bias_grad, D_grad = _sum(small_parts)
         if D_parts is not None:
             D_grad = _sum(D_parts)[0].view(heads, head_dim)
-    found = (x_grad, dt_grad, A_grad, B_grad.sum(0) if parts > 1 else B_grad[0])
-    found += (C_grad.sum(0) if parts > 1 else C_grad[0], D_grad, z_grad, bias_grad)
+    B_grad, C_grad = (grad[0] if parts == 1 else grad.sum(0) for grad in (B_grad, C_grad))
+    found = (x_grad, dt_grad, A_grad, B_grad, C_grad, D_grad, z_grad, bias_grad)
     grads = [x.new_empty((0,)) if g is None else v.to(g.dtype) for g, v in zip(given, found, strict=True)]
     return *grads, initial_grad  # type: ignore[return-value]
 
@@ -208,7 +234,7 @@ def _carries(
     from kernels.ssd.triton_kernels import states_kernel
 
     (batch, length, heads, head_dim), (groups, states) = rows.shape, columns.shape[2:]
-    shape, chunk = STATES, GRADIENTS.chunk
+    shape, chunk = _shapes(rows, columns).states, _shapes(rows, columns).gradients.chunk
     chunks = decays.shape[3] // chunk
     p, n = min(shape.head_dim, _block(head_dim)), min(shape.states, _block(states))
     carries = torch.empty((batch, chunks, heads, states, head_dim), dtype=rows.dtype, device=rows.device)
@@ -247,7 +273,7 @@ def _sum(parts: Tensor) -> tuple[Tensor, ...]:
     sum_parts[(-(-columns // COLUMNS), kinds)](
         parts, sums, None, rows, columns, KINDS=kinds, ROWS=ROWS, COLUMNS=COLUMNS
     )
-    return sums.t().contiguous().unbind(0)
+    return tuple(sums[:, kind].clone() for kind in range(kinds))  # an operator's outputs may not share memory
 
 
 def _decays(

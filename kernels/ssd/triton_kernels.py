@@ -1,9 +1,9 @@
 """SSD in Triton: the kernels. `launch.py` launches them, docs/kernels.md explains them.
 
-Decays are powers of 2. What decays on the way from position s to t of a chunk, times Δ[s], is exp2(total[t] - origin[s])
-with total the sum of the logarithms from the chunk's beginning and origin = total - log2(Δ). A document that begins is a
-decay of `GONE`, and no step counts as a stronger one: so what one fp32 number loses of a total is of no weight beside the
-rounding of 16-bit activations. For fp32 activations totals are EXACT: two fp32 numbers each.
+Decays are powers of 2. What decays on the way from position s to t of a chunk, times Δ[s], is
+exp2(total[t] - origin[s]) with total the sum of the logarithms from the chunk's beginning and origin = total - log2(Δ).
+A document that begins is a decay of `GONE`, and no step counts as a stronger one: so what one fp32 number loses of a
+total is of no weight beside the rounding of 16-bit activations. For fp32 ones totals are EXACT: two fp32 numbers.
 
 Axes: rows of a chunk q (t where they read, s where they write), head_dim p, state n. `padded`: length in whole chunks.
 """
@@ -287,11 +287,12 @@ def states_kernel(
     N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What is carried between chunks: forward (rows x, columns B) the states before each chunk; in REVERSE (rows dy,
-    columns C) the gradients of the states after each.
+    """What is carried between chunks: states before each (rows x, columns B), or gradients of those after each.
 
-    first_carry, last_carry (batch, head, head_dim, state) fp32: where the walk begins, where it ends; None for 0 and for
-    what no one needs. carries: (batch, chunk, head, state, head_dim). Strides, head_dim and states in units of ALIGN.
+    The latter in REVERSE, with rows dy and columns C.
+
+    first_carry, last_carry (batch, head, head_dim, state) fp32: where the walk begins, where it ends; None for 0, and
+    for what no one needs. carries: (batch, chunk, head, state, head_dim). Strides, head_dim and states in units of ALIGN.
     Programs: batch x heads x (states / N) x (head_dim / P), the last fastest.
     """
     head_dim = head_dim * ALIGN
@@ -408,7 +409,8 @@ def gradients_kernel(
 
     starts, end_grads: what `states_kernel` left. x_grad like x; B_grad, C_grad (part, batch, length, group, state);
     sums: (plane, batch, head, padded) fp32, see below; through (batch, head, chunk) fp32; D_parts (batch, chunk, head,
-    head_dim) fp32, None unless D is per channel; scratch (program, Q, Q) fp32. Programs: batch x chunks x groups x parts, the last fastest.
+    head_dim) fp32, None unless D is per channel; scratch (program, Q, Q) fp32.
+    Programs: batch x chunks x groups x parts, the last fastest.
     """
     head_dim = head_dim * ALIGN
     states = states * ALIGN
@@ -502,7 +504,9 @@ def gradients_kernel(
         grad_wide = grad.to(tl.float32)
         if D is not None:
             if D_parts is not None:
-                found += tl.load(D + head * head_dim + p, mask=p < head_dim, other=0.0).to(tl.float32)[None, :] * grad_wide
+                found += (
+                    tl.load(D + head * head_dim + p, mask=p < head_dim, other=0.0).to(tl.float32)[None, :] * grad_wide
+                )
                 target = D_parts + ((batch * chunks + chunk) * heads + head) * head_dim + p
                 tl.store(target, tl.sum(x_wide * grad_wide, axis=0), mask=p < head_dim)
             else:
@@ -575,7 +579,7 @@ def delta_kernel(
     Q: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The gradient of dt of one chunk, and the chunk's part of those of A, of dt_bias and of a D of one number per head.
+    """The gradient of dt of one chunk, and the chunk's parts of those of A, dt_bias and a D of one number per head.
 
     The gradient of a decay's logarithm is what all products that the decay is part of add to the loss: those that
     begin before it and are read at it or later. parts: (batch x chunks, 3, head) fp32.
