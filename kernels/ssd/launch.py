@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import alignment, triton_unsupported
+from kernels.dispatch import alignment, processors, triton_unsupported
 
 MAX_HEAD_DIM, MAX_STATES = 128, 256
 DECAY_HEADS = 8  # of a program of the kernel that computes the decays
 DECAY_WARPS = 4
 GATE_BLOCK = 1024
+SEGMENT_BLOCK, SEGMENT_CHUNKS = 1024, 32
+PROGRAMS_PER_PROCESSOR = 4  # that walk through time
+MIN_SEGMENT_CHUNKS = 8
 
 
 class Shape(NamedTuple):
@@ -115,31 +118,25 @@ def forward(
     shape, exact = _shapes(x, B).forward, x.dtype == torch.float32
     p, n = min(shape.head_dim, _block(head_dim)), _block(states)
     chunks = -(-length // shape.chunk)
+    segments = _segments(batch * heads, chunks, x.device)
+    segment_chunks = -(-chunks // segments)
     align = alignment(head_dim, states, *(s for t in (x, B, C, z) if t is not None for s in t.stride()[:3]))
     strides = [s // align for t in (x, B, C) for s in t.stride()[:3]]
     z_strides = [0, 0, 0] if z is None else [s // align for s in z.stride()[:3]]
     with torch.cuda.device_of(x):
         decays = _decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, exact)
-        forward_kernel[(batch * heads * -(-head_dim // p),)](
-            *(x, B, C, D, z, decays, initial, y, ungated, final_state),
+        starts = _segment_starts(x, B, decays, initial, shape.chunk, segments, False)
+        forward_kernel[(batch * segments * heads * -(-head_dim // p),)](
+            *(x, B, C, D, z, decays, starts, y, ungated, final_state),
             *(*strides, *z_strides),
-            *(length, heads, heads // groups, head_dim // align, states // align, chunks, 1, chunks),
-            *(
-                D is not None and D.dim() == 2,
-                head_dim % p == 0 and states == n,
-                exact,
-                _precision(x),
-                align,
-                shape.chunk,
-                p,
-                n,
-                shape.stages,
-            ),
+            *(length, heads, heads // groups, head_dim // align, states // align, chunks, segments, segment_chunks),
+            *(D is not None and D.dim() == 2, head_dim % p == 0 and states == n, exact, _precision(x)),
+            *(align, shape.chunk, p, n, shape.stages),
             num_warps=shape.warps,
         )
     keep_initial = for_backward and initial is not None
-    starts = initial.unsqueeze(0).clone() if keep_initial else final_state.new_empty((0,))  # type: ignore[union-attr]
-    return y, final_state, starts, x.new_empty((0,)) if ungated is None else ungated
+    kept = initial.unsqueeze(0).clone() if keep_initial else final_state.new_empty((0,))  # type: ignore[union-attr]
+    return y, final_state, kept, x.new_empty((0,)) if ungated is None else ungated
 
 
 def backward(
@@ -173,7 +170,9 @@ def backward(
     shape, exact = _shapes(x, B).gradients, dtype == torch.float32
     chunk, chunks = shape.chunk, -(-length // shape.chunk)
     p, n = _block(head_dim), _block(states)
-    parts, part_heads = 1, heads // groups
+    parts = min(heads // groups, max(1, 2 * processors(device.index) // (batch * chunks * groups)))
+    part_heads = -(-heads // groups // parts)
+    parts = -(-heads // groups // part_heads)
     wide_skip = D is not None and D.dim() == 2
 
     def buffer(*sizes: int) -> Tensor:
@@ -186,8 +185,8 @@ def backward(
         decays = _decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, chunk, exact)
         initial = starts[0] if starts.numel() else None
         initial_grad = buffer(batch, heads, head_dim, states)
-        before, _ = _carries(x, B, decays, initial, None, False)
-        after, _ = _carries(y_grad, C, decays, final_state_grad, initial_grad, True)
+        before = _carries(x, B, decays, initial, None, chunk, False)
+        after = _carries(y_grad, C, decays, final_state_grad, initial_grad, chunk, True)
         x_grad = torch.empty((batch, length, heads, head_dim), dtype=dtype, device=device)
         B_grad, C_grad = (
             torch.empty(
@@ -227,28 +226,79 @@ def backward(
     return *grads, initial_grad  # type: ignore[return-value]
 
 
+def _segments(programs: int, chunks: int, device: torch.device) -> int:
+    """In how many parts the time is cut, for that many programs to become enough; each part is walked through."""
+    wanted = max(1, PROGRAMS_PER_PROCESSOR * processors(device.index) // programs)
+    return -(-chunks // max(MIN_SEGMENT_CHUNKS, -(-chunks // wanted)))
+
+
+def _segment_starts(
+    rows: Tensor, columns: Tensor, decays: Tensor, first: Tensor | None, chunk: int, segments: int, reverse: bool
+) -> Tensor | None:
+    """Where segments begin, (batch, segment, head, head_dim, state) fp32, for a walk that begins with `first`."""
+    from kernels.ssd.triton_kernels import segments_kernel
+
+    if segments == 1:
+        return first
+    (batch, _, heads, head_dim), states = rows.shape, columns.shape[3]
+    ends = torch.empty((batch, segments, heads, head_dim, states), dtype=torch.float32, device=rows.device)
+    _walk(rows, columns, decays, None, None, ends, chunk, segments, reverse)
+    chunks, size = decays.shape[3] // chunk, head_dim * states
+    segments_kernel[(batch * heads, -(-size // SEGMENT_BLOCK))](
+        *(decays, first, ends, heads, size, chunks, segments, -(-chunks // segments)),
+        *(reverse, decays.shape[0] > 3, chunk, SEGMENT_CHUNKS, SEGMENT_BLOCK),
+        num_warps=4,
+    )
+    return ends
+
+
 def _carries(
-    rows: Tensor, columns: Tensor, decays: Tensor, first: Tensor | None, last: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """States before the chunks, or gradients of those after them; see `states_kernel`."""
+    rows: Tensor,
+    columns: Tensor,
+    decays: Tensor,
+    first: Tensor | None,
+    last: Tensor | None,
+    chunk: int,
+    reverse: bool,
+) -> Tensor:
+    """States before the chunks, or gradients of those after them: (batch, chunk, head, state, head_dim)."""
+    (batch, _, heads, head_dim), states = rows.shape, columns.shape[3]
+    chunks = decays.shape[3] // chunk
+    carries = torch.empty((batch, chunks, heads, states, head_dim), dtype=rows.dtype, device=rows.device)
+    first = None if first is None else first.float().contiguous()
+    segments = _segments(batch * heads, chunks, rows.device)
+    first = _segment_starts(rows, columns, decays, first, chunk, segments, reverse)
+    _walk(rows, columns, decays, first, carries, last, chunk, segments, reverse)
+    return carries
+
+
+def _walk(
+    rows: Tensor,
+    columns: Tensor,
+    decays: Tensor,
+    first: Tensor | None,
+    carries: Tensor | None,
+    last: Tensor | None,
+    chunk: int,
+    segments: int,
+    reverse: bool,
+) -> None:
+    """Launch `states_kernel`, which says what the arguments are."""
     from kernels.ssd.triton_kernels import states_kernel
 
     (batch, length, heads, head_dim), (groups, states) = rows.shape, columns.shape[2:]
-    shape, chunk = _shapes(rows, columns).states, _shapes(rows, columns).gradients.chunk
-    chunks = decays.shape[3] // chunk
+    shape, chunks = _shapes(rows, columns).states, decays.shape[3] // chunk
     p, n = min(shape.head_dim, _block(head_dim)), min(shape.states, _block(states))
-    carries = torch.empty((batch, chunks, heads, states, head_dim), dtype=rows.dtype, device=rows.device)
-    first = None if first is None else first.float().contiguous()
     align = alignment(head_dim, states, *rows.stride()[:3], *columns.stride()[:3])
-    states_kernel[(batch * heads * -(-states // n) * -(-head_dim // p),)](
+    states_kernel[(batch * segments * heads * -(-states // n) * -(-head_dim // p),)](
         *(rows, columns, decays, first, carries, last),
         *(s // align for t in (rows, columns) for s in t.stride()[:3]),
         *(length, heads, heads // groups, head_dim // align, states // align, chunks),
+        *(segments, -(-chunks // segments)),
         *(reverse, head_dim % p == 0 and states % n == 0, decays.shape[0] > 3, _precision(rows), align),
         *(chunk, p, n, shape.stages),
         num_warps=shape.warps,
     )
-    return carries, last
 
 
 def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -255,7 +255,7 @@ def forward_kernel(
 @triton.jit(
     do_not_specialize=[
         *("rows_batch", "rows_row", "rows_head", "columns_batch", "columns_row", "columns_group"),
-        *("length", "heads", "group_heads", "head_dim", "states", "chunks"),
+        *("length", "heads", "group_heads", "head_dim", "states", "chunks", "segments", "segment_chunks"),
     ]
 )
 def states_kernel(
@@ -277,6 +277,8 @@ def states_kernel(
     head_dim,
     states,
     chunks,
+    segments,
+    segment_chunks,
     REVERSE: tl.constexpr,
     WHOLE: tl.constexpr,
     EXACT: tl.constexpr,
@@ -289,18 +291,20 @@ def states_kernel(
 ):
     """What is carried between chunks: states before each (rows x, columns B), or gradients of those after each.
 
-    The latter in REVERSE, with rows dy and columns C.
-
-    first_carry, last_carry (batch, head, head_dim, state) fp32: where the walk begins, where it ends; None for 0, and
-    for what no one needs. carries: (batch, chunk, head, state, head_dim). Strides, head_dim and states in units of ALIGN.
-    Programs: batch x heads x (states / N) x (head_dim / P), the last fastest.
+    The latter in REVERSE, with rows dy and columns C. A program walks through a segment of the sequence.
+    carries: (batch, chunk, head, state, head_dim). first_carry (batch, segment, head, head_dim, state) fp32: where the
+    segments begin, None for 0; last_carry (batch, head, head_dim, state) fp32: where the last one ends, None if no one
+    needs it. Without carries last_carry is (batch, segment, head, head_dim, state), where each of them ends.
+    Strides, head_dim and states in units of ALIGN.
+    Programs: batch x segments x heads x (states / N) x (head_dim / P), the last fastest.
     """
     head_dim = head_dim * ALIGN
     states = states * ALIGN
     p_parts, n_parts = tl.cdiv(head_dim, P), tl.cdiv(states, N)
     pid = tl.program_id(0)
     head = pid // p_parts // n_parts % heads
-    batch = (pid // p_parts // n_parts // heads).to(tl.int64)
+    segment = pid // p_parts // n_parts // heads % segments
+    batch = (pid // p_parts // n_parts // heads // segments).to(tl.int64)
     group = head // group_heads
     q = tl.arange(0, Q)
     n = pid // p_parts % n_parts * N + tl.arange(0, N)
@@ -309,22 +313,25 @@ def states_kernel(
     columns += batch * (columns_batch * ALIGN) + group.to(tl.int64) * (columns_group * ALIGN)
     rows_row, columns_row = rows_row * ALIGN, columns_row * ALIGN
     padded = chunks.to(tl.int64) * Q
-    plane = tl.num_programs(0) // (p_parts * n_parts) * padded
+    plane = tl.num_programs(0) // (p_parts * n_parts * segments) * padded
     decays += (batch * heads + head) * padded
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     size = head_dim * states
-    parameter_place = (batch * heads + head) * size + (p[None, :] * states + n[:, None])
+    state_place = p[None, :] * states + n[:, None]
+    segment_place = ((batch * segments + segment) * heads + head) * size + state_place
     carry = tl.zeros([N, P], tl.float32)
     if first_carry is not None:
-        carry = tl.load(first_carry + parameter_place, mask=is_state, other=0.0)
+        carry = tl.load(first_carry + segment_place, mask=is_state, other=0.0)
 
     step = -1 if REVERSE else 1
-    number = chunks - 1 if REVERSE else chunks * 0
+    first, last = segment * segment_chunks, min((segment + 1) * segment_chunks, chunks)
+    number = last - 1 if REVERSE else first
     begin = number.to(tl.int64) * Q
-    target = carries + ((batch * chunks + number) * heads + head) * size
-    target_step = heads.to(tl.int64) * size * step
-    for _ in tl.range(0, chunks, num_stages=STAGES):
+    if carries is not None:
+        target = carries + ((batch * chunks + number) * heads + head) * size
+        target_step = heads.to(tl.int64) * size * step
+    for _ in tl.range(first, last, num_stages=STAGES):
         remaining = (length - begin).to(tl.int32)
         rows_tile = tile(rows + begin * rows_row, q, rows_row, remaining, p, head_dim, WHOLE)
         columns_tile = tile(columns + begin * columns_row, q, columns_row, remaining, n, states, WHOLE)
@@ -340,17 +347,66 @@ def states_kernel(
                 power += tl.load(here + TOTAL_LOW * plane + Q - 1) - tl.load(here + ORIGIN_LOW * plane + q)
         if EXACT:
             end += tl.load(here + TOTAL_LOW * plane + Q - 1)
-        place = target + (n[:, None] * head_dim + p[None, :])
-        if WHOLE:
-            tl.store(place, carry.to(carries.dtype.element_ty))
-        else:
-            tl.store(place, carry.to(carries.dtype.element_ty), mask=is_state)
+        if carries is not None:
+            place = target + (n[:, None] * head_dim + p[None, :])
+            if WHOLE:
+                tl.store(place, carry.to(carries.dtype.element_ty))
+            else:
+                tl.store(place, carry.to(carries.dtype.element_ty), mask=is_state)
+            target += target_step
         weighted = (rows_tile.to(tl.float32) * tl.exp2(power)[:, None]).to(rows_tile.dtype)
         carry = product(tl.trans(columns_tile), weighted, carry * tl.exp2(end), PRECISION)
         begin += Q * step
-        target += target_step
-    if last_carry is not None:
-        tl.store(last_carry + parameter_place, carry, mask=is_state)
+    if carries is None:
+        tl.store(last_carry + segment_place, carry, mask=is_state)
+    elif last_carry is not None:
+        if segment == (0 if REVERSE else segments - 1):
+            tl.store(last_carry + (batch * heads + head) * size + state_place, carry, mask=is_state)
+
+
+@triton.jit(do_not_specialize=["heads", "size", "chunks", "segments", "segment_chunks"])
+def segments_kernel(
+    decays,
+    first_carry,
+    ends,
+    heads,
+    size,
+    chunks,
+    segments,
+    segment_chunks,
+    REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
+    Q: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where segments begin, from where each would end if it began at 0: `ends` (batch, segment, head, size), in place.
+
+    first_carry: (batch, head, size) fp32, None for 0. Programs: (batch x heads, size / BLOCK).
+    """
+    batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    padded = chunks.to(tl.int64) * Q
+    plane = tl.num_programs(0) * padded
+    decays += tl.program_id(0) * padded + Q - 1
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < size
+    carry = tl.zeros([BLOCK], tl.float32)
+    if first_carry is not None:
+        carry = tl.load(first_carry + (batch * heads + head) * size + element, mask=mask, other=0.0)
+    for number in range(0, segments):
+        segment = segments - 1 - number if REVERSE else number
+        power = 0.0
+        for first in range(0, segment_chunks, CHUNKS):
+            chunk = first + tl.arange(0, CHUNKS)
+            is_inside = (chunk < segment_chunks) & (segment * segment_chunks + chunk < chunks)
+            place = decays + TOTAL * plane + (segment * segment_chunks + chunk).to(tl.int64) * Q
+            power += tl.sum(tl.load(place, mask=is_inside, other=0.0), axis=0)
+            if EXACT:
+                power += tl.sum(tl.load(place + (TOTAL_LOW - TOTAL) * plane, mask=is_inside, other=0.0), axis=0)
+        place = ends + ((batch * segments + segment) * heads + head) * size + element
+        end = tl.load(place, mask=mask, other=0.0)
+        tl.store(place, carry, mask=mask)
+        carry = carry * tl.exp2(power) + end
 
 
 @triton.jit(

@@ -22,6 +22,7 @@ PARAMETERS = ("A", "D", "dt_bias", "initial_state")
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks small enough for a few positions to need several."""
+    monkeypatch.setattr(launch, "processors", lambda index: 1)
     monkeypatch.setattr(launch, "FORWARD", launch.Shape(chunk=16, head_dim=16, states=256, warps=4, stages=1))
     monkeypatch.setattr(launch, "STATES", launch.Shape(chunk=16, head_dim=16, states=16, warps=4, stages=1))
     monkeypatch.setattr(launch, "GRADIENTS", launch.Shape(chunk=16, head_dim=128, states=256, warps=4, stages=1))
@@ -140,7 +141,9 @@ def test_views_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = torch.cat([torch.zeros(2, 17, 3), *flat], dim=2).transpose(0, 1).contiguous().transpose(0, 1)
     x, z, B, C, dt = fused[..., 3:].split([v.shape[2] for v in flat], dim=2)
     x, z, B, C = (v.unflatten(2, low[k].shape[2:]) for k, v in {"x": x, "z": z, "B": B, "C": C}.items())
-    monkeypatch.setattr(Tensor, "contiguous", lambda t: pytest.fail("a copy") if t.dim() == 4 else t)
+    monkeypatch.setattr(
+        Tensor, "contiguous", lambda t: pytest.fail("a copy") if t.dim() == 4 and not t.is_contiguous() else t
+    )
     assert torch.equal(ssd(**low | {"x": x, "z": z, "B": B, "C": C, "dt": dt}), expected)  # type: ignore[arg-type]
 
 
@@ -151,3 +154,16 @@ def test_only_the_final_state_takes_part() -> None:
     wanted = gradients((exact_results(exact, True, (0.0, math.inf))[1],), exact)
     for name, value in found.items():
         assert (value.double() - wanted[name]).abs().max() <= 4e-6 * wanted[name].abs().max().clamp_min(1), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_segments(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few sequences: the time is cut, where the parts begin is found first."""
+    monkeypatch.setattr(launch, "processors", lambda index: 8)
+    monkeypatch.setattr(launch, "MIN_SEGMENT_CHUNKS", 2)
+    cut = []
+    usual = launch._segments
+    monkeypatch.setattr(launch, "_segments", lambda *sizes: cut.append(usual(*sizes)) or cut[-1])
+    check(ssd_inputs(1, 90, 2, 16, 1, 16, packed=False), dtype)
+    check(ssd_inputs(2, 90, 2, 16, 1, 16, packed=True), dtype)
+    assert set(cut) == {3}
