@@ -43,6 +43,15 @@ class Shapes(NamedTuple):
     gradients: Shape
 
 
+class Outputs(NamedTuple):
+    """Where gradients go: of any strides along batch and length; B and C of equal ones, x, B and C of one dtype."""
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+
+
 def _shapes(x: Tensor, B: Tensor) -> Shapes:
     """Smaller tiles where those of the table would not fit into shared memory."""
     state, fp32 = _block(x.shape[3]) * _block(B.shape[3]), x.dtype == torch.float32
@@ -157,6 +166,7 @@ def backward(
     seq_idx: Tensor | None,
     starts: Tensor,
     ungated: Tensor,
+    outputs: Outputs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one."""
     from kernels.ssd.triton_kernels import delta_kernel, gradients_kernel
@@ -187,30 +197,35 @@ def backward(
         initial_grad = buffer(batch, heads, head_dim, states)
         before = _carries(x, B, decays, initial, None, chunk, False)
         after = _carries(y_grad, C, decays, final_state_grad, initial_grad, chunk, True)
-        x_grad = torch.empty((batch, length, heads, head_dim), dtype=dtype, device=device)
-        B_grad, C_grad = (
-            torch.empty(
-                (parts, batch, length, groups, states), dtype=dtype if parts == 1 else torch.float32, device=device
+        if outputs is None:
+            B_empty, C_empty = (torch.empty((batch, length, groups, states), dtype=dtype, device=device) for _ in "BC")
+            outputs = Outputs(
+                torch.empty((batch, length, heads, head_dim), dtype=dtype, device=device),
+                dt.new_empty(dt.shape),
+                B_empty,
+                C_empty,
             )
-            for _ in range(2)
-        )
+        BC_grads = [outputs.B.unsqueeze(0), outputs.C.unsqueeze(0)]
+        if parts > 1:
+            BC_grads = [buffer(parts, batch, length, groups, states) for _ in "BC"]
         sums = buffer(6, batch, heads, chunks * chunk)
         through = buffer(batch, heads, chunks)
         D_parts = buffer(batch * chunks, 1, heads * head_dim) if wide_skip else None
-        align = alignment(head_dim, states, *(s for t in (y_grad, x, B, C) for s in t.stride()[:3]))
+        strides = [s for t in (y_grad, x, B, C) for s in t.stride()[:3]]
+        strides += [*outputs.x.stride()[:2], *BC_grads[0].stride()[:3]]
+        align = alignment(head_dim, states, *strides)
         gradients_kernel[(batch * chunks * groups * parts,)](
-            *(y_grad, x, B, C, D, decays, before, after, x_grad, B_grad, C_grad, sums, through),
+            *(y_grad, x, B, C, D, decays, before, after, outputs.x, *BC_grads, sums, through),
             *(D_parts, buffer(batch * chunks * groups * parts, chunk, chunk)),
-            *(s // align for t in (y_grad, x, B, C) for s in t.stride()[:3]),
+            *(stride // align for stride in strides),
             *(length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads),
             *(head_dim == p and states == n, exact, _precision(x), align, chunk, p, n, shape.stages),
             num_warps=shape.warps,
         )
-        dt_grad = torch.empty((batch, length, heads), dtype=dt.dtype, device=device)
         small_parts = buffer(batch * chunks, 3, heads)
         delta_kernel[(batch * chunks, -(-heads // DECAY_HEADS))](
             *(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays, sums, through),
-            *(dt_grad, small_parts),
+            *(outputs.dt, small_parts, *outputs.dt.stride()[:2]),
             *dt.stride(),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             *(dt_min, dt_max, length, heads, chunks),
@@ -220,8 +235,10 @@ def backward(
         A_grad, bias_grad, D_grad = _sum(small_parts)
         if D_parts is not None:
             D_grad = _sum(D_parts)[0].view(heads, head_dim)
-    B_grad, C_grad = (grad[0] if parts == 1 else grad.sum(0) for grad in (B_grad, C_grad))
-    found = (x_grad, dt_grad, A_grad, B_grad, C_grad, D_grad, z_grad, bias_grad)
+        if parts > 1:
+            for grad, summed in zip(BC_grads, (outputs.B, outputs.C), strict=True):
+                summed.copy_(grad.sum(0))
+    found = (outputs.x, outputs.dt, A_grad, outputs.B, outputs.C, D_grad, z_grad, bias_grad)
     grads = [x.new_empty((0,)) if g is None else v.to(g.dtype) for g, v in zip(given, found, strict=True)]
     return *grads, initial_grad  # type: ignore[return-value]
 

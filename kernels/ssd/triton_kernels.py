@@ -413,6 +413,7 @@ def segments_kernel(
     do_not_specialize=[
         *("y_grad_batch", "y_grad_row", "y_grad_head", "x_batch", "x_row", "x_head"),
         *("B_batch", "B_row", "B_group", "C_batch", "C_row", "C_group"),
+        *("x_grad_batch", "x_grad_row", "BC_grad_part", "BC_grad_batch", "BC_grad_row"),
         *("length", "heads", "group_heads", "head_dim", "states", "chunks", "parts", "part_heads"),
     ]
 )
@@ -444,6 +445,11 @@ def gradients_kernel(
     C_batch,
     C_row,
     C_group,
+    x_grad_batch,
+    x_grad_row,
+    BC_grad_part,
+    BC_grad_batch,
+    BC_grad_row,
     length,
     heads,
     group_heads,
@@ -463,7 +469,8 @@ def gradients_kernel(
 ):
     """Gradients of one chunk, head after head of a part of a group, those of B and C summed in registers.
 
-    starts, end_grads: what `states_kernel` left. x_grad like x; B_grad, C_grad (part, batch, length, group, state);
+    starts, end_grads: what `states_kernel` left. x_grad like x and, of equal strides, B_grad and C_grad (part, batch,
+    length, group, state), with neighbouring heads and groups;
     sums: (plane, batch, head, padded) fp32, see below; through (batch, head, chunk) fp32; D_parts (batch, chunk, head,
     head_dim) fp32, None unless D is per channel; scratch (program, Q, Q) fp32.
     Programs: batch x chunks x groups x parts, the last fastest.
@@ -480,7 +487,7 @@ def gradients_kernel(
     s, t, n, p = tl.arange(0, Q), tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
     begin = chunk.to(tl.int64) * Q
     rows = length - chunk * Q
-    x_row, y_grad_row, x_grad_row = x_row * ALIGN, y_grad_row * ALIGN, heads * head_dim
+    x_row, y_grad_row, x_grad_row = x_row * ALIGN, y_grad_row * ALIGN, x_grad_row * ALIGN
     B_row, C_row = B_row * ALIGN, C_row * ALIGN
     B += batch * (B_batch * ALIGN) + group.to(tl.int64) * (B_group * ALIGN) + begin * B_row
     C += batch * (C_batch * ALIGN) + group.to(tl.int64) * (C_group * ALIGN) + begin * C_row
@@ -498,7 +505,7 @@ def gradients_kernel(
     last = min(first + part_heads, (group + 1) * group_heads)
     x += batch * (x_batch * ALIGN) + begin * x_row
     y_grad += batch * (y_grad_batch * ALIGN) + begin * y_grad_row
-    x_grad += (batch * length + begin) * x_grad_row
+    x_grad += batch * (x_grad_batch * ALIGN) + begin * x_grad_row
     padded = chunks.to(tl.int64) * Q
     plane = batches * heads * padded
     decays += batch * heads * padded + begin
@@ -581,8 +588,9 @@ def gradients_kernel(
     products_grad += tl.where(is_own, own_product_grad[:, None], 0.0)
     rounded = products_grad.to(B_tile.dtype)
     B_sum = product(rounded, C_tile, B_sum, PRECISION)
-    place = ((part * batches + batch) * length + begin) * groups * states + group * states
-    place += s[:, None] * (groups * states) + n[None, :]
+    BC_grad_row *= ALIGN
+    place = part.to(tl.int64) * (BC_grad_part * ALIGN) + batch * (BC_grad_batch * ALIGN) + begin * BC_grad_row
+    place += group * states + (s[:, None] * BC_grad_row + n[None, :])
     mask = (s < rows)[:, None] & (n < states)[None, :]
     tl.store(B_grad + place, B_sum.to(B_grad.dtype.element_ty), mask=mask)
 
@@ -610,7 +618,12 @@ def gradients_kernel(
     tl.store(C_grad + place, C_sum.to(C_grad.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["dt_batch", "dt_row", "dt_head", "seq_batch", "seq_row", "length", "heads", "chunks"])
+@triton.jit(
+    do_not_specialize=[
+        *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head", "seq_batch", "seq_row"),
+        *("length", "heads", "chunks"),
+    ]
+)
 def delta_kernel(
     dt,
     A,
@@ -621,6 +634,8 @@ def delta_kernel(
     through,
     dt_grad,
     parts,
+    dt_grad_batch,
+    dt_grad_row,
     dt_batch,
     dt_row,
     dt_head,
@@ -672,7 +687,7 @@ def delta_kernel(
         free = softplus(raw)
         grad *= sigmoid(raw)
     grad = tl.where(mask & (free >= dt_min) & (free <= dt_max), grad, 0.0)
-    target = dt_grad + batch * length * heads + t[:, None].to(tl.int64) * heads + head[None, :]
+    target = dt_grad + batch * dt_grad_batch + t[:, None].to(tl.int64) * dt_grad_row + head[None, :]
     tl.store(target, grad.to(dt_grad.dtype.element_ty), mask=mask)
 
     own = tl.load(sums + OWN * plane + place, mask=is_head, other=0.0)
