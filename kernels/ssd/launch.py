@@ -139,7 +139,7 @@ def forward(
             *(x, B, C, D, z, decays, starts, y, ungated, final_state),
             *(*strides, *z_strides),
             *(length, heads, heads // groups, head_dim // align, states // align, chunks, segments, segment_chunks),
-            *(D is not None and D.dim() == 2, head_dim % p == 0 and states == n, exact, _precision(x)),
+            *(D is not None and D.dim() == 2, head_dim % p == 0 and states == n, exact),
             *(align, shape.chunk, p, n, shape.stages),
             num_warps=shape.warps,
         )
@@ -219,7 +219,7 @@ def backward(
             *(D_parts, buffer(batch * chunks * groups * parts, chunk, chunk)),
             *(stride // align for stride in strides),
             *(length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads),
-            *(head_dim == p and states == n, exact, _precision(x), align, chunk, p, n, shape.stages),
+            *(head_dim == p and states == n, exact, align, chunk, p, n, shape.stages),
             num_warps=shape.warps,
         )
         small_parts = buffer(batch * chunks, 3, heads)
@@ -312,7 +312,7 @@ def _walk(
         *(s // align for t in (rows, columns) for s in t.stride()[:3]),
         *(length, heads, heads // groups, head_dim // align, states // align, chunks),
         *(segments, -(-chunks // segments)),
-        *(reverse, head_dim % p == 0 and states % n == 0, decays.shape[0] > 3, _precision(rows), align),
+        *(reverse, head_dim % p == 0 and states % n == 0, decays.shape[0] > 3, align),
         *(chunk, p, n, shape.stages),
         num_warps=shape.warps,
     )
@@ -382,8 +382,3 @@ def _unit(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _block(size: int) -> int:
     """The power of two, at least 16, that holds `size`."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def _precision(x: Tensor) -> str:
-    """How fp32 matrix products are computed: three tf32 ones each, which together lose as little as fp32 does."""
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"

@@ -109,11 +109,11 @@ def tile(place, row, row_stride, rows, column, columns, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, total, PRECISION: tl.constexpr):
-    """The matrix product a·b + total in fp32; the interpreter knows no bf16."""
+def product(a, b, total, EXACT: tl.constexpr):
+    """The matrix product a·b + total in fp32; of EXACT fp32 factors by three tf32 products, which lose no more."""
     if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+        a, b = a.to(tl.float32), b.to(tl.float32)  # the interpreter multiplies no bf16
+    return tl.dot(a, b, total, input_precision="tf32x3" if EXACT else "tf32")
 
 
 @triton.jit(
@@ -157,7 +157,6 @@ def forward_kernel(
     WIDE_SKIP: tl.constexpr,
     WHOLE: tl.constexpr,
     EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     Q: tl.constexpr,
     P: tl.constexpr,
@@ -226,12 +225,12 @@ def forward_kernel(
             from_start, to_end, through = from_start + total, to_end + (end - origin), through + end
 
         decay = tl.exp2(tl.where(is_before, power, float("-inf")))
-        scores = product(C_tile, tl.trans(B_tile), None, PRECISION) * decay
-        out = product(C_tile, state.to(x_tile.dtype), None, PRECISION) * tl.exp2(from_start)[:, None]
-        out = product(scores.to(x_tile.dtype), x_tile, out, PRECISION)
+        scores = product(C_tile, tl.trans(B_tile), None, EXACT) * decay
+        out = product(C_tile, state.to(x_tile.dtype), None, EXACT) * tl.exp2(from_start)[:, None]
+        out = product(scores.to(x_tile.dtype), x_tile, out, EXACT)
 
         written = (x_tile.to(tl.float32) * tl.exp2(to_end)[:, None]).to(x_tile.dtype)
-        state = product(tl.trans(B_tile), written, state * tl.exp2(through), PRECISION)
+        state = product(tl.trans(B_tile), written, state * tl.exp2(through), EXACT)
 
         if D is not None:
             out += skip * x_tile.to(tl.float32)
@@ -282,7 +281,6 @@ def states_kernel(
     REVERSE: tl.constexpr,
     WHOLE: tl.constexpr,
     EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     Q: tl.constexpr,
     P: tl.constexpr,
@@ -355,11 +353,11 @@ def states_kernel(
                 tl.store(place, carry.to(carries.dtype.element_ty), mask=is_state)
             target += target_step
         weighted = (rows_tile.to(tl.float32) * tl.exp2(power)[:, None]).to(rows_tile.dtype)
-        carry = product(tl.trans(columns_tile), weighted, carry * tl.exp2(end), PRECISION)
+        carry = product(tl.trans(columns_tile), weighted, carry * tl.exp2(end), EXACT)
         begin += Q * step
     if carries is None:
         tl.store(last_carry + segment_place, carry, mask=is_state)
-    elif last_carry is not None:
+    elif last_carry is not None:  # noqa: SIM102  known when the kernel is compiled, the next condition is not
         if segment == (0 if REVERSE else segments - 1):
             tl.store(last_carry + (batch * heads + head) * size + state_place, carry, mask=is_state)
 
@@ -460,7 +458,6 @@ def gradients_kernel(
     part_heads,
     WHOLE: tl.constexpr,
     EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     Q: tl.constexpr,
     P: tl.constexpr,
@@ -495,7 +492,7 @@ def gradients_kernel(
     C_tile = tile(C, t, C_row, rows, n, states, WHOLE)
     # (s, t), by way of memory: a product that others are computed from is given a layout that suits none of them.
     place = scratch + pid.to(tl.int64) * (Q * Q) + s[:, None] * Q + t[None, :]
-    tl.store(place, product(B_tile, tl.trans(C_tile), None, PRECISION))
+    tl.store(place, product(B_tile, tl.trans(C_tile), None, EXACT))
     tl.debug_barrier()
     products = tl.load(place)
     is_own, is_later = t[None, :] == s[:, None], t[None, :] > s[:, None]
@@ -543,7 +540,7 @@ def gradients_kernel(
 
         # Inside of the chunk. What a position reads of itself does not decay and is left out of `decay`.
         decay = tl.exp2(tl.where(is_later, power, float("-inf")))
-        grads = product(x_tile, tl.trans(grad), None, PRECISION)
+        grads = product(x_tile, tl.trans(grad), None, EXACT)
         own = tl.sum(tl.where(is_own, grads, 0.0), axis=1)
         own_product_grad += own * delta
         grads *= decay
@@ -552,14 +549,14 @@ def gradients_kernel(
         delta_grad = tl.sum(pairs, axis=1)
         read = tl.sum(pairs * delta[:, None], axis=0)
         mixing = (products * decay).to(x_tile.dtype)
-        written_grad = product(mixing, grad, None, PRECISION)
+        written_grad = product(mixing, grad, None, EXACT)
 
         # By way of the state after the chunk.
-        by_state = product(B_tile, end_grad, None, PRECISION) * to_end[:, None]
+        by_state = product(B_tile, end_grad, None, EXACT) * to_end[:, None]
         x_wide = x_tile.to(tl.float32)
         by_state_sum = tl.sum(by_state * x_wide, axis=1)
         weighted = (x_wide * (delta * to_end)[:, None]).to(x_tile.dtype)
-        B_sum = product(weighted, tl.trans(end_grad), B_sum, PRECISION)
+        B_sum = product(weighted, tl.trans(end_grad), B_sum, EXACT)
 
         # (Apart: a sum with a product would become part of it, and its layout that of the other product.)
         found = written_grad * delta[:, None] + by_state * delta[:, None]
@@ -587,7 +584,7 @@ def gradients_kernel(
 
     products_grad += tl.where(is_own, own_product_grad[:, None], 0.0)
     rounded = products_grad.to(B_tile.dtype)
-    B_sum = product(rounded, C_tile, B_sum, PRECISION)
+    B_sum = product(rounded, C_tile, B_sum, EXACT)
     BC_grad_row *= ALIGN
     place = part.to(tl.int64) * (BC_grad_part * ALIGN) + batch * (BC_grad_batch * ALIGN) + begin * BC_grad_row
     place += group * states + (s[:, None] * BC_grad_row + n[None, :])
@@ -595,7 +592,7 @@ def gradients_kernel(
     tl.store(B_grad + place, B_sum.to(B_grad.dtype.element_ty), mask=mask)
 
     # What they read of the state before the chunk, and what of it was left after the chunk.
-    C_sum = product(tl.trans(rounded), B_tile, None, PRECISION)
+    C_sum = product(tl.trans(rounded), B_tile, None, EXACT)
     for head in tl.range(first, last, num_stages=STAGES):
         grad = tile(y_grad + head * (y_grad_head * ALIGN), t, y_grad_row, rows, p, head_dim, WHOLE)
         if WHOLE:
@@ -610,8 +607,8 @@ def gradients_kernel(
             from_start += tl.load(here + TOTAL_LOW * plane + t)
             end += tl.load(here + TOTAL_LOW * plane + Q - 1)
         weighted_grad = grad.to(tl.float32) * tl.exp2(from_start)[:, None]
-        from_state = tl.sum(product(C_tile, start, None, PRECISION) * weighted_grad, axis=1)
-        C_sum = product(weighted_grad.to(grad.dtype), tl.trans(start), C_sum, PRECISION)
+        from_state = tl.sum(product(C_tile, start, None, EXACT) * weighted_grad, axis=1)
+        C_sum = product(weighted_grad.to(grad.dtype), tl.trans(start), C_sum, EXACT)
         passed = tl.sum(tl.sum(start.to(tl.float32) * end_grad.to(tl.float32), axis=1), axis=0)
         tl.store(sums + head * padded + FROM_STATE * plane + t, from_state)
         tl.store(through + head * chunks, passed * tl.exp2(end))
