@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import check_floating, check_same_device, check_tensor, compute_dtype
+from kernels.checks import check_floating, check_same_device, check_tensor, compute_dtype, needs_gradient
+from kernels.dispatch import on_cuda, triton_unsupported
+from kernels.ssd import step_launch
 from kernels.ssd.arguments import check_groups, check_skip
 
 
@@ -34,10 +36,31 @@ def ssd_step(
     argument whose shape does not fit.
     """
     _check(state, x, dt, A, B, C, D, z, dt_bias)
+    arguments = (state, x, dt, A, B, C, D, z, dt_bias)
+    if x.is_cuda and not needs_gradient(*arguments):
+        return torch.ops.mamba_train.ssd_step.default(*arguments, dt_softplus, *dt_limit)
+    return _reference(*arguments, dt_softplus, *dt_limit)
+
+
+def _reference(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Tensor, Tensor]:
+    """The step in plain PyTorch, which autograd can follow."""
     dtype = compute_dtype(x)
     x_wide = x.to(dtype)
     delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
-    delta = (F.softplus(delta) if dt_softplus else delta).clamp(*dt_limit)
+    delta = (F.softplus(delta) if dt_softplus else delta).clamp(dt_min, dt_max)
     per_group = x.shape[1] // B.shape[1]
     B_heads, C_heads = (v.to(dtype).repeat_interleave(per_group, dim=1) for v in (B, C))
     decay = torch.exp(delta * A.to(dtype))[..., None, None]
@@ -49,6 +72,16 @@ def ssd_step(
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(x.dtype), new_state
+
+
+# An operator for CUDA devices only: elsewhere, and where gradients are wanted, the plain functions are faster.
+_op = torch.library.custom_op("mamba_train::ssd_step", _reference, mutates_args=())
+on_cuda(_op, step_launch.step, lambda state, x, *_: triton_unsupported(x))
+
+
+@_op.register_fake
+def _(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max):
+    return x.new_empty(x.shape), x.new_empty(state.shape, dtype=compute_dtype(x))
 
 
 def _check(

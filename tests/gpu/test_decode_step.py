@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from kernels.dispatch import triton_unsupported
 from kernels.selective_scan import selective_scan, selective_scan_step
+from kernels.ssd import ssd, ssd_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +45,27 @@ def scan_inputs(batch: int, channels: int, states: int, dtype: torch.dtype, stri
         "D": torch.randn(channels, device="cuda"),
         "z": activation(channels),
         "dt_bias": torch.randn(channels, device="cuda") - 4,
+    }
+
+
+def ssd_inputs(
+    batch: int, heads: int, head_dim: int, states: int, dtype: torch.dtype, groups: int = 1, strided: bool = False
+) -> Inputs:
+    def activation(*shape: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        whole = torch.randn(batch, size + (13 if strided else 0), device="cuda").to(dtype)
+        return (whole[:, 5 : 5 + size] if strided else whole).unflatten(1, shape)
+
+    return {
+        "state": torch.randn(batch, heads, head_dim, states, device="cuda"),
+        "x": activation(heads, head_dim),
+        "dt": activation(heads),
+        "A": -4 * torch.rand(heads, device="cuda"),
+        "B": activation(groups, states),
+        "C": activation(groups, states),
+        "D": torch.randn(*((heads, head_dim) if strided else (heads,)), device="cuda"),
+        "z": activation(heads, head_dim),
+        "dt_bias": torch.randn(heads, device="cuda") - 4,
     }
 
 
@@ -86,6 +108,31 @@ def test_scan_states(states: int, dtype: torch.dtype, strided: bool) -> None:
 def test_sizes(batch: int, channels: int) -> None:
     check(selective_scan_step, scan_inputs(batch, channels, 16, torch.bfloat16))
     check(causal_conv1d_step, conv_inputs(batch, channels, 4, torch.bfloat16), activation="silu")
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 64, 128), (80, 64, 128), (6, 24, 20), (2, 128, 256)], ids=str)
+@pytest.mark.parametrize("strided", [False, True])
+def test_ssd(sizes: tuple[int, int, int], dtype: torch.dtype, strided: bool) -> None:
+    heads = sizes[0]
+    inputs = ssd_inputs(3, *sizes, dtype, 2 if heads % 2 == 0 else 1, strided)
+    check(ssd_step, inputs)
+    check(ssd_step, {k: v for k, v in inputs.items() if k not in ("z", "D")}, dt_limit=(0.01, 0.05))
+
+
+def test_ssd_steps_equal_the_operator_on_the_sequence() -> None:
+    length, last = 70, ssd_inputs(2, 4, 64, 128, torch.bfloat16)
+    along = ("x", "dt", "B", "C", "z")
+    steps = [{k: v for k, v in ssd_inputs(2, 4, 64, 128, torch.bfloat16).items() if k in along} for _ in range(length)]
+    state, ys = last["state"], []
+    for step in steps:
+        y, state = ssd_step(**(last | step | {"state": state}))
+        ys.append(y)
+    whole = {k: torch.stack([step[k] for step in steps], 1) for k in along}
+    fixed = {k: last[k] for k in ("A", "D", "dt_bias")}
+    y, end = ssd(**whole, **fixed, initial_state=last["state"], return_final_state=True)  # type: ignore[call-overload]
+    assert (torch.stack(ys, 1).double() - y.double()).norm() / y.double().norm() < 6e-3
+    assert (state - end).norm() / end.norm() < 4e-3
 
 
 @pytest.mark.parametrize("without", [("z",), ("D",), ("dt_bias",), ("z", "D", "dt_bias")])
