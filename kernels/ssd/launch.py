@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import alignment, processors, triton_unsupported
+from kernels.dispatch import alignment, has_large_shared_memory, processors, triton_unsupported
 
-MAX_HEAD_DIM, MAX_STATES = 128, 256
+MAX_HEAD_DIM, MAX_STATES = 128, 128
 DECAY_HEADS = 8  # of a program of the kernel that computes the decays
 DECAY_WARPS = 4
 GATE_BLOCK = 1024
-SEGMENT_BLOCK, SEGMENT_CHUNKS = 1024, 32
-PROGRAMS_PER_PROCESSOR = 4  # that walk through time
+SEGMENT_BLOCK = 512
+PROGRAMS_PER_PROCESSOR = 2  # that walk through time
+PARTS_PER_PROCESSOR = 2  # programs of `gradients_kernel`, wanted at least
 MIN_SEGMENT_CHUNKS = 8
 
 
@@ -29,9 +30,9 @@ class Shape(NamedTuple):
 
 
 # For heads of up to 64 x 128 states of 16 bits; see `_shapes` for others. The chunk of STATES is that of GRADIENTS.
-FORWARD = Shape(chunk=64, head_dim=64, states=256, warps=4, stages=2)
+FORWARD = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=2)
 STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
-GRADIENTS = Shape(chunk=64, head_dim=128, states=256, warps=8, stages=2)
+GRADIENTS = Shape(chunk=64, head_dim=128, states=128, warps=8, stages=3)
 MAX_STATE_FP32 = 64 * 128  # numbers of a state of one head, for fp32 activations
 
 
@@ -59,8 +60,8 @@ def _shapes(x: Tensor, B: Tensor) -> Shapes:
     if fp32:
         forward = forward._replace(chunk=min(32, forward.chunk), head_dim=32, stages=1)
         states = states._replace(states=64, stages=1)
-    elif _block(B.shape[3]) > 128:
-        forward = forward._replace(head_dim=32, stages=1)
+    if not has_large_shared_memory(x.device.index):
+        gradients = gradients._replace(stages=2)
     if fp32 or state > 64 * 128:
         gradients = gradients._replace(chunk=min(32, gradients.chunk), stages=1)
     return Shapes(forward, states, gradients)
@@ -134,7 +135,7 @@ def forward(
     z_strides = [0, 0, 0] if z is None else [s // align for s in z.stride()[:3]]
     with torch.cuda.device_of(x):
         decays = _decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, exact)
-        starts = _segment_starts(x, B, decays, initial, shape.chunk, segments, False)
+        starts = _segment_starts(x, B, decays, initial, shape.chunk, segments)
         forward_kernel[(batch * segments * heads * -(-head_dim // p),)](
             *(x, B, C, D, z, decays, starts, y, ungated, final_state),
             *(*strides, *z_strides),
@@ -180,7 +181,7 @@ def backward(
     shape, exact = _shapes(x, B).gradients, dtype == torch.float32
     chunk, chunks = shape.chunk, -(-length // shape.chunk)
     p, n = _block(head_dim), _block(states)
-    parts = min(heads // groups, max(1, 2 * processors(device.index) // (batch * chunks * groups)))
+    parts = min(heads // groups, max(1, PARTS_PER_PROCESSOR * processors(device.index) // (batch * chunks * groups)))
     part_heads = -(-heads // groups // parts)
     parts = -(-heads // groups // part_heads)
     wide_skip = D is not None and D.dim() == 2
@@ -250,21 +251,20 @@ def _segments(programs: int, chunks: int, device: torch.device) -> int:
 
 
 def _segment_starts(
-    rows: Tensor, columns: Tensor, decays: Tensor, first: Tensor | None, chunk: int, segments: int, reverse: bool
+    x: Tensor, B: Tensor, decays: Tensor, first: Tensor | None, chunk: int, segments: int
 ) -> Tensor | None:
-    """Where segments begin, (batch, segment, head, head_dim, state) fp32, for a walk that begins with `first`."""
+    """The states before segments, (batch, segment, head, head_dim, state) fp32, where that of the first is given."""
     from kernels.ssd.triton_kernels import segments_kernel
 
     if segments == 1:
         return first
-    (batch, _, heads, head_dim), states = rows.shape, columns.shape[3]
-    ends = torch.empty((batch, segments, heads, head_dim, states), dtype=torch.float32, device=rows.device)
-    _walk(rows, columns, decays, None, None, ends, chunk, segments, reverse)
-    chunks, size = decays.shape[3] // chunk, head_dim * states
+    (batch, _, heads, head_dim), states = x.shape, B.shape[3]
+    ends = torch.empty((batch, segments, heads, head_dim, states), dtype=torch.float32, device=x.device)
+    powers = torch.empty((batch, segments, heads), dtype=torch.float32, device=x.device)
+    _walk(x, B, decays, None, None, ends, powers, chunk, False)
+    size = head_dim * states
     segments_kernel[(batch * heads, -(-size // SEGMENT_BLOCK))](
-        *(decays, first, ends, heads, size, chunks, segments, -(-chunks // segments)),
-        *(reverse, decays.shape[0] > 3, chunk, SEGMENT_CHUNKS, SEGMENT_BLOCK),
-        num_warps=4,
+        *(first, ends, powers, heads, size, segments, SEGMENT_BLOCK), num_warps=4
     )
     return ends
 
@@ -280,12 +280,10 @@ def _carries(
 ) -> Tensor:
     """States before the chunks, or gradients of those after them: (batch, chunk, head, state, head_dim)."""
     (batch, _, heads, head_dim), states = rows.shape, columns.shape[3]
-    chunks = decays.shape[3] // chunk
-    carries = torch.empty((batch, chunks, heads, states, head_dim), dtype=rows.dtype, device=rows.device)
+    shape = (batch, decays.shape[3] // chunk, heads, states, head_dim)
+    carries = torch.empty(shape, dtype=rows.dtype, device=rows.device)
     first = None if first is None else first.float().contiguous()
-    segments = _segments(batch * heads, chunks, rows.device)
-    first = _segment_starts(rows, columns, decays, first, chunk, segments, reverse)
-    _walk(rows, columns, decays, first, carries, last, chunk, segments, reverse)
+    _walk(rows, columns, decays, first, carries, last, None, chunk, reverse)
     return carries
 
 
@@ -296,8 +294,8 @@ def _walk(
     first: Tensor | None,
     carries: Tensor | None,
     last: Tensor | None,
+    powers: Tensor | None,
     chunk: int,
-    segments: int,
     reverse: bool,
 ) -> None:
     """Launch `states_kernel`, which says what the arguments are."""
@@ -305,10 +303,18 @@ def _walk(
 
     (batch, length, heads, head_dim), (groups, states) = rows.shape, columns.shape[2:]
     shape, chunks = _shapes(rows, columns).states, decays.shape[3] // chunk
+    segments = 1 if powers is None else powers.shape[1]
     p, n = min(shape.head_dim, _block(head_dim)), min(shape.states, _block(states))
+    walks = batch * segments * heads
+    enough = PROGRAMS_PER_PROCESSOR * processors(rows.device.index)
+    # A state in several parts: more programs, which read the same rows and columns.
+    while n > 64 and walks * -(-states // n) * -(-head_dim // p) < enough:
+        n //= 2
+    while p > 32 and walks * -(-states // n) * -(-head_dim // p) < enough:
+        p //= 2
     align = alignment(head_dim, states, *rows.stride()[:3], *columns.stride()[:3])
-    states_kernel[(batch * segments * heads * -(-states // n) * -(-head_dim // p),)](
-        *(rows, columns, decays, first, carries, last),
+    states_kernel[(walks * -(-states // n) * -(-head_dim // p),)](
+        *(rows, columns, decays, first, carries, last, powers),
         *(s // align for t in (rows, columns) for s in t.stride()[:3]),
         *(length, heads, heads // groups, head_dim // align, states // align, chunks),
         *(segments, -(-chunks // segments)),

@@ -264,6 +264,7 @@ def states_kernel(
     first_carry,
     carries,
     last_carry,
+    powers,
     rows_batch,
     rows_row,
     rows_head,
@@ -289,10 +290,10 @@ def states_kernel(
 ):
     """What is carried between chunks: states before each (rows x, columns B), or gradients of those after each.
 
-    The latter in REVERSE, with rows dy and columns C. A program walks through a segment of the sequence.
-    carries: (batch, chunk, head, state, head_dim). first_carry (batch, segment, head, head_dim, state) fp32: where the
-    segments begin, None for 0; last_carry (batch, head, head_dim, state) fp32: where the last one ends, None if no one
-    needs it. Without carries last_carry is (batch, segment, head, head_dim, state), where each of them ends.
+    The latter in REVERSE, with rows dy and columns C. first_carry, last_carry (batch, head, head_dim, state) fp32:
+    where the walk begins, where it ends; None for 0, and for what no one needs. carries: (batch, chunk, head, state,
+    head_dim). Without carries, the walk is one of a segment of the sequence that begins at 0: last_carry
+    (batch, segment, head, head_dim, state) is where it ends, powers (batch, segment, head) the logarithm of its decay.
     Strides, head_dim and states in units of ALIGN.
     Programs: batch x segments x heads x (states / N) x (head_dim / P), the last fastest.
     """
@@ -317,10 +318,10 @@ def states_kernel(
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     size = head_dim * states
     state_place = p[None, :] * states + n[:, None]
-    segment_place = ((batch * segments + segment) * heads + head) * size + state_place
+    walk = (batch * segments + segment) * heads + head
     carry = tl.zeros([N, P], tl.float32)
     if first_carry is not None:
-        carry = tl.load(first_carry + segment_place, mask=is_state, other=0.0)
+        carry = tl.load(first_carry + walk * size + state_place, mask=is_state, other=0.0)
 
     step = -1 if REVERSE else 1
     first, last = segment * segment_chunks, min((segment + 1) * segment_chunks, chunks)
@@ -329,6 +330,7 @@ def states_kernel(
     if carries is not None:
         target = carries + ((batch * chunks + number) * heads + head) * size
         target_step = heads.to(tl.int64) * size * step
+    all_power = 0.0
     for _ in tl.range(first, last, num_stages=STAGES):
         remaining = (length - begin).to(tl.int32)
         rows_tile = tile(rows + begin * rows_row, q, rows_row, remaining, p, head_dim, WHOLE)
@@ -352,58 +354,34 @@ def states_kernel(
             else:
                 tl.store(place, carry.to(carries.dtype.element_ty), mask=is_state)
             target += target_step
+        else:
+            all_power += end
         weighted = (rows_tile.to(tl.float32) * tl.exp2(power)[:, None]).to(rows_tile.dtype)
         carry = product(tl.trans(columns_tile), weighted, carry * tl.exp2(end), EXACT)
         begin += Q * step
+    if last_carry is not None:
+        tl.store(last_carry + walk * size + state_place, carry, mask=is_state)
     if carries is None:
-        tl.store(last_carry + segment_place, carry, mask=is_state)
-    elif last_carry is not None:  # noqa: SIM102  known when the kernel is compiled, the next condition is not
-        if segment == (0 if REVERSE else segments - 1):
-            tl.store(last_carry + (batch * heads + head) * size + state_place, carry, mask=is_state)
+        tl.store(powers + walk, all_power)
 
 
-@triton.jit(do_not_specialize=["heads", "size", "chunks", "segments", "segment_chunks"])
-def segments_kernel(
-    decays,
-    first_carry,
-    ends,
-    heads,
-    size,
-    chunks,
-    segments,
-    segment_chunks,
-    REVERSE: tl.constexpr,
-    EXACT: tl.constexpr,
-    Q: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["heads", "size", "segments"])
+def segments_kernel(first_carry, ends, powers, heads, size, segments, BLOCK: tl.constexpr):
     """Where segments begin, from where each would end if it began at 0: `ends` (batch, segment, head, size), in place.
 
-    first_carry: (batch, head, size) fp32, None for 0. Programs: (batch x heads, size / BLOCK).
+    first_carry: (batch, head, size) fp32, None for 0; powers: (batch, segment, head), the logarithms of what decays.
+    Programs: (batch x heads, size / BLOCK).
     """
     batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    padded = chunks.to(tl.int64) * Q
-    plane = tl.num_programs(0) * padded
-    decays += tl.program_id(0) * padded + Q - 1
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = element < size
     carry = tl.zeros([BLOCK], tl.float32)
     if first_carry is not None:
         carry = tl.load(first_carry + (batch * heads + head) * size + element, mask=mask, other=0.0)
-    for number in range(0, segments):
-        segment = segments - 1 - number if REVERSE else number
-        power = 0.0
-        for first in range(0, segment_chunks, CHUNKS):
-            chunk = first + tl.arange(0, CHUNKS)
-            is_inside = (chunk < segment_chunks) & (segment * segment_chunks + chunk < chunks)
-            place = decays + TOTAL * plane + (segment * segment_chunks + chunk).to(tl.int64) * Q
-            power += tl.sum(tl.load(place, mask=is_inside, other=0.0), axis=0)
-            if EXACT:
-                power += tl.sum(tl.load(place + (TOTAL_LOW - TOTAL) * plane, mask=is_inside, other=0.0), axis=0)
-        place = ends + ((batch * segments + segment) * heads + head) * size + element
-        end = tl.load(place, mask=mask, other=0.0)
-        tl.store(place, carry, mask=mask)
+    for segment in range(0, segments):
+        walk = (batch * segments + segment) * heads + head
+        power, end = tl.load(powers + walk), tl.load(ends + walk * size + element, mask=mask, other=0.0)
+        tl.store(ends + walk * size + element, carry, mask=mask)
         carry = carry * tl.exp2(power) + end
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.selective_scan import selective_scan
 from kernels.ssd import launch, ssd
-from tests.gpu.errors import DTYPES, Inputs, assert_accurate, assert_no_worse, poisoned  # noqa: F401
+from tests.gpu.errors import DTYPES, ROUNDING, Inputs, assert_accurate, assert_no_worse, poisoned  # noqa: F401
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,19 +74,19 @@ def in_fp64(inputs: Inputs) -> Inputs:
     return {k: v if k == "seq_idx" else v.detach().double().requires_grad_() for k, v in inputs.items()}
 
 
-def check(inputs: Inputs, **options: object) -> None:
+def check(inputs: Inputs, roundings: float = 2.0, **options: object) -> None:
+    """Values are rounded before each of several products on the way to a result, not only at its end."""
     assert launch.unsupported(inputs["x"], inputs["B"], 0.0) is None, "the Triton kernels did not run"
     grads = draw_grads(inputs)
     first, again, exact = (run(i, grads, **options) for i in (inputs, inputs, in_fp64(inputs)))
-    # Values are rounded before each of several products on the way to a result, not only at its end.
-    low = inputs["x"].dtype != torch.float32
-    allowed = 1.0
-    if low:
-        for name in first:
-            scale = exact[name].norm().clamp_min(1e-6)
-            print(name, f"{float((first[name].double() - exact[name]).norm() / scale):.1e}")
-        allowed = 2.0
-    assert_accurate(first, again, exact, allowed)
+    # A sum over batch and time of terms of both signs, which may cancel to almost nothing; their roundings remain.
+    for name in ("ddt_bias", "dA"):
+        if name in first and first[name].norm() < exact["ddt"].norm():
+            assert torch.equal(first[name], again[name])
+            error = (first[name].double() - exact[name]).norm() / exact["ddt"].norm()
+            assert error < 2 * ROUNDING[inputs["x"].dtype], f"{name}: {error:.1e}"
+            del first[name]
+    assert_accurate(first, again, exact, roundings, inputs["x"].dtype)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 128, 300])
@@ -96,9 +96,11 @@ def test_lengths(length: int, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("sizes", [(32, 16), (64, 64), (64, 128), (128, 128), (48, 20), (96, 256), (128, 256)], ids=str)
+@pytest.mark.parametrize("sizes", [(32, 16), (64, 64), (64, 128), (128, 128), (48, 20), (96, 100)], ids=str)
 def test_sizes(sizes: tuple[int, int], dtype: torch.dtype) -> None:
     head_dim, states = sizes
+    if dtype == torch.float32 and head_dim * states > launch.MAX_STATE_FP32:
+        pytest.skip("computed in plain PyTorch")
     check(make_inputs(2, 150, 4, head_dim, 2, states, dtype, packed=True))
 
 
@@ -128,7 +130,7 @@ def test_many_heads_and_groups() -> None:
 def test_extreme_decays(scale: float) -> None:
     inputs = make_inputs(2, 150, dtype=torch.float32, packed=True)
     inputs["A"] = (inputs["A"].detach() * scale).requires_grad_()
-    check(inputs)
+    check(inputs, roundings=8)
 
 
 def test_a_strong_decay_does_not_blur_the_weak_ones_after_it() -> None:
@@ -178,6 +180,8 @@ def test_does_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatc
     usual = run(inputs, grads)
     for table in ("FORWARD", "STATES", "GRADIENTS"):
         monkeypatch.setattr(launch, table, getattr(launch, table)._replace(chunk=chunk))
+    monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 16)
+    monkeypatch.setattr(launch, "MIN_SEGMENT_CHUNKS", 2)
     for name, value in run(inputs, grads).items():
         error = (value - usual[name]).norm() / usual[name].norm()
         assert error < 5e-6, f"{name}: {error:.1e}"

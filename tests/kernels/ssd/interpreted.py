@@ -23,9 +23,10 @@ PARAMETERS = ("A", "D", "dt_bias", "initial_state")
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks small enough for a few positions to need several."""
     monkeypatch.setattr(launch, "processors", lambda index: 1)
-    monkeypatch.setattr(launch, "FORWARD", launch.Shape(chunk=16, head_dim=16, states=256, warps=4, stages=1))
+    monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: False)
+    monkeypatch.setattr(launch, "FORWARD", launch.Shape(chunk=16, head_dim=16, states=128, warps=4, stages=1))
     monkeypatch.setattr(launch, "STATES", launch.Shape(chunk=16, head_dim=16, states=16, warps=4, stages=1))
-    monkeypatch.setattr(launch, "GRADIENTS", launch.Shape(chunk=16, head_dim=128, states=256, warps=4, stages=1))
+    monkeypatch.setattr(launch, "GRADIENTS", launch.Shape(chunk=16, head_dim=128, states=128, warps=4, stages=1))
 
 
 def typed(inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -77,8 +78,7 @@ def check(
         assert float((a.double() - e).abs().max()) <= TOLERANCE[dtype] * max(1e-6, float(e.abs().max())), name
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("length", "packed"), [(1, False), (16, False), (17, True), (40, True)])
 def test_equals_the_reference(length: int, packed: bool) -> None:
     check(ssd_inputs(2, length, packed=packed))
 
@@ -89,10 +89,13 @@ def test_heads_groups_and_states(sizes: tuple[int, int, int, int]) -> None:
     check(ssd_inputs(2, 21, heads, head_dim, groups, states, packed=True, wide_skip=True))
 
 
-@pytest.mark.parametrize("absent", [("D",), ("z",), ("dt_bias", "initial_state"), ("D", "z", "dt_bias")], ids=str)
-@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize(
+    ("absent", "softplus"),
+    [(("D",), True), (("z",), False), (("dt_bias", "initial_state"), True), (("D", "z", "dt_bias"), False)],
+    ids=str,
+)
 def test_options_may_be_absent(absent: tuple[str, ...], softplus: bool) -> None:
-    inputs = {name: value for name, value in ssd_inputs(2, 20, packed=True).items() if name not in absent}
+    inputs = {name: value for name, value in ssd_inputs(1, 20, packed=True).items() if name not in absent}
     check(inputs, softplus=softplus, limit=(0.1, 0.6))
 
 
@@ -101,7 +104,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     check(ssd_inputs(2, 37, 4, 16, 2, 16, packed=True), dtype)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 30.0, 1e3, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 30.0, 1e30])
 def test_extreme_decays(scale: float) -> None:
     inputs = {k: v.detach() for k, v in ssd_inputs(2, 40, packed=True).items()}
     inputs["A"] = inputs["A"] * scale
@@ -119,9 +122,9 @@ def test_a_strong_decay_does_not_blur_the_weak_ones_after_it() -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0.1)
 
 
-@pytest.mark.parametrize("chunk", [32, 64])
+@pytest.mark.parametrize("chunk", [32])
 def test_does_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    low, _ = typed(ssd_inputs(2, 70, packed=True), torch.float16)
+    low, _ = typed(ssd_inputs(1, 50, 2, packed=True), torch.float16)
     expected = ssd(**low, return_final_state=True)  # type: ignore[arg-type]
     expected_grads = gradients(expected, low)
     for table in ("FORWARD", "STATES", "GRADIENTS"):
@@ -156,14 +159,13 @@ def test_only_the_final_state_takes_part() -> None:
         assert (value.double() - wanted[name]).abs().max() <= 4e-6 * wanted[name].abs().max().clamp_min(1), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_segments(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few sequences: the time is cut, where the parts begin is found first."""
-    monkeypatch.setattr(launch, "processors", lambda index: 8)
+    monkeypatch.setattr(launch, "processors", lambda index: 16)
     monkeypatch.setattr(launch, "MIN_SEGMENT_CHUNKS", 2)
     cut = []
     usual = launch._segments
     monkeypatch.setattr(launch, "_segments", lambda *sizes: cut.append(usual(*sizes)) or cut[-1])
-    check(ssd_inputs(1, 90, 2, 16, 1, 16, packed=False), dtype)
-    check(ssd_inputs(2, 90, 2, 16, 1, 16, packed=True), dtype)
+    check(ssd_inputs(1, 90, 2, 16, 1, 16, packed=False))
+    check(ssd_inputs(2, 90, 2, 16, 1, 16, packed=True), torch.float16)
     assert set(cut) == {3}
