@@ -18,7 +18,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,14 @@ from data_prep.options import (
     preset_of,
     share,
 )
-from data_prep.pool import Work, run_pool
 from data_prep.progress import Bar
 from mamba_train.data.documents import SPLITS
 from mamba_train.data.encoders import fastokens_call
 from mamba_train.data.manifest import MANIFEST_NAME, Manifest
 from mamba_train.data.shard_group import GROUPS_FOLDER, read_entry
-from mamba_train.data.shard_job import JOB_VERSION, Group, Job, JobSettings, adopt_folder, find_inputs, group_inputs
+from mamba_train.data.shard_job import Group, Job, JobSettings, adopt_folder, find_inputs, group_inputs, plan
 from mamba_train.data.shard_manifest import assemble
+from mamba_train.data.shard_pool import Work, run_pool
 from mamba_train.data.tokenizer import TextTokenizer
 
 RECORDS_FOLDER = "records"
@@ -141,10 +140,7 @@ def _plan(arguments: argparse.Namespace, tokenizer: TextTokenizer, groups: tuple
         bad_documents=arguments.bad_documents,
         max_bad_share=arguments.max_bad_share,
     )
-    versions = {"tokenizers": version("tokenizers")}
-    if any(entry.hub for group in groups for entry in group.inputs):
-        versions["datasets"] = version("datasets")
-    return Job(JOB_VERSION, settings, versions, groups)
+    return plan(settings, groups)
 
 
 def _checksums(file: Path | None, paths: dict[str, Path]) -> dict[str, str]:

@@ -19,7 +19,15 @@ class DataSource(StrEnum):
     stdlib = "stdlib"  # the Python standard library of this machine
     local = "local"  # a folder (or one file) of .txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet
     shards = "shards"  # a folder of token shards that data_prep made
+    stream = "stream"  # files or a dataset of the hub, tokenised while they are read
     synthetic = "synthetic"  # no text: a task of data.task, made up as it is read
+
+
+class EncoderKind(StrEnum):
+    """Which library turns text into ids, with source=stream."""
+
+    tokenizers = "tokenizers"  # the reference
+    fastokens = "fastokens"  # some twenty times as fast; its ids are compared with the reference's now and then
 
 
 class SyntheticTask(StrEnum):
@@ -74,9 +82,11 @@ class Precision(StrEnum):
 class Recompute(StrEnum):
     """What the backward pass computes again instead of having kept it."""
 
+    auto = "auto"  # scan on a GPU, none on the CPU
     none = "none"
-    layer = "layer"  # all of a layer but its inputs
+    scan = "scan"  # what the scan of a Mamba-1 layer returns and the Δ that it reads
     keep_scan = "keep_scan"  # all of a layer but its inputs and what its scan returns
+    layer = "layer"  # all of a layer but its inputs
 
 
 class WandbMode(StrEnum):
@@ -186,6 +196,21 @@ class DataConfig:
     workers: int | None = None  # processes that read ahead; null: 2 on a GPU, none on the CPU
     prefetch_batches: int = 4  # micro-batches that each of them holds ready
     allow_changed: bool = False  # go on from a checkpoint that was trained on other tokens
+    # source=stream
+    lanes: int | None = None  # virtual streams, a multiple of the global batch; null: training.global_batch_size
+    repeat: bool = True  # false: each document once, and the run ends when all are read
+    shuffle_files: bool = False  # another order of the files in each epoch
+    shuffle_documents: int = 0  # documents are permuted in blocks of so many; 0: the order of the files
+    continue_lanes: bool = False  # row j of a step goes on with the text of row j of the step before; checked
+    cache_shards: bool = False  # write shards into cache_dir meanwhile, and train on those that are finished
+    cache_group_mib: int = 64  # stored MiB of input files that become shards at once
+    cache_workers: int = 2  # processes that make them, beside rank 0
+    encoder: EncoderKind = EncoderKind.tokenizers
+    network_retries: int = 8  # of a request in a row, with longer and longer pauses, before the run ends
+    network_timeout_seconds: float = 60.0  # without a single byte
+    hub_config: str | None = None  # of a dataset named hf:NAME
+    hub_revision: str | None = None
+    hub_split: str | None = None  # null: train
     # for source=synthetic; vocab_size and sequence_length are the task's
     task: SyntheticTask | None = None
     task_items: int = 16  # tokens to copy, or pairs of key and value
@@ -225,7 +250,8 @@ class EngineConfig:
     layer_grad_norms: bool = False  # the norm of each layer's gradient among the metrics
     kernel_cache: str | None = None  # folder for compiled kernels, best on a disk of the node; null: the user's cache
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
-    recompute: Recompute = Recompute.none  # activation checkpointing: less memory, more computation
+    cuda_graphs: bool | None = None  # replay forward and backward as one graph; null: with engine=single on a GPU
+    recompute: Recompute = Recompute.auto  # activation checkpointing: less memory, more computation
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
     zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too
     # fsdp
@@ -270,6 +296,20 @@ class TrainingConfig:
     micro_batch_size: int = 8  # sequences per forward pass on one rank
     validation_interval_steps: int = 100
     validation_sequences: int = 256  # how many are read at each validation
+
+
+@dataclass
+class GuardConfig:
+    """Which steps are not applied because of their loss or gradient norm, and when a run goes back."""
+
+    outliers: bool = True  # false: only steps that are not finite are skipped
+    window_steps: int = 128  # applied steps that a step is compared with
+    min_steps: int = 32  # so many must have been applied before one is compared
+    deviations: float = 15.0  # standard deviations above the median that are still usual
+    loss_rise: float = 0.75  # nats above the median that are usual in any case
+    norm_ratio: float = 10.0  # of a gradient norm to the median that is usual in any case
+    rollback_after: int = 5  # skipped steps in a row that lead back to a checkpoint; 0: never
+    max_rollbacks: int = 3  # without a full window of applied steps in between; then the run gives up
 
 
 @dataclass
@@ -329,6 +369,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = 0
     # Weights to begin with: a run, a checkpoint, published weights, a name on the Hub; null: drawn ones.

@@ -11,7 +11,6 @@ from pathlib import Path
 from mamba_train.config import (
     Config,
     ContainerKind,
-    DataConfig,
     DataSource,
     EngineKind,
     EvaluationConfig,
@@ -20,9 +19,9 @@ from mamba_train.config import (
     Precision,
     Recompute,
     SlurmConfig,
-    SyntheticTask,
     layer_mixers,
 )
+from mamba_train.config_data_checks import Problem, data_problems
 from mamba_train.ranks import launch
 
 
@@ -36,13 +35,10 @@ def check_config(config: Config, ignore: Collection[str] = ()) -> None:
             raise ValueError(f"{key}={value}: {problem}")
 
 
-Problem = tuple[str, object, str]
-
-
 def _problems(config: Config) -> Iterable[Problem]:
     yield from _ranges(config)
     yield from _model(config)
-    yield from _data(config)
+    yield from data_problems(config)
     yield from _training(config)
     yield from _evaluation(config.evaluation)
     yield from _engine(config)
@@ -63,6 +59,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
         "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "
         "model.head_dim model.n_groups model.chunk_size model.A_init_min model.A_init_max "
         "data.sequence_length data.prefetch_batches data.task_items data.test_samples evaluation.batch_size "
+        "guard.window_steps guard.deviations guard.loss_rise "
         "optim.lr optim.eps optim.max_grad_norm "
         "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last engine.replicas "
         "training.total_steps training.global_batch_size training.micro_batch_size "
@@ -74,6 +71,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected more than 0"
     not_negative = (
         "model.d_intermediate model.attention_d_conv "
+        "guard.min_steps guard.rollback_after guard.max_rollbacks "
         "evaluation.interval_steps evaluation.sample_tokens optim.weight_decay schedule.warmup_steps "
         "logging.ssm_health_interval_steps checkpoint.reserve_gib "
         "slurm.gpus_per_node slurm.signal_seconds"
@@ -174,102 +172,6 @@ def _init_from(config: Config) -> Iterable[Problem]:
         yield "init_from", source, "there is no such folder; expected a run, a checkpoint, weights, or OWNER/NAME"
 
 
-def _data(config: Config) -> Iterable[Problem]:
-    data = config.data
-    if data.source is DataSource.local:
-        if not data.path:
-            yield (
-                "data.path",
-                data.path,
-                "expected a folder or file with text (.txt, .jsonl, .jsonl.zst, .jsonl.gz, .parquet)",
-            )
-        elif not Path(data.path).expanduser().exists():
-            yield "data.path", data.path, "there is no such file or folder"
-    elif data.source is DataSource.shards:
-        yield from _shards(data)
-    elif data.source is DataSource.synthetic:
-        yield from _task(data)
-    elif data.path:
-        yield "data.path", data.path, f"data.source={data.source} reads no path; use data=local"
-    yield from _loading(data)
-    if not 0 < data.validation_fraction < 1:
-        yield "data.validation_fraction", data.validation_fraction, "expected more than 0 and less than 1"
-    # 256 bytes and the end of document are always in a byte-level vocabulary.
-    is_text = data.source is not DataSource.synthetic
-    if is_text and data.task is not None:
-        yield "data.task", data.task, f"expected null with data.source={data.source}; use data=TASK"
-    if is_text and data.tokenizer is None and not 257 <= data.vocab_size <= 2**31 - 1:
-        yield "data.vocab_size", data.vocab_size, "expected at least 257 (256 bytes and the end of document)"
-    if data.tokenizer is not None and not Path(data.tokenizer).expanduser().is_file():
-        yield "data.tokenizer", data.tokenizer, "there is no such file; expected a tokenizer.json"
-
-
-def _task(data: DataConfig) -> Iterable[Problem]:
-    """A task must fit into each length that it is trained or tested at."""
-    for key in ("path", "tokenizer"):
-        if getattr(data, key) is not None:
-            yield f"data.{key}", getattr(data, key), "expected null: a synthetic task reads no text"
-    if data.task is None:
-        tasks = ", ".join(SyntheticTask)
-        yield "data.task", None, f"expected one of {tasks}"
-        return
-    if data.reset_state_at_documents or data.mask_loss_at_documents:
-        yield "data.reset_state_at_documents", data.reset_state_at_documents, "expected false: there are no documents"
-    least_length, least_vocab = {
-        SyntheticTask.induction_heads: (3, 3),
-        SyntheticTask.selective_copying: (2 * data.task_items, 3),
-        SyntheticTask.mqar: (3 * data.task_items, 2 * data.task_items + 2),
-    }[data.task]
-    if not least_vocab <= data.vocab_size <= 20_000:
-        yield "data.vocab_size", data.vocab_size, f"expected {least_vocab} to 20000 for data.task={data.task}"
-    for key, length in (
-        ("data.sequence_length", data.sequence_length),
-        *(("data.test_lengths", length) for length in data.test_lengths),
-    ):
-        if length < least_length:
-            yield key, length, f"expected at least {least_length} for data.task={data.task}"
-
-
-SHARDS_EXPECTED = "expected a folder of token shards, made by `python -m data_prep tokenize`"
-
-
-def _shards(data: DataConfig) -> Iterable[Problem]:
-    if data.sources and data.path:
-        yield "data.path", data.path, "expected null beside data.sources; give the folder a name there"
-    elif not data.sources and (not data.path or not Path(data.path).expanduser().is_dir()):
-        yield "data.path", data.path, f"{SHARDS_EXPECTED}; for several of them +data.sources.NAME=FOLDER"
-    for name, path in data.sources.items():
-        if not name or "/" in name:
-            yield f"data.sources.{name}", path, "expected a name without /"
-        elif not Path(path).expanduser().is_dir():
-            yield f"data.sources.{name}", path, SHARDS_EXPECTED
-
-
-def _loading(data: DataConfig) -> Iterable[Problem]:
-    if data.sources and data.source is not DataSource.shards:
-        yield "data.sources", data.sources, f"data.source={data.source} reads none; use data=shards data.path=null"
-    for name, path in data.validation_paths.items():
-        if not Path(path).expanduser().is_dir():
-            yield f"data.validation_paths.{name}", path, SHARDS_EXPECTED
-    for number, stage in enumerate(data.mixture):
-        key = f"data.mixture[{number}]"
-        if number == 0 and stage.from_step != 0:
-            yield f"{key}.from_step", stage.from_step, "expected 0: the first stage begins with the run"
-        elif number and stage.from_step <= data.mixture[number - 1].from_step:
-            last = data.mixture[number - 1].from_step
-            yield f"{key}.from_step", stage.from_step, f"expected more than {last}, the step of the stage before"
-        weights = stage.weights
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()) or not any(weights.values()):
-            yield f"{key}.weights", weights, "expected weights of 0 or more, at least one of them above 0"
-        for name in weights:
-            source = name.partition("/")[0]
-            if data.sources and source not in data.sources:
-                known = ", ".join(data.sources)
-                yield f"{key}.weights", name, f"expected SOURCE or SOURCE/LABEL with a source of data.sources ({known})"
-            elif data.sources and name != source and source in weights:
-                yield f"{key}.weights", name, f"{source} is there as well, which contains it; give one of them"
-
-
 def _training(config: Config) -> Iterable[Problem]:
     training, schedule = config.training, config.schedule
     if training.global_batch_size % training.micro_batch_size:
@@ -304,6 +206,8 @@ def _engine(config: Config) -> Iterable[Problem]:
         yield "engine.zero_stage", engine.zero_stage, "expected 1, 2 or 3"
     if engine.compile and engine.name is EngineKind.deepspeed:
         yield "engine.compile", engine.compile, "expected false with engine=deepspeed; engine=fsdp compiles"
+    if engine.cuda_graphs and (engine.name not in (EngineKind.single, EngineKind.auto) or launch().world_size > 1):
+        yield "engine.cuda_graphs", engine.cuda_graphs, "expected null or false with more than engine=single"
     if engine.replicas != 1 and engine.name is not EngineKind.fsdp:
         yield "engine.replicas", engine.replicas, f"expected 1 with engine={engine.name}; engine=fsdp has replicas"
     may_be_fsdp = engine.name in (EngineKind.fsdp, EngineKind.auto)

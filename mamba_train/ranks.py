@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 # Between two questions to the store: often at first, then seldom, as there may be hundreds who ask.
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.01, 0.5
+PART_CHARACTERS = 4 << 20  # the store hangs up on whoever sends it more than 8 MiB at once
 # Jobs of one cluster that share a node must not meet at one port.
 FIRST_PORT, N_PORTS = 20000, 20000
 
@@ -159,7 +160,11 @@ class Ranks:
 
     def post(self, key: str, value: Any) -> None:
         """Leave a JSON value for other ranks; may be called from any thread."""
-        self.store.set(key, json.dumps(value))
+        text = json.dumps(value)
+        parts = [text[first : first + PART_CHARACTERS] for first in range(0, len(text), PART_CHARACTERS)]
+        for number, part in enumerate(parts[1:], start=1):
+            self.store.set(f"{key}.{number}", part)
+        self.store.set(key, f"{len(parts)} {parts[0]}")  # last: whoever sees it finds the rest
 
     def await_post(self, key: str, give_up: Callable[[], bool] = lambda: False) -> Any:
         """The value that some rank posts, whenever that is; None when `give_up()` becomes true before."""
@@ -170,7 +175,9 @@ class Ranks:
                 return None
             time.sleep(pause)
             pause = min(LAST_PAUSE_SECONDS, 1.2 * pause)
-        return json.loads(self.store.get(key))
+        n_parts, _, text = self.store.get(key).decode("ascii").partition(" ")
+        rest = [self.store.get(f"{key}.{number}").decode("ascii") for number in range(1, int(n_parts))]
+        return json.loads("".join([text, *rest]))
 
     def _lowest(self, value: int) -> int:
         if self.world_size == 1:

@@ -11,6 +11,7 @@ import pytest
 FLOORS: list[set[str]] = [
     {"mamba_train._kernels_name"},
     {"kernels", "mamba_train.config", "mamba_train.ranks", "mamba_train.run_folder"},
+    {"mamba_train.config_data_checks"},
     {"mamba_train.model", "mamba_train.data", "mamba_train.config_checks"},
     {"mamba_train.checkpoint", "mamba_train.composition"},
     {

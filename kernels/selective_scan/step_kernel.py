@@ -37,10 +37,14 @@ def step_kernel(
     z_batch,
     z_channel,
     SOFTPLUS: tl.constexpr,
+    A_IS_LOG: tl.constexpr,
     CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """Program (b, c): CHANNELS channels of sequence b. y and new_state are contiguous, all else has strides."""
+    """Program (b, c): CHANNELS channels of sequence b. y and new_state are contiguous, all else has strides.
+
+    new_state may be state itself: each element is read and written by the same thread, in this order.
+    """
     sequence = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.arange(0, STATES)
@@ -62,10 +66,16 @@ def step_kernel(
     if z is not None:
         gate = tl.load(z + sequence * z_batch + channel * z_channel, mask=row, other=0.0).to(tl.float32)
 
+    if A_IS_LOG:
+        rate = -tl.exp(rate)
     if SOFTPLUS:
         delta = softplus(delta)
     h = tl.exp(delta[:, None] * rate) * h + (delta * value)[:, None] * read[None, :]
-    tl.store(new_state + (sequence * channels + channel[:, None]) * states + n[None, :], h, mask=both)
+    tl.store(
+        new_state + (sequence * channels + channel[:, None]) * states + n[None, :],
+        h.to(new_state.dtype.element_ty),
+        mask=both,
+    )
     out = tl.sum(h * written[None, :], axis=1)
     if D is not None:
         out += skip

@@ -61,6 +61,8 @@ def ensure_baseline(run_dir: Path) -> str | None:
     from mamba_train.evaluation.bigram import bigram_score
 
     config, summary = OmegaConf.load(run_dir / CONFIG), read_summary(run_dir)
+    if config.data.source == "stream":
+        return "the run tokenised its text while it read it: there are no tokens to fit the bigram model to"
     if config.data.get("task"):
         return "a synthetic task is not text"
     if config.data.get("mask_loss_at_documents"):

@@ -5,7 +5,7 @@ the first is a target. The position of the whole pipeline is the number of sampl
 worker or micro-batch asks for a sample makes no difference to what it gets (contract C3).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ import torch
 
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.mixture import Mixture, Stage
-from mamba_train.data.order import epoch_key, permute_each
+from mamba_train.data.order import ORDER_VERSION, epoch_key, permute_each
 from mamba_train.data.synthetic import SyntheticCorpus
 
 AnyCorpus: TypeAlias = Corpus | SyntheticCorpus
@@ -36,13 +36,15 @@ class Batch:
     document counted from 0 in each row, or None where boundaries are not wanted. The end-of-document
     token belongs to the document that it ends. unpredictable_after: the end-of-document id, when the
     token behind it is to be no target; None: all tokens but the first are targets. labels: of a synthetic task, int64
-    (rows, length), in the place of the next tokens; IGNORE_INDEX where there are none.
+    (rows, length), in the place of the next tokens; IGNORE_INDEX where there are none. lengths: int64 (rows,), how
+    many tokens of each row are text, the others being no targets; None: all are.
     """
 
     tokens: torch.Tensor
     seq_idx: torch.Tensor | None
     unpredictable_after: int | None = None
     labels: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -54,30 +56,36 @@ class Batch:
         """Tokens that it has to predict, (rows, length); IGNORE_INDEX where there is nothing to predict."""
         if self.labels is not None:
             return self.labels
-        if self.unpredictable_after is None:
-            return self.tokens[:, 1:]
-        return self.tokens[:, 1:].masked_fill(self.inputs == self.unpredictable_after, IGNORE_INDEX)
+        targets = self.tokens[:, 1:]
+        if self.unpredictable_after is not None:
+            targets = targets.masked_fill(self.inputs == self.unpredictable_after, IGNORE_INDEX)
+        if self.lengths is not None:
+            places = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)
+            targets = targets.masked_fill(places >= self.lengths[:, None], IGNORE_INDEX)
+        return targets
 
     @property
     def n_targets(self) -> int:
         """How many tokens there are to predict."""
-        if self.labels is not None:
-            return int((self.labels != IGNORE_INDEX).sum())
+        if self.labels is not None or self.lengths is not None:
+            return int((self.targets != IGNORE_INDEX).sum())
         if self.unpredictable_after is None:
             return self.inputs.numel()
         return int((self.inputs != self.unpredictable_after).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        seq_idx = None if self.seq_idx is None else self.seq_idx.to(device, non_blocking=True)
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return Batch(self.tokens.to(device, non_blocking=True), seq_idx, self.unpredictable_after, labels)
+        return self._each(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in memory that a GPU can copy from while it computes (the DataLoader calls this)."""
-        seq_idx = None if self.seq_idx is None else self.seq_idx.pin_memory()
-        labels = None if self.labels is None else self.labels.pin_memory()
-        return Batch(self.tokens.pin_memory(), seq_idx, self.unpredictable_after, labels)
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        seq_idx, labels, lengths = (
+            None if part is None else change(part) for part in (self.seq_idx, self.labels, self.lengths)
+        )
+        return Batch(change(self.tokens), seq_idx, self.unpredictable_after, labels, lengths)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Between processes as few plain bytes: a tensor would go by shared memory, of which containers have little and
@@ -86,18 +94,20 @@ class Batch:
         narrow = tokens.astype(np.uint16 if tokens.size and tokens.max() < 2**16 else np.int32)
         starts = None if self.seq_idx is None else np.packbits(np.diff(self.seq_idx.numpy(), axis=-1, prepend=0) > 0)
         labels = None if self.labels is None else self.labels.numpy().astype(np.int32)
-        return _unpack, (narrow, starts, self.unpredictable_after, labels)
+        lengths = None if self.lengths is None else self.lengths.tolist()
+        return _unpack, (narrow, starts, self.unpredictable_after, labels, lengths)
 
 
 def _unpack(
-    narrow: np.ndarray, starts: np.ndarray | None, unpredictable_after: int | None, narrow_labels: np.ndarray | None
-) -> Batch:
-    tokens = torch.from_numpy(narrow.astype(np.int64))
+    narrow: np.ndarray, starts: np.ndarray | None, unpredictable_after: int | None,
+    narrow_labels: np.ndarray | None, lengths: list[int] | None,
+) -> Batch:  # fmt: skip
+    tokens, seq_idx = torch.from_numpy(narrow.astype(np.int64)), None
+    if starts is not None:
+        begins = np.unpackbits(starts, count=narrow.size).reshape(narrow.shape)
+        seq_idx = torch.from_numpy(np.cumsum(begins, axis=-1, dtype=np.int32))
     labels = None if narrow_labels is None else torch.from_numpy(narrow_labels.astype(np.int64))
-    if starts is None:
-        return Batch(tokens, None, unpredictable_after, labels)
-    begins = np.unpackbits(starts, count=narrow.size).reshape(narrow.shape)
-    return Batch(tokens, torch.from_numpy(np.cumsum(begins, axis=-1, dtype=np.int32)), unpredictable_after, labels)
+    return Batch(tokens, seq_idx, unpredictable_after, labels, None if lengths is None else torch.tensor(lengths))
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,9 @@ class BatchSource:
     Attributes: `names` of the sources, `n_windows` in an epoch of each (int64), the `mixture` of them.
     """
 
+    order = ORDER_VERSION
+    may_change = True  # a position means something in other tokens, too
+
     def __init__(
         self,
         corpora: Mapping[str, AnyCorpus],
@@ -178,6 +191,17 @@ class BatchSource:
         # Rounded up: the last window of an epoch is moved back to end with the corpus, so it repeats
         # some targets of the one before it, and no token is left out.
         self.n_windows = np.array([-(-(corpus.n_tokens - 1) // self.form.length) for corpus in self._by_number])
+
+    def fingerprint_of(self, name: str) -> str:
+        """SHA-256 of the tokens of a source, their order and tokenizer."""
+        return self.corpora[name].fingerprint
+
+    def own_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides the number of samples: nothing."""
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """There is nothing to load."""
 
     def windows(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source (an index into `names`) and the window in it of each sample number, all int64 (n,)."""

@@ -5,13 +5,18 @@ library decides how files become rows; each of its shards (files) is one input, 
 spread and a killed group begins again at the start of its shard.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mamba_train.config import DataConfig
 from mamba_train.data.documents import Split
-from mamba_train.data.text_files import BadDocument, Fields, TextRecord, records_of
+from mamba_train.data.remote_files import Attempts, Patience
+from mamba_train.data.text_files import WHOLE, BadDocument, Fields, Part, TextRecord, records_of
+
+HUB_PREFIX = "hf:"
+NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,53 @@ class HubText:
         return f"hf:{self.name}/{self.hub_split}/{self.shard + 1}-of-{self.n_shards}"
 
 
-def open_hub(name: str, split: Split, options: dict[str, Any]) -> list[HubText]:
+def commit_of(name: str, revision: str | None) -> str:
+    """The commit of a dataset of the hub that a branch, a tag or null (the main branch) stands for now."""
+    from huggingface_hub import HfApi
+
+    return str(HfApi().dataset_info(name, revision=revision).sha)
+
+
+def hub_options(data: DataConfig, place: str, option: str) -> dict[str, Any]:
+    """The options of `open_hub` that a config names, for a place hf:NAME at the commit of now.
+
+    Without the commit the text could change between two starts of a run. Raises ValueError that begins with `option`.
+    """
+    options = {"config": data.hub_config, "revision": data.hub_revision, "split": data.hub_split}
+    name = place.removeprefix(HUB_PREFIX)
+    if place.startswith(HUB_PREFIX) and not Path(name).exists():
+        try:
+            options["revision"] = commit_of(name, data.hub_revision)
+        except Exception as error:  # the library raises many kinds: no such name, no network
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{option}={place}: its commit cannot be looked up ({reason})") from error
+    return options
+
+
+def open_hub(name: str, split: Split, options: dict[str, Any], option: str = "--input") -> list[HubText]:
     """The parts of a dataset. options: `config`, `revision`, `split` (null: as `split`).
 
-    Raises ValueError that begins with --input.
+    Raises ValueError that begins with `option`.
     """
     hub_split = options.get("split") or split
     whole = HubText(name, options.get("config"), options.get("revision"), hub_split, 0, 1)
-    n_shards = _stream(whole).num_shards
+    n_shards = _stream(whole, option).num_shards
     return [HubText(name, whole.config, whole.revision, hub_split, shard, n_shards) for shard in range(n_shards)]
 
 
-def read_hub(part: HubText, fields: Fields) -> Iterator[TextRecord | BadDocument]:
-    """All documents of one part, numbered from 1."""
+def read_hub(
+    part: HubText, fields: Fields, chosen: Part = WHOLE, patience: Patience | None = None
+) -> Iterator[TextRecord | BadDocument]:
+    """The chosen documents of one part, numbered from 1.
+
+    patience: with it, a connection that fails is opened again, and the rows that came before are left out.
+    """
+    opened = (row for row in _rows(part, fields, patience) if row[0] in chosen)
+    yield from records_of(opened, fields)
+
+
+def _open(part: HubText, fields: Fields) -> Any:
+    """The rows of a part, with the columns that are asked for."""
     stream = _stream(part)
     columns = {key.split(".")[0] for key in (fields.text_key, fields.label_key) if key}
     if stream.column_names is not None:
@@ -53,23 +92,44 @@ def read_hub(part: HubText, fields: Fields) -> Iterator[TextRecord | BadDocument
         stream = stream.select_columns(sorted(columns))
     if part.n_shards > 1:
         stream = stream.shard(num_shards=part.n_shards, index=part.shard)
-    yield from records_of(_rows(stream, part), fields)
+    return stream
 
 
-def _rows(stream: Any, part: HubText) -> Iterator[tuple[int, Any]]:
-    rows = iter(stream)
-    for number in itertools.count(1):
+def _rows(part: HubText, fields: Fields, patience: Patience | None) -> Iterator[tuple[int, Any]]:
+    attempts = None if patience is None else Attempts(part.label(), patience)
+    n_read = 0
+    while True:
         try:
-            row = next(rows)
-        except StopIteration:
+            stream = _open(part, fields)
+        except ValueError as error:
+            if attempts is None or not _may_pass(error):
+                raise
+            attempts.failed(str(error))
+            continue
+        try:
+            for number, row in enumerate(stream, start=1):
+                if number > n_read:
+                    n_read = number
+                    if attempts is not None:
+                        attempts.succeeded()
+                    yield number, row
             return
         except Exception as error:  # the library raises many kinds: a line that is no JSON, the network
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"{part.label()}: cannot be read beyond row {number - 1} ({reason})") from error
-        yield number, row
+            if attempts is None or not _may_pass(error):
+                raise ValueError(f"{part.label()}: cannot be read beyond row {n_read} ({reason})") from error
+            attempts.failed(reason)
 
 
-def _stream(part: HubText) -> Any:
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is one of the network."""
+    library = type(error).__module__.partition(".")[0]
+    is_network = isinstance(error, (ConnectionError, TimeoutError)) or library in NETWORK_LIBRARIES
+    cause = error.__cause__ or error.__context__
+    return is_network or (cause is not None and _may_pass(cause))
+
+
+def _stream(part: HubText, option: str = "--input") -> Any:
     # Here, because the import takes a second that local files need not wait for.
     from datasets import load_dataset
 
@@ -77,4 +137,4 @@ def _stream(part: HubText) -> Any:
         return load_dataset(part.name, part.config, split=part.hub_split, revision=part.revision, streaming=True)
     except Exception as error:  # the library raises many kinds: no such name, no such split, no network
         reason = " ".join(str(error).split())
-        raise ValueError(f"--input hf:{part.name}: cannot be opened, split {part.hub_split!r} ({reason})") from error
+        raise ValueError(f"{option} hf:{part.name}: cannot be opened, split {part.hub_split!r} ({reason})") from error

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mamba_train.data.batches import Batch, BatchSource
 from mamba_train.data.corpus import ReadError
+from mamba_train.data.streams import Source
 
 # What ends a job or a run: the trainer decides what to do about it, its workers just go on reading.
 SHIELDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -67,7 +68,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        source: BatchSource,
+        source: Source,
         rank: int,
         world_size: int,
         micro_batch_size: int,
@@ -83,6 +84,9 @@ class BatchLoader:
             )
         self.source = source
         self.wait_seconds = 0.0
+        # Of the last step, where it is counted: bytes of the targets, documents left out, requests repeated.
+        self.counts: tuple[int, int, int] = (0, 0, 0)
+        self.finite = False  # the text ends: then there are no targets any more
         self._rank, self._world_size, self._micro_batch_size = rank, world_size, micro_batch_size
         self._workers, self._prefetch_batches, self._pin_memory = workers, prefetch_batches, pin_memory
         self._items: Iterator[Batch | ReadError] | None = None
@@ -105,6 +109,15 @@ class BatchLoader:
         self.wait_seconds = time.perf_counter() - began
         return batches
 
+    def begin(self, first_sample: int) -> None:
+        """Let the workers begin to read, if there are any, before the first step asks for it."""
+        if self._workers and self._items is None:
+            self._start(first_sample)
+            self._next_sample = first_sample
+
+    def gather(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Learn what the other ranks know of the state of the source: nothing, as a position is all there is."""
+
     def close(self) -> None:
         """End the workers, also one that hangs in a read."""
         atexit.unregister(self.close)
@@ -118,8 +131,7 @@ class BatchLoader:
 
     def _start(self, first_sample: int) -> None:
         self.close()
-        dataset = RankBatches(self.source, first_sample, self._rank, self._world_size, self._micro_batch_size)
-        self._n_micro_batches = dataset.micro_batches_per_step
+        dataset = self._dataset(first_sample)
         options: dict[str, Any] = {}
         if self._workers:
             # Not a fork: it would inherit the locks of other threads, the lock of the run folder and the GPU.
@@ -145,7 +157,13 @@ class BatchLoader:
         self._processes = set(multiprocessing.active_children()) - before
         atexit.register(self.close)
 
-    def _next(self) -> Batch:
+    def _dataset(self, first_sample: int) -> Dataset:
+        assert isinstance(self.source, BatchSource)
+        dataset = RankBatches(self.source, first_sample, self._rank, self._world_size, self._micro_batch_size)
+        self._n_micro_batches = dataset.micro_batches_per_step
+        return dataset
+
+    def _next(self) -> Any:
         assert self._items is not None
         try:
             item = next(self._items)

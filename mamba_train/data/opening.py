@@ -36,6 +36,16 @@ class OpenedData:
         """A folder with the tokenizer of all."""
         return self.everything.folder
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer."""
+        return self.everything.vocab_size
+
+    @property
+    def size(self) -> str:
+        """How much there is, in words."""
+        return f"{self.everything.n_tokens:,} training tokens"
+
 
 def open_data(data: DataConfig, log: Log) -> OpenedData:
     """Prepare or check the folders that a config names, and open them.
@@ -82,7 +92,7 @@ def open_folders(
         corpora = {name: _component(name, sources) for name in names}
     else:
         stages, corpora = [(0, {"": 1.0})], {"": everything}
-    validation = _validation(sources, judges)
+    validation = held_out_domains(sources, judges)
     _check_held_out(everything, validation)
     return OpenedData(dict(folders), dict(held_out), everything, corpora, list(stages), validation)
 
@@ -94,6 +104,16 @@ def _check_one_tokenizer(folders: Sequence[Folder]) -> None:
             raise ValueError(
                 f"data.sources: {folder} was made with another tokenizer than {first} (SHA-256 "
                 f"{other.tokenizer_sha256:.12} and {manifest.tokenizer_sha256:.12}); they need the same one"
+            )
+
+
+def check_held_out_tokenizer(folders: Mapping[str, Folder], sha256: str) -> None:
+    """Raise ValueError (`data.validation_paths`) for shards that were not made with this tokenizer."""
+    for name, (folder, manifest) in folders.items():
+        if manifest.tokenizer_sha256 != sha256:
+            raise ValueError(
+                f"data.validation_paths.{name}: {folder} was made with another tokenizer than data.tokenizer (SHA-256 "
+                f"{manifest.tokenizer_sha256:.12} and {sha256:.12}); they need the same one"
             )
 
 
@@ -121,7 +141,8 @@ def _near(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _validation(folders: Mapping[str, Folder], held_out: Mapping[str, Folder]) -> dict[str, Corpus]:
+def held_out_domains(folders: Mapping[str, Folder], held_out: Mapping[str, Folder]) -> dict[str, Corpus]:
+    """The text to validate on by domain: of the folders that are held out, else the validation splits of the others."""
     found: dict[str, Corpus] = {}
     for name, (folder, manifest) in (held_out or folders).items():
         split: Split = "validation"

@@ -8,37 +8,42 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from mamba_train.data.batches import BatchSource
 from mamba_train.data.mixture import Stage, shares_of
-from mamba_train.data.order import ORDER_VERSION
+from mamba_train.data.streams import Source
 
 FINGERPRINT_DIGITS = 16
 _NEW_RUN = "or start a new run with another run_dir"
 
 
-def state_of(source: BatchSource, samples: int) -> dict[str, Any]:
+def state_of(source: Source, samples: int) -> dict[str, Any]:
     """What a checkpoint keeps when `samples` samples have been consumed; JSON values."""
     return {
         "samples": samples,
         "seed": source.seed,
         "sequence_length": source.form.length,
-        "order": ORDER_VERSION,
+        "order": source.order,
         "stages": [
             {"from_step": stage.from_step, "from_sample": stage.from_sample, "weights": dict(stage.weights)}
             for stage in source.mixture.stages
         ],
-        "fingerprints": {name: source.corpora[name].fingerprint[:FINGERPRINT_DIGITS] for name in source.names},
+        "fingerprints": {name: source.fingerprint_of(name)[:FINGERPRINT_DIGITS] for name in source.names},
         # One entry for each time that data.allow_changed let other tokens take the place of these.
         "changes": source.changes,
+        **source.own_state(),
     }
 
 
-def restore(source: BatchSource, state: Mapping[str, Any], step: int, allow_changed: bool) -> list[str]:
+def restore(source: Source, state: Mapping[str, Any], step: int, allow_changed: bool) -> list[str]:
     """Make `source` go on from a saved state, `step` steps of the run being done.
 
     Returns the names of the sources whose tokens changed, which is allowed with `allow_changed` only and then goes
     into the state. Raises ValueError, one line, unless the samples consumed so far mean the same here as there.
     """
+    if state.get("order", source.order) != source.order:
+        raise ValueError(
+            f"data.source: samples are ordered by {source.order} here, in the checkpoint by {state['order']}; "
+            f"use the data.source and the version of the program that wrote it, {_NEW_RUN}"
+        )
     missing = [key for key in state_of(source, 0) if key not in state]
     if missing:
         raise ValueError(f"the data state of the checkpoint has no {', '.join(missing)}: it cannot be continued")
@@ -51,22 +56,18 @@ def restore(source: BatchSource, state: Mapping[str, Any], step: int, allow_chan
     ):
         if mine != saved:
             raise ValueError(f"{key}={mine}: the checkpoint was trained with {saved}; set {key}={saved}, {_NEW_RUN}")
-    if state["order"] != ORDER_VERSION:
-        raise ValueError(
-            f"this version orders samples by {ORDER_VERSION}, the checkpoint's by {state['order']}; "
-            f"use the version that wrote it, {_NEW_RUN}"
-        )
     source.set_stages(_stages(source, state["stages"], step, samples))
     changed = _changed(source, state, step)
-    if changed and not allow_changed:
+    if changed and not (allow_changed and source.may_change):
         raise ValueError(_explain_change(source, state, changed))
+    source.load_own_state(state)
     source.changes = list(state["changes"])
     if changed:
         source.changes.append({"samples": samples, "sources": changed})
     return changed
 
 
-def _stages(source: BatchSource, saved: Sequence[Mapping[str, Any]], step: int, samples: int) -> list[Stage]:
+def _stages(source: Source, saved: Sequence[Mapping[str, Any]], step: int, samples: int) -> list[Stage]:
     """The stages of the config, with the past as it was: the batch size may have been another one then."""
     past = [stage for stage in saved if stage["from_step"] < step]
     stages = source.mixture.stages
@@ -89,16 +90,23 @@ def _show(stages: Sequence[tuple[int, Mapping[str, Fraction]]]) -> str:
     return ", ".join(f"[from step {step}: {percents(shares)}]" for step, shares in stages)
 
 
-def _changed(source: BatchSource, state: Mapping[str, Any], step: int) -> list[str]:
+def _changed(source: Source, state: Mapping[str, Any], step: int) -> list[str]:
     """The sources that have been read so far and do not have the tokens that they had."""
     read = {name for stage in source.mixture.stages if stage.from_step < step for name in stage.shares}
     saved = state["fingerprints"]
-    return [name for name in sorted(read) if saved.get(name) != source.corpora[name].fingerprint[:FINGERPRINT_DIGITS]]
+    return [name for name in sorted(read) if saved.get(name) != source.fingerprint_of(name)[:FINGERPRINT_DIGITS]]
 
 
-def _explain_change(source: BatchSource, state: Mapping[str, Any], changed: Sequence[str]) -> str:
+def _explain_change(source: Source, state: Mapping[str, Any], changed: Sequence[str]) -> str:
     name = changed[0]
-    mine, saved = source.corpora[name].fingerprint, state["fingerprints"].get(name, "none")
+    if not source.may_change:
+        names = ", ".join(other or "data.path" for other in changed)
+        return (
+            f"the files of {names}, their sizes, data.tokenizer or a setting of the stream (data.repeat, "
+            "data.shuffle_files, data.shuffle_documents, data.cache_group_mib, data.text_key, data.bad_documents) are "
+            f"not the checkpoint's, so its places in the text mean nothing: restore them, {_NEW_RUN}"
+        )
+    mine, saved = source.fingerprint_of(name), state["fingerprints"].get(name, "none")
     what = (
         f"the shards, their order or the tokenizer of {', '.join(changed)} (data.sources, data.path) are"
         if name

@@ -10,11 +10,12 @@ import os
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mamba_train.data.documents import SPLITS, Log, Split
-from mamba_train.data.hub_text import HubText, open_hub
+from mamba_train.data.hub_text import HUB_PREFIX, HubText, open_hub
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.shards import fsync_folder, write_durably
 from mamba_train.data.stored_files import find_text_files, readable
@@ -22,7 +23,6 @@ from mamba_train.data.tokenizer import TextTokenizer
 
 JOB_NAME = "job.json"
 JOB_VERSION = 1
-HUB_PREFIX = "hf:"
 
 
 @dataclass(frozen=True)
@@ -95,26 +95,27 @@ class Job:
 
 
 def find_inputs(
-    patterns: Sequence[str], split: Split, suffixes: Sequence[str], hub_options: dict[str, Any], log: Log
-) -> tuple[list[Input], dict[str, Path]]:
+    patterns: Sequence[str], split: Split, suffixes: Sequence[str], hub_options: dict[str, Any], log: Log,
+    option: str = "--input",
+) -> tuple[list[Input], dict[str, Path]]:  # fmt: skip
     """Inputs that the patterns name, in their order, and the path of each file by its name.
 
     A pattern is a file, a folder, a glob (`**` for any depth) or hf:NAME, and may begin with SPLIT=.
-    Raises ValueError that begins with --input.
+    Raises ValueError that begins with `option`.
     """
     found: dict[Path, Split] = {}
     hub: list[Input] = []
     for pattern in patterns:
         chosen, place = _split_of(pattern, split)
         if not place:
-            raise ValueError(f"--input {pattern!r}: names no file or folder")
+            raise ValueError(f"{option} {pattern!r}: names no file or folder")
         if place.startswith(HUB_PREFIX):
-            for part in open_hub(place.removeprefix(HUB_PREFIX), chosen, hub_options):
+            for part in open_hub(place.removeprefix(HUB_PREFIX), chosen, hub_options, option):
                 hub.append(Input(chosen, part.label(), 0, part))
             continue
-        for file in _files(place, suffixes, log):
+        for file in _files(place, suffixes, log, option):
             if found.setdefault(file, chosen) != chosen:
-                raise ValueError(f"--input {pattern}: {file} is already an input of the {found[file]} split")
+                raise ValueError(f"{option} {pattern}: {file} is already an input of the {found[file]} split")
     base = os.path.commonpath([file.parent for file in found]) if found else ""
     paths = {file.relative_to(base).as_posix(): file for file in found}
     inputs = []
@@ -131,7 +132,7 @@ def _split_of(pattern: str, default: Split) -> tuple[Split, str]:
     return default, pattern
 
 
-def _files(place: str, suffixes: Sequence[str], log: Log) -> Iterable[Path]:
+def _files(place: str, suffixes: Sequence[str], log: Log, option: str) -> Iterable[Path]:
     path = Path(place).expanduser()
     matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     files: dict[Path, None] = {}
@@ -145,14 +146,14 @@ def _files(place: str, suffixes: Sequence[str], log: Log) -> Iterable[Path]:
             with readable(match):
                 below, n_others = find_text_files(match, suffixes)
         except ValueError as error:
-            raise ValueError(f"--input {error}") from error
+            raise ValueError(f"{option} {error}") from error
         n_ignored += n_others
         # Two spellings of a path are one file; a link is what it is called.
         files.update((Path(os.path.abspath(file)), None) for _, file in below)
     if not files:
-        raise ValueError(f"--input {place}: no such file or folder, and no file of a supported kind matches")
+        raise ValueError(f"{option} {place}: no such file or folder, and no file of a supported kind matches")
     if n_ignored:
-        log(f"--input {place}: {n_ignored} files are not {', '.join(suffixes)}: ignored")
+        log(f"{option} {place}: {n_ignored} files are not {', '.join(suffixes)}: ignored")
     return files
 
 
@@ -175,6 +176,14 @@ def group_inputs(inputs: Iterable[Input], group_bytes: int) -> tuple[Group, ...]
             size += entry.size
         close(members)
     return tuple(groups)
+
+
+def plan(settings: JobSettings, groups: tuple[Group, ...]) -> Job:
+    """The plan of these groups, with the versions of the libraries that decide about the tokens."""
+    versions = {"tokenizers": version("tokenizers")}
+    if any(entry.hub for group in groups for entry in group.inputs):
+        versions["datasets"] = version("datasets")
+    return Job(JOB_VERSION, settings, versions, groups)
 
 
 def adopt_folder(folder: Path, job: Job, tokenizer: TextTokenizer) -> None:

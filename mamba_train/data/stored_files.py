@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import zstandard
 
@@ -14,8 +14,22 @@ MAX_DOCUMENT_BYTES = 2 << 30
 OnChunk = Callable[[bytes], object]
 
 
+class RemoteFile(Protocol):
+    """A file that is read over the network; its text form is its address."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """The stored bytes. Raises ValueError that begins with the address."""
+
+
+StoredFile = Path | RemoteFile
+
+
 @contextmanager
-def readable(file: Path) -> Iterator[None]:
+def readable(file: StoredFile) -> Iterator[None]:
     """Turn a failure to read into a message that begins with the file."""
     try:
         yield
@@ -23,16 +37,21 @@ def readable(file: Path) -> Iterator[None]:
         raise ValueError(f"{error.filename or file}: cannot be read ({error.strerror or error})") from error
 
 
-def stored_bytes(file: Path, on_chunk: OnChunk | None = None) -> Iterator[bytes]:
-    """The bytes of a file as they lie on the disk, in pieces; `on_chunk` is called with each of them."""
+def stored_bytes(file: StoredFile, on_chunk: OnChunk | None = None) -> Iterator[bytes]:
+    """The bytes of a file as they are stored, in pieces; `on_chunk` is called with each of them."""
+    for chunk in _from_disk(file) if isinstance(file, Path) else file.chunks():
+        if on_chunk is not None:
+            on_chunk(chunk)
+        yield chunk
+
+
+def _from_disk(file: Path) -> Iterator[bytes]:
     with readable(file), file.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
-            if on_chunk is not None:
-                on_chunk(chunk)
             yield chunk
 
 
-def content_bytes(file: Path, on_chunk: OnChunk | None = None) -> Iterator[bytes]:
+def content_bytes(file: StoredFile, on_chunk: OnChunk | None = None) -> Iterator[bytes]:
     """The contents of a file, decompressed if it is `.zst` or `.gz`; `on_chunk` gets the stored bytes."""
     stored = stored_bytes(file, on_chunk)
     if file.name.lower().endswith(".zst"):
@@ -43,7 +62,7 @@ def content_bytes(file: Path, on_chunk: OnChunk | None = None) -> Iterator[bytes
     return stored
 
 
-def _decompressed(chunks: Iterator[bytes], file: Path, kind: str, begin: Callable[[], Any]) -> Iterator[bytes]:
+def _decompressed(chunks: Iterator[bytes], file: StoredFile, kind: str, begin: Callable[[], Any]) -> Iterator[bytes]:
     """Decompress one or several frames; `begin` makes the decompression object of one.
 
     The libraries' stream readers take the end of the file for the end of the text (zstd); only the
@@ -65,7 +84,7 @@ def _decompressed(chunks: Iterator[bytes], file: Path, kind: str, begin: Callabl
         raise ValueError(f"{file}: the {kind} data is truncated; copy or download the file again")
 
 
-def bounded(chunks: Iterator[bytes], file: Path) -> Iterator[bytes]:
+def bounded(chunks: Iterator[bytes], file: StoredFile) -> Iterator[bytes]:
     """The same pieces; raises ValueError if they are more than one document may have."""
     n_bytes = 0
     for chunk in chunks:
@@ -75,7 +94,24 @@ def bounded(chunks: Iterator[bytes], file: Path) -> Iterator[bytes]:
         yield chunk
 
 
-def lines_of(chunks: Iterator[bytes], file: Path) -> Iterator[bytes]:
+def without_lines(chunks: Iterator[bytes], n: int) -> Iterator[bytes]:
+    """The same stream of bytes without its first n lines, which are only counted: faster than to split them."""
+    for chunk in chunks:
+        if n == 0:
+            yield chunk
+            continue
+        n_here = chunk.count(b"\n")
+        if n_here < n:
+            n -= n_here
+            continue
+        place = 0
+        while n:
+            place = chunk.index(b"\n", place) + 1
+            n -= 1
+        yield chunk[place:]
+
+
+def lines_of(chunks: Iterator[bytes], file: StoredFile) -> Iterator[bytes]:
     """Split a stream of bytes at line feeds."""
     parts: list[bytes] = []
     n_bytes = 0

@@ -8,14 +8,25 @@ Memory is bounded by the longest document, not by the size of a file (a `.txt` f
 and a document by `stored_files.MAX_DOCUMENT_BYTES`.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import orjson
+
 from mamba_train.data import stored_files
-from mamba_train.data.stored_files import OnChunk, bounded, content_bytes, lines_of, readable, stored_bytes
+from mamba_train.data.stored_files import (
+    OnChunk,
+    StoredFile,
+    bounded,
+    content_bytes,
+    lines_of,
+    readable,
+    stored_bytes,
+    without_lines,
+)
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 FASTA_SUFFIXES = tuple(name + packed for name in (".fasta", ".fa", ".fna") for packed in ("", ".gz", ".zst"))
@@ -62,20 +73,43 @@ class _Unusable(Exception):
         self.kind = kind
 
 
-def read_texts(file: Path, fields: Fields, on_chunk: OnChunk | None = None) -> Iterator[TextRecord | BadDocument]:
-    """All documents of a file in their order; `on_chunk` is called with each piece of the stored bytes.
+@dataclass(frozen=True)
+class Part:
+    """Documents of a file by their number (of the line, row or sequence, from 1): from `first` on, those whose number,
+    counted from 0, has one of these residues modulo `stride`.
+    """
 
-    Raises ValueError that begins with the file if it cannot be read to its end.
+    stride: int = 1
+    residues: frozenset[int] = frozenset({0})
+    first: int = 1
+
+    def __contains__(self, number: int) -> bool:
+        return number >= self.first and (number - 1) % self.stride in self.residues
+
+
+WHOLE = Part()
+
+
+def read_texts(
+    file: StoredFile, fields: Fields, on_chunk: OnChunk | None = None, part: Part = WHOLE
+) -> Iterator[TextRecord | BadDocument]:
+    """All documents of a part of a file in their order; `on_chunk` is called with each piece of the stored bytes.
+
+    What lies before the part is decompressed, but not looked at. Raises ValueError that begins with the file if it
+    cannot be read to its end.
     """
     name = file.name.lower()
     if name.endswith(".parquet"):
-        yield from _parquet(file, fields, on_chunk)
+        yield from _parquet(file, fields, on_chunk, part)
     elif name.endswith(FASTA_SUFFIXES):
-        yield from _fasta(content_bytes(file, on_chunk), file)
+        yield from (record for record in _fasta(content_bytes(file, on_chunk), file) if record.number in part)
     elif name.endswith(".txt"):
-        yield from _convert([(1, b"".join(bounded(content_bytes(file, on_chunk), file)))], _text_record)
+        if 1 in part:
+            yield from _convert([(1, b"".join(bounded(content_bytes(file, on_chunk), file)))], _text_record)
     else:
-        lines = enumerate(lines_of(content_bytes(file, on_chunk), file), start=1)
+        chunks = without_lines(content_bytes(file, on_chunk), part.first - 1)
+        chosen = itertools.cycle(number in part for number in range(part.first, part.first + part.stride))
+        lines = itertools.compress(enumerate(lines_of(chunks, file), start=part.first), chosen)
         yield from _convert(((n, line) for n, line in lines if line.strip()), lambda line: _json_record(line, fields))
 
 
@@ -128,16 +162,24 @@ def _text_record(data: bytes) -> tuple[str, int, str]:
 
 
 def _json_record(line: bytes, fields: Fields) -> tuple[str, int, str]:
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        row = _python_json(line)
+    if not isinstance(row, dict):
+        raise _Unusable("wrong type", f"expected a JSON object, got {type(row).__name__}")
+    return record_of(row, fields)
+
+
+def _python_json(line: bytes) -> Any:
+    """Slower; takes more (NaN, a mark of byte order, half of a surrogate pair), and says better what is wrong."""
     text = _decoded(line)
     try:
-        row = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise _Unusable("invalid JSON", f"invalid JSON ({error.msg} at column {error.colno})") from None
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
         raise _Unusable("invalid JSON", f"unusable JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise _Unusable("wrong type", f"expected a JSON object, got {type(row).__name__}")
-    return record_of(row, fields)
 
 
 def _string(row: Any, key: str, option: str) -> str:
@@ -159,7 +201,9 @@ def _string(row: Any, key: str, option: str) -> str:
     return value
 
 
-def _parquet(file: Path, fields: Fields, on_chunk: OnChunk | None) -> Iterator[TextRecord | BadDocument]:
+def _parquet(
+    file: StoredFile, fields: Fields, on_chunk: OnChunk | None, part: Part
+) -> Iterator[TextRecord | BadDocument]:
     # Here, because importing it takes longer than reading a small file of another kind.
     import pyarrow
     import pyarrow.parquet
@@ -175,11 +219,24 @@ def _parquet(file: Path, fields: Fields, on_chunk: OnChunk | None) -> Iterator[T
             if missing:
                 there = ", ".join(table.schema_arrow.names)
                 raise ValueError(f"{file}: no column {missing[0]!r} ({fields.text_option}), only {there}")
-            batches = table.iter_batches(batch_size=64, columns=columns)
+            groups, n_before = _row_groups(table, part.first)
+            batches = table.iter_batches(batch_size=64, row_groups=groups, columns=columns)
             rows = (batch.slice(i, 1) for batch in batches for i in range(batch.num_rows))
-            yield from _convert(enumerate(rows, start=1), lambda row: record_of(_row(row), fields))
+            chosen = ((number, row) for number, row in enumerate(rows, start=n_before + 1) if number in part)
+            yield from _convert(chosen, lambda row: record_of(_row(row), fields))
     except pyarrow.ArrowException as error:
         raise ValueError(f"{file}: damaged parquet data ({' '.join(str(error).split())})") from error
+
+
+def _row_groups(table: Any, first: int) -> tuple[list[int], int]:
+    """The groups of rows from the one on that has row `first`, and how many rows lie before them."""
+    n_before = 0
+    for group in range(table.num_row_groups):
+        n_rows = table.metadata.row_group(group).num_rows
+        if n_before + n_rows >= first:
+            return list(range(group, table.num_row_groups)), n_before
+        n_before += n_rows
+    return [], n_before
 
 
 def _row(batch: Any) -> dict[str, Any]:
@@ -191,7 +248,7 @@ def _row(batch: Any) -> dict[str, Any]:
         raise _Unusable("not UTF-8", f"not valid UTF-8 (byte 0x{error.object[error.start]:02x})") from None
 
 
-def _fasta(chunks: Iterator[bytes], file: Path) -> Iterator[TextRecord | BadDocument]:
+def _fasta(chunks: Iterator[bytes], file: StoredFile) -> Iterator[TextRecord | BadDocument]:
     """Each sequence is a document, numbered by the line of its header; case (soft masking) is dropped."""
     header, parts, n_bytes = 1, list[bytes](), 0
     begun = False

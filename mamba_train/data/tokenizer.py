@@ -112,22 +112,25 @@ class TextTokenizer:
         Exact for byte-level tokenizers, also where the ids begin or end inside a character; with others that takes
         part of a character for three bytes.
         """
-        ids = ids[ids != self.eos_id]
         if self._bytes_of_ids is None:
-            return len(self.decode(ids).encode("utf-8"))
-        return int(self._bytes_of_ids[ids[ids < len(self._bytes_of_ids)]].sum())
+            return len(self.decode(ids[ids != self.eos_id]).encode("utf-8"))
+        return int(np.take(self._bytes_of_ids, ids, mode="clip").sum())
 
     @cached_property
     def _bytes_of_ids(self) -> np.ndarray | None:
-        """Bytes of each id (vocab_size,) if the tokenizer writes each byte as a letter of its vocabulary, else None."""
+        """Bytes of each id if the tokenizer writes each byte as a letter of its vocabulary, else None.
+
+        (vocab_size + 1,): 0 for the end of a document, and at the end 0 for all ids outside the vocabulary.
+        """
         definition = json.loads(self.serialised)
         if (definition.get("decoder") or {}).get("type") != "ByteLevel":
             return None
-        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        sizes = np.zeros(self.vocab_size + 1, dtype=np.int64)
         for token, i in definition["model"]["vocab"].items():
             sizes[i] = len(token)
         for token in definition.get("added_tokens") or []:
             sizes[token["id"]] = len(token["content"].encode("utf-8"))
+        sizes[self.eos_id] = 0
         return sizes
 
 

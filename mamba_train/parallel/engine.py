@@ -1,6 +1,7 @@
 """What the training loop asks of an engine, whatever shards or replicates the model behind it."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -17,17 +18,37 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What is to become of a gradient; equal on all ranks. grad_norm: of the whole of it, before clipping."""
+
+    grad_norm: float
+    skip: bool
+
+
+Judge = Callable[[Tensor], Judgement]
+"""Decides on a step; its argument, an fp64 scalar, summed over the ranks is the square of the gradient's norm."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What an optimiser step did; equal on all ranks.
 
-    grad_norm: of all gradients together, before clipping. skipped: nothing was changed, because the
-    norm was not finite. layer_grad_norms: of the gradient of each layer and of what is outside of the layers, before
-    clipping; empty unless engine.layer_grad_norms asks for them.
+    grad_norm: of all gradients together, before clipping. skipped: nothing was changed. layer_grad_norms: of the
+    gradient of each layer and of what is outside of the layers, before clipping; empty unless the step was skipped or
+    engine.layer_grad_norms asks for them.
     """
 
     grad_norm: float
     skipped: bool
     layer_grad_norms: dict[str, float] = field(default_factory=dict)
+
+
+def accumulate(engine: "Engine", inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
+    """What `Engine.accumulate` does where nothing is recorded."""
+    with engine.compute():
+        loss = engine.model(inputs, targets, seq_idx) / n_targets
+    engine.backward(loss)
+    return loss.detach()
 
 
 class Engine(Protocol):
@@ -56,10 +77,18 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of `loss`, once per micro-batch; the step's gradient is the sum over all ranks."""
 
-    def step(self, lr: float) -> StepResult:
-        """Clip and apply the accumulated gradients, or skip; in both cases leave none behind.
+    def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
+        """Forward and `backward` of one micro-batch, which is on the device; return its loss, detached.
 
-        A skip leaves weights, moments and the optimiser's step count bit-identical (contract C7).
+        inputs, targets: (rows, length) int64; seq_idx: (rows, length) int32 or None; n_targets: a scalar, what the
+        sum of the losses is divided by, the same for all micro-batches and ranks of a step.
+        """
+
+    def step(self, lr: float, judge: Judge | None = None) -> StepResult:
+        """Clip and apply the accumulated gradients, or skip, as `judge` says; in both cases leave none behind.
+
+        Without a judge the step is skipped when its norm is not finite. A skip leaves weights, moments and the
+        optimiser's step count bit-identical (contract C7).
         """
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
@@ -82,3 +111,13 @@ class Engine(Protocol):
 
     def pieces_changed(self) -> None:
         """To be called after something was written into `pieces`: brings what is derived from them up to date."""
+
+
+def only_finite(engine: Engine) -> Judge:
+    """The judge that refuses what is not finite, and nothing else."""
+
+    def judge(square: Tensor) -> Judgement:
+        norm = math.sqrt(engine.sum_over_ranks(square).item())
+        return Judgement(norm, skip=not math.isfinite(norm))
+
+    return judge

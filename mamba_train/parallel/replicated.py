@@ -16,6 +16,8 @@ from mamba_train.ranks import Ranks, lone_group
 class ReplicatedEngine(NativeEngine):
     """`DistributedDataParallel`; gradients are summed in fp32, or in bf16 if engine.reduce_precision says so."""
 
+    may_record = False
+
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
         lone_group()

@@ -14,19 +14,24 @@ from typing import Any, TextIO, cast
 from omegaconf import OmegaConf
 
 from mamba_train import run_folder
-from mamba_train.checkpoint import resume_policy, rng, storage
+from mamba_train.checkpoint import resume_policy, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
-from mamba_train.config import Config, ProgressMode
+from mamba_train.config import Config, DataSource, ProgressMode
+from mamba_train.data import cached_shards
 from mamba_train.data.batches import BatchSource, WindowForm
+from mamba_train.data.cached_shards import CachedSource
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.opening import OpenedData, open_data
 from mamba_train.data.position import restore, state_of
+from mamba_train.data.stream_opening import AnyOpened, OpenedStream, list_stream, open_stream
+from mamba_train.data.streams import Source, StreamSource
 from mamba_train.model.language_model import resolve_model_config
+from mamba_train.monitor.event_log import EventLog
 from mamba_train.monitor.progress import Progress
 from mamba_train.parallel.auto import resolve_auto
 from mamba_train.parallel.build import build_engine
 from mamba_train.parallel.engine import Engine
-from mamba_train.ranks import join
+from mamba_train.ranks import Ranks, join
 from mamba_train.training.audit import audit, format_audit
 from mamba_train.training.forward_check import check_forward_loss
 from mamba_train.training.hook_list import hooks_of
@@ -34,6 +39,7 @@ from mamba_train.training.hooks.base import Hook
 from mamba_train.training.hooks.harness import task_manager
 from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
 from mamba_train.training.preemption import StopRequest
+from mamba_train.training.restoring import restore_tensors
 from mamba_train.training.state import TrainState
 from mamba_train.training.trainer import Trainer
 
@@ -59,24 +65,18 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     # Says at once when this machine cannot run it.
     engine = ranks.together(lambda: build_engine(config.engine, ranks))
 
-    def prepare_data() -> None:
+    def look_for_weights() -> None:
         resumes = config.checkpoint.resume and bool(step_folders(checkpoints_dir(run_dir)))
         if config.init_from is not None and not resumes:
-            find_initial_weights(config.init_from, log)  # before the data is prepared, which may take hours
-        open_data(config.data, log)
+            find_initial_weights(config.init_from, log)
 
-    ranks.first(prepare_data)
-    # Not hashed by each rank once more: hundreds of them would read all shards.
-    unhashed = dataclasses.replace(config.data, check_hashes=False)
-    data = ranks.together(lambda: open_data(unhashed, _say_nothing))
-    of_first = ranks.first(lambda: _what_is_read(data))
-    ranks.together(lambda: _check_same(data, of_first))
-    source = _batch_source(config, data)
-    config = dataclasses.replace(config, model=resolve_model_config(config.model, data.everything.vocab_size))
+    ranks.first(look_for_weights)  # before the data is prepared, which may take hours
+    data, source = (_stream if config.data.source is DataSource.stream else _shards)(config, ranks, log)
+    config = dataclasses.replace(config, model=resolve_model_config(config.model, data.vocab_size))
     shown_config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
     fingerprints = {
         "code": _code_fingerprint(),
-        "data": data.everything.fingerprint,
+        "data": _hash("".join(source.fingerprint_of(name) for name in source.names).encode()),
         "validation": _hash("".join(corpus.fingerprint for corpus in data.validation.values()).encode()),
         "config": _hash(json.dumps(shown_config, sort_keys=True).encode()),
     }
@@ -98,8 +98,38 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     ranks.first(lambda: _write_run_files(run_dir, config, data, engine))
     manager = ranks.together(lambda: task_manager(config.evaluation)) if config.evaluation.tasks else None
-    hooks = hooks_of(config, engine, data, source.form, progress, shown_config, fingerprints, manager, log)
-    return Trainer(config, engine, source, state, [*hooks, lock], stop)
+    events = EventLog(run_dir if is_first else None, log)
+    events.listeners.append(lambda event: log(event["text"]))
+    hooks = hooks_of(config, engine, data, source.form, progress, shown_config, fingerprints, manager, events, log)
+    return Trainer(config, engine, source, state, [*hooks, lock], stop, events)
+
+
+def _shards(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedData, BatchSource]:
+    """The data of a run that reads shards, which the first rank prepares where they are not there."""
+    ranks.first(lambda: _nothing(open_data(config.data, log)))
+    # Not hashed by each rank once more: hundreds of them would read all shards.
+    unhashed = dataclasses.replace(config.data, check_hashes=False)
+    data = ranks.together(lambda: open_data(unhashed, _say_nothing))
+    of_first = ranks.first(lambda: _what_is_read(data))
+    ranks.together(lambda: _check_same(data, of_first))
+    batch_size = config.training.global_batch_size
+    return data, BatchSource(data.corpora, batch_size, config.seed, _form(config), data.stages)
+
+
+def _stream(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedStream, Source]:
+    """The data of a run that streams; only the first rank asks what files there are."""
+    listed = ranks.first(lambda: list_stream(config.data, log))
+    data = ranks.together(lambda: open_stream(config.data, listed))
+    if config.data.cache_shards:
+        folder = Path(ranks.first(lambda: str(cached_shards.begin(config.data, data.tokenizer, log))))
+        batch_size = config.training.global_batch_size
+        return data, ranks.together(lambda: CachedSource(folder, batch_size, config.seed, _form(config)))
+    batch_size, tokenizer = config.training.global_batch_size, data.tokenizer.serialised
+    return data, StreamSource(data.files, tokenizer, config.data, batch_size, config.seed, _form(config), data.stages)
+
+
+def _nothing(result: object) -> None:
+    """For work whose result stays on its rank."""
 
 
 def _what_is_read(data: OpenedData) -> list[list[str]]:
@@ -120,11 +150,10 @@ def _say_nothing(text: str) -> None:
     """The log of all ranks but the first."""
 
 
-def _batch_source(config: Config, data: OpenedData) -> BatchSource:
-    form = WindowForm(
+def _form(config: Config) -> WindowForm:
+    return WindowForm(
         config.data.sequence_length, config.data.reset_state_at_documents, config.data.mask_loss_at_documents
     )
-    return BatchSource(data.corpora, config.training.global_batch_size, config.seed, form, data.stages)
 
 
 class _HoldLock(Hook):
@@ -187,45 +216,40 @@ def _find_checkpoint(run_dir: Path, shown_config: dict[str, Any], fingerprints: 
     return str(path)
 
 
-def _resume(checkpoint: Path, engine: Engine, source: BatchSource, allow_changed: bool, log: Log) -> TrainState:
+def _resume(checkpoint: Path, engine: Engine, source: Source, allow_changed: bool, log: Log) -> TrainState:
     record = storage.read_record(checkpoint)
     state = TrainState.from_json(record.state["train"])
 
-    def load() -> None:
+    def restore_position() -> None:
         changed = restore(source, record.state["data"], state.step, allow_changed)
         if changed:
             names = ", ".join(name for name in changed if name) or "the training text"
             log(f"warning: data.allow_changed=true: the tokens of {names} are others than before step {state.step}")
-        resume_policy.check_shapes(storage.model_shapes(checkpoint), engine.parameter_shapes())
-        storage.load_pieces(checkpoint, engine.pieces())
-        for name in rng.restore(storage.load_rng(checkpoint, engine.rank)):
-            log(f"the random state {name} of the checkpoint has no generator here and was left out")
 
-    engine.ranks.together(load)
-    engine.pieces_changed()
+    restore_tensors(checkpoint, engine, log, restore_position)
     if "forward_loss" in record.state:
         check_forward_loss(engine, record.state["forward_loss"], f"checkpoint {checkpoint}")
     log(f"resuming after step {state.step} ({state.tokens:,} tokens)")
     return state
 
 
-def _describe(config: Config, engine: Engine, data: OpenedData, source: BatchSource, log: Log) -> None:
+def _describe(config: Config, engine: Engine, data: AnyOpened, source: Source, log: Log) -> None:
     tokens = config.training.global_batch_size * config.data.sequence_length
     log(
         f"{config.model.name}: {_n_parameters(engine):,} parameters on {engine.device}; "
-        f"{data.everything.n_tokens:,} training tokens, {tokens:,} per step"
+        f"{data.size}, {tokens:,} tokens per step"
     )
     if config.data.mixture:
         for stage in source.mixture.stages:
             shares = ", ".join(f"{name} {float(share):.4%}" for name, share in stage.shares.items())
             log(f"data: from step {stage.from_step}: {shares}")
     size = len(json.dumps(state_of(source, 0)))
-    log(f"data: the state in a checkpoint is {size:,} bytes (position, seed, mixture stages, fingerprints)")
+    log(f"data: the state in a checkpoint is {size:,} bytes (position, seed, mixture stages, fingerprints, lanes)")
     if not data.validation:
         log("warning: there is no text to validate on; name some by data.validation_paths")
 
 
-def _write_run_files(run_dir: Path, config: Config, data: OpenedData, engine: Engine) -> None:
+def _write_run_files(run_dir: Path, config: Config, data: AnyOpened, engine: Engine) -> None:
     """What the commands that read a run folder need besides checkpoints and metrics."""
     OmegaConf.save(OmegaConf.structured(config), run_dir / run_folder.CONFIG)
     # With it the run can be moved, sampled and exported without its data.
@@ -233,7 +257,7 @@ def _write_run_files(run_dir: Path, config: Config, data: OpenedData, engine: En
         run_dir,
         n_parameters=_n_parameters(engine),
         data_folder=data.folder,
-        sources=data.folders if config.data.sources else {},
+        sources=data.folders if config.data.sources and isinstance(data, OpenedData) else {},
         held_out=data.held_out,
     )
     shutil.copyfile(data.folder / TOKENIZER_NAME, run_dir / run_folder.TOKENIZER)

@@ -6,17 +6,23 @@ with them is the engine's matter. The loop connects the two and counts.
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from mamba_train.config import Config
-from mamba_train.data.batches import Batch, BatchSource
+from mamba_train.data.batches import Batch
 from mamba_train.data.loader import BatchLoader
+from mamba_train.data.position import state_of
+from mamba_train.data.stream_loader import StreamLoader
+from mamba_train.data.streams import Source, StreamSource
+from mamba_train.monitor.event_log import EventLog
 from mamba_train.monitor.jsonl import finite
 from mamba_train.monitor.throughput import Throughput
 from mamba_train.parallel.engine import Engine
+from mamba_train.training.events import record_skip
+from mamba_train.training.guard import Decision, Guard
 from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.preemption import Stopped, StopRequest
 from mamba_train.training.schedule import learning_rate
@@ -29,9 +35,13 @@ DEFAULT_GPU_WORKERS = 2
 def summed_loss(engine: Engine, batch: Batch) -> Tensor:
     """The loss of a batch in nats, summed over its targets: a scalar in fp32 on the engine's device."""
     batch = batch.to(engine.device)
-    seq_idx = None if batch.seq_idx is None else batch.seq_idx[:, :-1]
     with engine.compute():
-        return engine.model(batch.inputs, batch.targets, seq_idx)
+        return engine.model(batch.inputs, batch.targets, documents_read(batch))
+
+
+def documents_read(batch: Batch) -> Tensor | None:
+    """The document of each token that the model reads, (rows, length)."""
+    return None if batch.seq_idx is None else batch.seq_idx[:, :-1]
 
 
 class StopInsideHook(Exception):
@@ -45,10 +55,11 @@ class Trainer:
         self,
         config: Config,
         engine: Engine,
-        source: BatchSource,
+        source: Source,
         state: TrainState,
         hooks: Sequence[Hook],
         stop: StopRequest | None = None,
+        events: EventLog | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -57,7 +68,7 @@ class Trainer:
         self.hooks = hooks
         on_gpu = engine.device.type == "cuda"
         workers = config.data.workers
-        self.loader = BatchLoader(
+        self.loader = (StreamLoader if isinstance(source, StreamSource) else BatchLoader)(
             source,
             engine.rank,
             engine.world_size,
@@ -66,14 +77,17 @@ class Trainer:
             prefetch_batches=config.data.prefetch_batches,
             pin_memory=on_gpu,
         )
+        self.guard = Guard(config.guard, config.optim.max_grad_norm, state.guard)
         self.throughput = Throughput(config.training.total_steps)
         self.stop = stop or StopRequest()
+        self.events = events or EventLog()
         self._all_stop = False  # agreed by all ranks
         self._step_seconds = 0.0
         # Set by a signal handler, on any rank. All ranks raise at the end of the step that they next begin together,
         # and between steps only: Python drops what is raised inside a finaliser.
         self.interrupted = False
         self._stops = False
+        self.data_ended = False  # a stream that does not repeat is read to its end
         self.last_batch: Batch | None = None
 
     def run(self) -> None:
@@ -83,12 +97,13 @@ class Trainer:
         """
         failed = True
         try:
+            self.loader.begin(self.state.samples)  # reads while the rest starts up
             for hook in self.hooks:
                 hook.on_start(self)
             if self.state.pending_metrics is not None:
                 self._run_hooks(self.state.pending_metrics)
-            while not self.finished:
-                self._run_hooks(self._step())
+            while not self.finished and (metrics := self._step()) is not None:
+                self._run_hooks(metrics)
                 if self._stops:
                     raise KeyboardInterrupt
                 if self._all_stop and not self.finished:
@@ -103,6 +118,11 @@ class Trainer:
             self.loader.close()
             for hook in self.hooks:
                 hook.close(failed)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the global batch."""
+        return self.config.training.global_batch_size * self.config.data.sequence_length
 
     @property
     def finished(self) -> bool:
@@ -136,45 +156,54 @@ class Trainer:
     def _wants_stop(self) -> bool:
         return self.stop.requested(self._step_seconds, self.state.save_seconds or 0.0)
 
-    def _step(self) -> Metrics:
-        """One global step: all micro-batches of this rank, then the update."""
+    def data_state(self) -> dict[str, Any]:
+        """Of the data, for a checkpoint; every rank must call it at the same step."""
+        self.loader.gather(self.engine.ranks.sum)
+        return state_of(self.source, self.state.samples)
+
+    def _step(self) -> Metrics | None:
+        """One global step: all micro-batches of this rank, then the update. None: there is nothing left to read."""
         self.throughput.start()
         state, training = self.state, self.config.training
         batches = self.loader.step(state.samples)
-        counts = [sum(batch.n_targets for batch in batches), int(self.interrupted)]
-        n_targets, n_interrupted = self.engine.sum_over_ranks(torch.tensor(counts, device=self.engine.device))
-        n_targets = n_targets.clamp(min=1)  # a batch without a single target has the loss 0
+        counts = [sum(batch.n_targets for batch in batches), int(self.interrupted), *self.loader.counts]
+        summed = self.engine.sum_over_ranks(torch.tensor(counts, device=self.engine.device))
+        if self.loader.finite and not summed[0]:
+            self.data_ended = True
+            return None
+        n_targets = summed[0].clamp(min=1)  # a batch without a single target has the loss 0
         loss = torch.zeros((), device=self.engine.device)
         for batch in self.engine.micro_batches(batches):
             # Divided by the count of all ranks: the mean over the global batch, however it is split.
-            micro_loss = summed_loss(self.engine, batch) / n_targets
-            self.engine.backward(micro_loss)
-            loss += micro_loss.detach()
+            batch = batch.to(self.engine.device)
+            loss += self.engine.accumulate(batch.inputs, batch.targets, documents_read(batch), n_targets)
 
+        self.guard.begin([self.source.mixture.stage_at(state.samples), training.global_batch_size])
         lr = learning_rate(state.step + 1, self.config.optim.lr, self.config.schedule, training.total_steps)
-        result = self.engine.step(lr)
-        # Read after the update has been queued: on a GPU this waits for it, so the step's time is whole.
-        # The request to stop rides along: all ranks learn of it in the same step, at no cost.
-        request = loss.new_tensor(float(self._wants_stop()))
-        mean_loss, n_requests = self.engine.sum_over_ranks(torch.stack([loss, request])).tolist()
-        self._all_stop = n_requests > 0
+        # The request to stop rides along with the loss: all ranks learn of it in the same step, at no cost.
+        decision = Decision(self.engine, self.guard, loss, self._wants_stop())
+        result = self.engine.step(lr, decision)
+        self._all_stop = decision.n_requests > 0
+        if decision.cause is not None:
+            record_skip(self, decision, result)
+        self.guard.note(decision.loss, decision.grad_norm, decision.cause)
+        # One transfer, when all of this has been computed anyway.
+        targets, n_interrupted, n_bytes, *of_stream = summed.tolist()
         self._stops = bool(n_interrupted)
-        bits_per_byte = mean_loss / LN_2 / self.source.bytes_per_target(state.samples)
-        n_tokens = training.global_batch_size * self.config.data.sequence_length
+        bytes_per_target = n_bytes / max(1, targets) or self.source.bytes_per_target(state.samples)
+        bits_per_byte = decision.loss / LN_2 / bytes_per_target
         state.step += 1
         state.samples += training.global_batch_size
-        state.tokens += n_tokens
-        if result.skipped:
-            state.skipped_steps.append(state.step)
+        state.tokens += self.tokens_per_step
         self.last_batch = batches[0]
-        timing = self.throughput.step(state.step, n_tokens)
+        timing = self.throughput.step(state.step, self.tokens_per_step)
         self._step_seconds = timing.step_seconds
         self.stop.first_step_done()
         return {
             "step": state.step,
             "tokens": state.tokens,
             "samples": state.samples,
-            "loss": mean_loss,
+            "loss": decision.loss,
             "bits_per_byte": bits_per_byte,
             "grad_norm": result.grad_norm,
             "lr": lr,
@@ -184,8 +213,15 @@ class Trainer:
             "tokens_per_second": timing.tokens_per_second,
             "eta_seconds": timing.eta_seconds,
             "data_wait_seconds": self.loader.wait_seconds,
+            **self._stream_counts(*of_stream),
             **self._epochs(),
         }
+
+    def _stream_counts(self, n_left_out: int, n_repeated: int) -> Metrics:
+        """What went wrong while the tokens of this step were read, on all ranks."""
+        if not isinstance(self.source, StreamSource):
+            return {}
+        return {"data/left_out_documents": n_left_out, "data/repeated_requests": n_repeated}
 
     def _epochs(self) -> Metrics:
         """How many times each source of the data has been read."""

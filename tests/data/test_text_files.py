@@ -3,12 +3,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from mamba_train.data import stored_files as module
+from mamba_train.data import text_files
 from mamba_train.data.text_files import BadDocument, Fields, TextRecord, read_texts
 
 PILE = Fields("text", "meta.pile_set_name", "--text-key", "--label-key")
@@ -148,3 +152,39 @@ def test_fasta(tmp_path: Path) -> None:
         BadDocument(8, "empty", "the sequence is empty"),
         BadDocument(9, "unknown base", "position 3 of the sequence is 'X', which is none of ACGTNRYSWKMBDHVU"),
     ]
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+    max_leaves=8,
+)
+ROW = st.fixed_dictionaries({"text": st.one_of(st.text(), VALUES), "other": VALUES})
+LINES = st.one_of(
+    st.builds(lambda row, ascii: json.dumps(row, ensure_ascii=ascii).encode("utf-8"), ROW, st.booleans()),
+    st.builds(lambda row: json.dumps(row).encode("utf-8-sig"), ROW),
+    st.builds(
+        lambda escape: b'{"text": "a' + escape + b'"}', st.from_regex(rb"(\\u[dD][89a-fA-F]..){1,2}", fullmatch=True)
+    ),
+    st.builds(lambda row, place: json.dumps(row).encode("utf-8")[:place], ROW, st.integers(0, 60)),
+    st.binary(max_size=30),
+)
+
+
+@given(LINES)
+@example(b'{"text": "a", "text": "b"}')
+@example(b'{"text": "a", "n": NaN}')
+@example(b'{"text": "a\tb"}')
+@example(b'{"text": "a", "n": 123456789012345678901234567890}')
+@example(b'{"text": "a", "n": ' + b"[" * 3000 + b"]" * 3000 + b"}")
+def test_the_fast_parser_has_the_results_of_python(line: bytes) -> None:
+    def refuse(line: bytes) -> None:
+        raise orjson.JSONDecodeError("refused", "", 0)
+
+    def record() -> Any:
+        return list(text_files._convert([(1, line)], lambda line: text_files._json_record(line, Fields("text"))))
+
+    found = record()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files.orjson, "loads", refuse)
+        assert found == record()

@@ -137,7 +137,7 @@ def test_a_worker_that_dies_ends_the_command(tmp_path: Path, pile: MakePile, tok
     pile(2)
     killing = (
         "import os, signal, sys\n"
-        "from data_prep import pool\n"
+        "from mamba_train.data import shard_pool as pool\n"
         "from data_prep.__main__ import main\n"
         "original = pool._work\n"
         "def work(*arguments):\n"

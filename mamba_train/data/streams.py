@@ -1,0 +1,185 @@
+"""Batches from texts that are tokenised while they are read: lanes, mixed by source, and their state.
+
+Sample p of the run is drawn from the source that the mixture says (as for shards) and there from lane p modulo
+`n_lanes`: the next window of that lane. So row j of the global batch always reads the same lanes, and which process
+reads them makes no difference to the tokens (contract C3). Where each lane is, is the state.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mamba_train.config import BadDocuments, DataConfig, EncoderKind
+from mamba_train.data.bad_documents import BadDocumentFilter
+from mamba_train.data.batches import EVERYTHING, BatchSource, WindowForm
+from mamba_train.data.documents import Log
+from mamba_train.data.encoders import Encoder, fastokens_call, make_encoder
+from mamba_train.data.hub_text import HubText, read_hub
+from mamba_train.data.lane_reader import LaneText
+from mamba_train.data.lanes import STREAM_ORDER, Cursor, LaneOrder
+from mamba_train.data.mixture import Mixture, Stage
+from mamba_train.data.remote_files import HttpFile, Patience, is_address
+from mamba_train.data.shared_reads import SharedReads
+from mamba_train.data.stored_files import StoredFile
+from mamba_train.data.text_files import BadDocument, Fields, Part, TextRecord, read_texts
+from mamba_train.data.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class StreamFile:
+    """One file, or one part of a dataset of the hub; `place` is its path or address, `size` its stored bytes."""
+
+    name: str
+    size: int
+    place: str
+    hub: HubText | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values for `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "StreamFile":
+        """What `to_json` was made of."""
+        return cls(**{**record, "hub": record["hub"] and HubText(**record["hub"])})
+
+    def identity(self) -> list[Any]:
+        """What says that a file is the one that it was, without reading it."""
+        return [self.name, self.size, *([self.hub.config, self.hub.revision] if self.hub is not None else [])]
+
+    def read(self, fields: Fields, part: Part, patience: Patience) -> Iterator[TextRecord | BadDocument]:
+        """The documents of a part of it. Raises ValueError that begins with its place."""
+        if self.hub is not None:
+            return read_hub(self.hub, fields, part, patience)
+        file: StoredFile = HttpFile(self.place, self.size, patience) if is_address(self.place) else Path(self.place)
+        return read_texts(file, fields, part=part)
+
+
+class StreamSource:
+    """The samples of a run that streams; what `BatchSource` is for shards.
+
+    cursors: int64 (sources, lanes, 4), where each lane is when `position` samples have been read; this process
+    knows it of the lanes that it reads itself (see `gather`).
+    """
+
+    order = STREAM_ORDER
+    may_change = False  # a cursor means nothing in other files
+
+    def __init__(
+        self, files: Mapping[str, Sequence[StreamFile]], tokenizer: bytes, data: DataConfig, global_batch_size: int,
+        seed: int, form: WindowForm, stages: Sequence[tuple[int, Mapping[str, float]]] = EVERYTHING,
+    ) -> None:  # fmt: skip
+        """files: of each source by the names that stages use; tokenizer: a tokenizer.json.
+
+        Raises ValueError (`data.lanes`) when rows of the global batch would not have lanes of their own.
+        """
+        self.n_lanes = data.lanes or global_batch_size
+        if self.n_lanes % global_batch_size:
+            raise ValueError(
+                f"data.lanes={self.n_lanes}: expected a multiple of training.global_batch_size ({global_batch_size})"
+            )
+        self.files = {name: list(listed) for name, listed in files.items()}
+        self.tokenizer, self.data, self.form = tokenizer, data, form
+        self.global_batch_size, self.seed = global_batch_size, seed
+        self.changes: list[dict[str, object]] = []  # as in BatchSource; there are none in streams
+        self.position = 0
+        self.set_stages([Stage(step, step * global_batch_size, weights) for step, weights in stages])
+
+    def set_stages(self, stages: Sequence[Stage]) -> None:
+        """Feed by these stages, from the beginning or, with a state that is loaded then, from there."""
+        self.mixture = Mixture(stages, self.seed)
+        self.names = self.mixture.names
+        self.cursors = np.zeros((len(self.names), self.n_lanes, len(Cursor._fields)), dtype=np.int64)
+
+    def fingerprint_of(self, name: str) -> str:
+        """SHA-256 of what the order of a source depends on besides the seed: files, fields, tokenizer, settings."""
+        data, files = self.data, [file.identity() for file in self.files[name]]
+        settings = [data.text_key, data.repeat, data.shuffle_files, data.shuffle_documents, str(data.bad_documents)]
+        content = json.dumps([hashlib.sha256(self.tokenizer).hexdigest(), files, settings])
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def lane_order(self, name: str) -> LaneOrder:
+        """Which documents the lanes of a source read."""
+        data = self.data
+        return LaneOrder(
+            self.seed, name, len(self.files[name]), self.n_lanes, data.shuffle_files, max(1, data.shuffle_documents)
+        )
+
+    def gather(self, rank: int, world_size: int, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Learn from the other ranks where their lanes are; total: sums a tensor over all ranks."""
+        # Rows begin at another lane than 0 where the batch had another size before.
+        rows = (np.arange(self.n_lanes) - self.position) % self.global_batch_size
+        mine = rows * world_size // self.global_batch_size == rank
+        self.cursors = total(torch.from_numpy(self.cursors * mine[None, :, None])).numpy()
+
+    def own_state(self) -> dict[str, Any]:
+        """Where the lanes are, for the checkpoint, in JSON values that a person can read."""
+        return {
+            "lanes": {
+                name: [self._described(name, lane, Cursor(*cursor)) for lane, cursor in enumerate(cursors.tolist())]
+                for name, cursors in zip(self.names, self.cursors, strict=True)
+            }
+        }
+
+    def _described(self, name: str, lane: int, cursor: Cursor) -> dict[str, Any]:
+        pieces = self.lane_order(name).pieces(lane, cursor.epoch)
+        ended = cursor.epoch > 0 and not self.data.repeat
+        file = self.files[name][pieces[cursor.piece].file].name if pieces and not ended else None
+        return {"file": file, **cursor._asdict()}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `own_state` gave. Raises ValueError (`data.lanes`) for another number of lanes."""
+        for number, name in enumerate(self.names):
+            saved = state["lanes"].get(name)
+            if saved is None:  # a source of a stage to come
+                continue
+            if len(saved) != self.n_lanes:
+                raise ValueError(
+                    f"data.lanes={self.n_lanes}: the checkpoint was trained with {len(saved)}; "
+                    f"set data.lanes={len(saved)}, or start a new run with another run_dir"
+                )
+            self.cursors[number] = [[lane[field] for field in Cursor._fields] for lane in saved]
+        self.position = state["samples"]
+
+    def cursor(self, number: int, lane: int) -> Cursor:
+        """Where a lane of the source `names[number]` is."""
+        return Cursor(*self.cursors[number, lane].tolist())
+
+    def open_text(self, number: int, lanes: Sequence[int], log: Log) -> LaneText:
+        """What some lanes of the source `names[number]` read, from where they are."""
+        data, name = self.data, self.names[number]
+        files, fields = self.files[name], Fields(data.text_key)
+        patience = Patience(data.network_retries, data.network_timeout_seconds)
+        order = self.lane_order(name)
+        reads = SharedReads(
+            order,
+            {lane: self.cursor(number, lane) for lane in lanes},
+            lambda file, part: files[file].read(fields, part, patience),
+        )
+        policy = BadDocuments(data.bad_documents)
+        return LaneText(
+            order, reads, lambda file: files[file].place, lambda: BadDocumentFilter(policy, data.max_bad_share, log),
+            data.repeat,
+        )  # fmt: skip
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Nothing: how long an epoch is shows when it is over (the checkpoint has the epoch of each lane)."""
+        return {}
+
+    def bytes_per_target(self, sample: int) -> float:
+        """Not known before the text is read: the loader counts."""
+        return 1.0
+
+
+Source = BatchSource | StreamSource  # what a run reads its samples from
+
+
+def encoder_of(tokenizer: TextTokenizer, kind: EncoderKind) -> Encoder:
+    """What turns text into ids in one process."""
+    return make_encoder(tokenizer, fastokens_call(tokenizer) if kind is EncoderKind.fastokens else None)

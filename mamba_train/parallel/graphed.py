@@ -1,0 +1,83 @@
+"""The forward and backward pass of a micro-batch as one CUDA graph: one launch instead of several thousand.
+
+A layer launches about fifty small kernels each way, and Python needs longer to launch them than a GPU needs to compute
+them unless the micro-batch is large.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_log = logging.getLogger(__name__)
+
+Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]  # inputs, targets, seq_idx, n_targets
+Shapes = tuple[torch.Size | None, ...]
+
+
+@dataclass(frozen=True)
+class _Recording:
+    graph: torch.cuda.CUDAGraph
+    arguments: Arguments  # what the graph reads
+    loss: Tensor  # what it writes
+
+
+class GraphedPasses:
+    """Calls `passes` (arguments to a detached loss; adds to the gradients) and from the second call on replays it.
+
+    The first call of each shape runs as it is: it compiles what there is to compile. Only one shape is recorded, the
+    first that comes twice, because a graph keeps the memory of its activations; others run as they are. The same
+    kernels run in the same order either way, so the numbers are the same.
+    Whoever clears the gradients must keep their memory (`clear_gradients`), which the graph adds to.
+    """
+
+    def __init__(self, passes: Callable[..., Tensor], parameters: list[nn.Parameter]) -> None:
+        self._passes = passes
+        self._parameters = parameters
+        self._seen: set[Shapes] = set()
+        self._recorded: Shapes | None = None
+        self._recording: _Recording | None = None
+
+    def __call__(self, *arguments: *Arguments) -> Tensor:
+        shapes = tuple(None if argument is None else argument.shape for argument in arguments)
+        if shapes not in self._seen:
+            self._seen.add(shapes)
+            return self._passes(*arguments)
+        if self._recorded is None:
+            self._recorded = shapes
+            self._recording = self._record(arguments)
+        if self._recording is None or shapes != self._recorded:
+            return self._passes(*arguments)
+        for static, argument in zip(self._recording.arguments, arguments, strict=True):
+            if static is not None and argument is not None:
+                static.copy_(argument)
+        self._recording.graph.replay()
+        return self._recording.loss.clone()  # the next replay writes there
+
+    def _record(self, arguments: Arguments) -> _Recording | None:
+        """None, and a line in the log, where something cannot be recorded."""
+        inputs, targets, seq_idx, n_targets = arguments
+        static = (inputs.clone(), targets.clone(), None if seq_idx is None else seq_idx.clone(), n_targets.clone())
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (the checkpoint's, the one that pins batches) may go on with what they do.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                loss = self._passes(*static)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            _log.warning("engine.cuda_graphs: the step cannot be recorded, it goes on without a graph: %s", reason)
+            return None
+        return _Recording(graph, static, loss)
+
+    def clear_gradients(self) -> None:
+        """Zeros where the graph adds to; before there is one, no gradients at all."""
+        if self._recording is None:
+            for parameter in self._parameters:
+                parameter.grad = None
+        else:
+            torch._foreach_zero_([parameter.grad for parameter in self._parameters if parameter.grad is not None])

@@ -1,0 +1,128 @@
+"""Shards that are made while they are read: the files of `data_prep tokenize`, in an order that no timing changes."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mamba_train.config import DataConfig, DataSource
+from mamba_train.data.batches import WindowForm
+from mamba_train.data.cached_shards import FAILURE_NAME, CachedSource, begin
+from mamba_train.data.corpus import ReadError
+from mamba_train.data.position import restore, state_of
+from mamba_train.data.shard_job import Job
+from mamba_train.data.tokenizer import load_tokenizer
+from tests.data.conftest import make_texts
+from tests.data.streams import write_files, write_tokenizer
+from tests.data_prep.helpers import command, contents
+
+LENGTH, BATCH = 32, 8
+FORM = WindowForm(LENGTH, with_boundaries=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """Three groups of a megabyte each, in files that hardly compress."""
+    folder = tmp_path_factory.mktemp("cached")
+    texts = make_texts(400)
+    write_tokenizer(folder / "tokenizer.json", texts[::5])
+    write_files(folder / "text", [make_texts(1600, seed=i) for i in range(3)], ".jsonl")
+    return DataConfig(
+        name="stream", source=DataSource.stream, path=str(folder / "text"), tokenizer=str(folder / "tokenizer.json"),
+        cache_dir=str(folder / "cache"), cache_shards=True, cache_group_mib=1, cache_workers=1,
+    )  # fmt: skip
+
+
+def windows(source: CachedSource, n: int) -> list[tuple[str, int]]:
+    return [corpus.place(start) for corpus, start in source.places(np.arange(n))]
+
+
+def test_the_files_are_those_of_data_prep_and_the_order_is_no_matter_of_time(data: DataConfig, tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = begin(data, load_tokenizer(data.tokenizer or ""), said.append)
+    early = CachedSource(folder, BATCH, 3, FORM)
+    first = early.batch(0, slice(None)).tokens  # waits for the first group alone
+    n_ready = len(early._groups)
+    n_groups = len(Job.from_json((folder / "job.json").read_text()).groups)
+    assert n_groups == 3
+    assert n_ready == 1
+    give_up = time.monotonic() + 60
+    while not any("all shards are finished" in line for line in said):
+        assert time.monotonic() < give_up, said
+        time.sleep(0.05)
+
+    late = CachedSource(folder, BATCH, 3, FORM)
+    late.places(np.array([10**6]))  # all groups are known before the first sample is asked for
+    assert np.array_equal(late.batch(0, slice(None)).tokens, first)
+    n = late._ends[-1]
+    found = windows(late, 2 * n)
+    assert found == windows(early, 2 * n)
+    assert len(set(found[:n])) == len(set(found[n:])) == n
+    assert found[:n] != found[n:]
+    assert windows(CachedSource(folder, BATCH, 4, FORM), 100) != found[:100]
+    assert late.epochs(3 * n) == {"": 3.0}
+
+    out = tmp_path / "prepared"
+    settings = ["--tokenizer", data.tokenizer, "--group-mib", 1, "--workers", 1]
+    command("tokenize", "--input", data.path, *settings, "--output", out)
+    assert contents(folder) == contents(out)
+    command("verify", folder, "--workers", 1)
+
+    state = state_of(late, 5 * BATCH)
+    assert restore(CachedSource(folder, BATCH, 3, FORM), state, 5, allow_changed=False) == []
+    assert begin(data, load_tokenizer(data.tokenizer or ""), said.append) == folder
+    assert "3 of 3 groups of shards are finished" in said[-2] + said[-1]
+
+
+def test_the_signal_of_a_job_whose_time_is_up_does_not_end_the_making(data: DataConfig, tmp_path: Path) -> None:
+    """SLURM sends it to all processes; the run itself stops when it can."""
+    fresh = DataConfig(**{**vars(data), "cache_dir": str(tmp_path / "cache")})
+    before = set(multiprocessing.active_children())
+    folder = begin(fresh, load_tokenizer(data.tokenizer or ""), lambda line: None)
+    give_up = time.monotonic() + 60
+    while not (started := set(multiprocessing.active_children()) - before):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    for process in started:
+        os.kill(process.pid or 0, signal.SIGUSR1)
+    source = CachedSource(folder, BATCH, 3, FORM)
+    source.places(np.array([10**6]))  # waits for all groups
+    assert len(source._groups) == 3
+
+
+def test_what_cannot_be_made_ends_the_waiting_with_the_reason(data: DataConfig, tmp_path: Path) -> None:
+    file = tmp_path / "text" / "0.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"text": "good"}\n{"text": 3}\n')
+    broken = DataConfig(**{**vars(data), "path": str(file.parent), "cache_dir": str(tmp_path / "cache")})
+    folder = begin(broken, load_tokenizer(data.tokenizer or ""), lambda line: None)
+    with pytest.raises(ReadError, match=r"train-00000 will not be made: .*0.jsonl:2: field 'text' .* must be a string"):
+        CachedSource(folder, BATCH, 0, FORM).batch(0, slice(None))
+    assert (folder / FAILURE_NAME).exists()
+
+
+def test_a_text_smaller_than_a_window_is_refused(data: DataConfig, tmp_path: Path) -> None:
+    file = tmp_path / "text" / "0.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"text": "good"}\n')
+    small = DataConfig(**{**vars(data), "path": str(file.parent), "cache_dir": str(tmp_path / "cache")})
+    folder = begin(small, load_tokenizer(data.tokenizer or ""), lambda line: None)
+    found: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            CachedSource(folder, BATCH, 0, FORM).batch(0, slice(None))
+        except ReadError as error:
+            found.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(30)
+    assert [str(error) for error in found] == [
+        f"data.sequence_length={LENGTH}: no group of data.path has so many tokens"
+    ]

@@ -1,0 +1,71 @@
+"""A recorded step computes what one that is launched piece by piece does, bit by bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba_train.config import EngineConfig, ModelConfig, OptimConfig, Recompute
+from mamba_train.model.language_model import resolve_model_config
+from mamba_train.parallel.native import NativeEngine
+from mamba_train.parallel.state import whole_state
+from mamba_train.ranks import join
+from tests.helpers import metrics, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+MODELS = {
+    "mamba": ModelConfig(name="test", n_layer=2, d_model=64, d_state=16),
+    "mamba2": ModelConfig(name="test", mixer="mamba2", n_layer=2, d_model=64, d_state=16, head_dim=32),
+}
+
+
+def steps(model: ModelConfig, recorded: bool, **settings: object) -> tuple[NativeEngine, list[tuple[float, float]]]:
+    """Five steps of two micro-batches, the fourth with another shape; loss and gradient norm of each.
+
+    Compiled, all have one shape: the compiler takes other kernels for the old one after it has seen a second.
+    """
+    engine = NativeEngine(EngineConfig(cuda_graphs=recorded, **settings), join())  # type: ignore[arg-type]
+    engine.prepare(resolve_model_config(model, tokenizer_vocab_size=97), OptimConfig(lr=1e-2), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for step in range(5):
+        loss = 0.0
+        for _ in range(2):
+            length = 40 if step == 3 and not settings.get("compile") else 64
+            tokens = torch.randint(0, 97, (3, length + 1), generator=generator)
+            seq_idx = (torch.randint(0, 20, (3, length), generator=generator) == 0).int().cumsum(1, dtype=torch.int32)
+            seq_idx -= seq_idx[:, :1]
+            n_targets = torch.tensor(6.0 * length)
+            arguments = [tensor.cuda() for tensor in (tokens[:, :-1], tokens[:, 1:], seq_idx, n_targets)]
+            loss += engine.accumulate(*arguments).item()
+        found.append((loss, engine.step(1e-2).grad_norm))
+    return engine, found
+
+
+@pytest.mark.parametrize("settings", [{}, {"recompute": Recompute.layer}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_same_bits(name: str, settings: dict[str, object]) -> None:
+    engine, found = steps(MODELS[name], True, **settings)
+    assert engine._graphed is not None
+    assert engine._graphed._recording is not None, "nothing was recorded"
+    plain, expected = steps(MODELS[name], False, **settings)
+    assert plain._graphed is None
+    assert found == expected
+    for ours, theirs in zip(whole_state(engine), whole_state(plain), strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_is_the_same_and_resumes(tmp_path: Path, corpus: Path) -> None:
+    overrides = ("training.total_steps=40", "schedule=constant", "engine.device=cuda")
+    for folder, graphs in (("graphs", "true"), ("plain", "false")):
+        result = train(tmp_path / folder, corpus, *overrides, f"engine.cuda_graphs={graphs}")
+        assert result.returncode == 0, result.stderr
+    expected = [record["loss"] for record in metrics(tmp_path / "plain")]
+    assert [record["loss"] for record in metrics(tmp_path / "graphs")] == expected
+    short = ("training.total_steps=15", *overrides[1:])
+    assert train(tmp_path / "two", corpus, *short, "engine.cuda_graphs=true").returncode == 0
+    assert train(tmp_path / "two", corpus, *overrides, "engine.cuda_graphs=true").returncode == 0
+    assert [record["loss"] for record in metrics(tmp_path / "two")] == expected

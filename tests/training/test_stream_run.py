@@ -1,0 +1,140 @@
+"""Runs of train.py that stream: killed, and gone on with on other ranks; read to the end; refused."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.conftest import make_texts
+from tests.data.file_server import address, serving
+from tests.data.streams import write_files, write_tokenizer
+from tests.helpers import REPOSITORY, TINY_RUN, environment, metrics
+
+STEPS = ("training.total_steps=24", "checkpoint.interval_steps=4", "training.global_batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stream")
+    texts = make_texts(900)
+    write_tokenizer(folder / "tokenizer.json", texts[::5])
+    return write_files(folder / "text", [texts[i::5] for i in range(5)])
+
+
+def command(text: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [
+        *launcher, str(REPOSITORY / "train.py"), "data=stream", f"data.path={text}", "data.workers=0",
+        f"data.tokenizer={text.parent / 'tokenizer.json'}", f"data.cache_dir={text.parent / 'cache'}",
+        *[setting for setting in TINY_RUN if not setting.startswith("data.vocab_size")],
+        *STEPS, "training.micro_batch_size=2", f"run_dir={run_dir}", *overrides,
+    ]  # fmt: skip
+
+
+def run(text: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(text, run_dir, *overrides, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=120
+    )
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_dir)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_losses(text: Path, tmp_path: Path) -> None:
+    whole = run(text, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "5 files of text" in whole.stdout + whole.stderr
+    process = subprocess.Popen(
+        command(text, tmp_path / "killed"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list((tmp_path / "killed").glob("checkpoints/step_*8/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = run(text, tmp_path / "killed", "engine=ddp", "engine.device=cpu", ranks=2)
+    assert again.returncode == 0, again.stderr
+    torch.testing.assert_close(losses(tmp_path / "killed"), losses(tmp_path / "whole"), rtol=2e-5, atol=0)
+    places = [json.loads(next((tmp_path / name / "checkpoints").glob("*24/state.json")).read_text())["data"] for name in
+              ("killed", "whole")]  # fmt: skip
+    assert places[0] == places[1]
+    assert {lane["file"] for lane in places[0]["lanes"][""]} <= {f"{i:03d}.jsonl.zst" for i in range(5)}
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_ends_the_run_at_its_last_checkpoint(text: Path, tmp_path: Path) -> None:
+    """And when it is there again, the run goes on from it to the same losses, on other ranks."""
+    small = write_files(tmp_path / "text", [make_texts(160, seed=i) for i in range(16)])
+    (tmp_path / "tokenizer.json").write_bytes((text.parent / "tokenizer.json").read_bytes())
+    long = "data.sequence_length=512"
+    whole = run(small, tmp_path / "whole", long)
+    assert whole.returncode == 0, whole.stderr
+    with serving({f"/{file.name}": file.read_bytes() for file in sorted(small.iterdir())}) as server:
+        patience = ["data.network_retries=1", "data.network_timeout_seconds=5", "data.workers=1", long]
+        place = f"data.path='{address(server, '/{000..015}.jsonl.zst')}'"
+        # Four lanes with four files each, one after another; the first is enough for some steps.
+        server.faults = itertools.chain([None] * 5, itertools.repeat(lambda handler: handler.send_error(503)))
+        gone = run(small, tmp_path / "run", place, *patience)
+        assert gone.returncode == 1, gone.stderr
+        assert re.search(r"http://127.*zst: given up after 2 attempts in a row, the last one: HTTP 503", gone.stderr)
+        assert "Traceback" not in gone.stderr
+        last = metrics(tmp_path / "run")[-1]["step"]
+        assert 4 <= last < 24, gone.stderr
+        server.faults = iter([])
+        again = run(small, tmp_path / "run", place, *patience, "engine=ddp", "engine.device=cpu", ranks=2)
+        assert again.returncode == 0, again.stderr
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=2e-5, atol=0)
+
+
+def test_it_ends_with_the_text(text: Path, tmp_path: Path) -> None:
+    small = write_files(tmp_path / "text", [make_texts(9), make_texts(14, seed=1)])
+    (small.parent / "tokenizer.json").write_bytes((text.parent / "tokenizer.json").read_bytes())
+    done = run(small, tmp_path / "run", "data.repeat=false", "training.total_steps=400")
+    assert done.returncode == 0, done.stderr
+    last = metrics(tmp_path / "run")[-1]["step"]
+    assert 5 < last < 400
+    assert f"the text ended after step {last}" in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / f"step_{last:08d}").is_dir()
+    assert metrics(tmp_path / "run")[-1]["data/left_out_documents"] == 0
+
+
+@pytest.mark.slow
+def test_a_damaged_file_ends_the_run_with_the_reason(text: Path, tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "text", [make_texts(40, seed=i) for i in range(4)])
+    (folder.parent / "tokenizer.json").write_bytes((text.parent / "tokenizer.json").read_bytes())
+    file = folder / "002.jsonl.zst"
+    file.write_bytes(file.read_bytes()[:-40])
+    done = run(folder, tmp_path / "run", "data.workers=1")
+    assert done.returncode == 1
+    assert f"{file}: the zstd data is truncated" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.tokenizer=null", "data.tokenizer=None: expected a tokenizer.json"),
+        ("data.path=/nowhere", "data.path=/nowhere: there is no such file"),
+        ("data.lanes=6", "data.lanes=6: expected null or a multiple of training.global_batch_size (4)"),
+        ("data.shuffle_documents=-1", "data.shuffle_documents=-1: expected 0 or more"),
+        ("data.path=/nowhere/*.jsonl", "data.path /nowhere/*.jsonl: no such file or folder"),
+        ("data.path=http://127.0.0.1:1/a.parquet", "read over the network are .txt, .jsonl"),
+    ],
+)
+def test_a_mistake_is_one_line(text: Path, tmp_path: Path, override: str, said: str) -> None:
+    done = run(text, tmp_path / "run", override)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
