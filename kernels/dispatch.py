@@ -78,6 +78,13 @@ def processors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index or 0).multi_processor_count
 
 
+@functools.cache
+def has_large_shared_memory(index: int | None) -> bool:
+    """Whether a block may have 160 KiB, as on A100, H100 and B200; others have 99."""
+    capability = torch.cuda.get_device_capability(index or 0)
+    return capability == (8, 0) or capability[0] in (9, 10)
+
+
 def alignment(*sizes: int) -> int:
     """Elements that rows can be read in at a time: the largest power of two up to 8 that divides all sizes."""
     return math.gcd(8, *sizes)
