@@ -78,6 +78,13 @@ def processors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index or 0).multi_processor_count
 
 
+@functools.cache
+def shared_bytes(index: int | None) -> int:
+    """Shared memory that a program may have on a CUDA device, but for a few KiB of the compiler's own."""
+    properties = torch.cuda.get_device_properties(index or 0)
+    return properties.shared_memory_per_block_optin - 8192  # type: ignore[attr-defined]
+
+
 def alignment(*sizes: int) -> int:
     """Elements that rows can be read in at a time: the largest power of two up to 8 that divides all sizes."""
     return math.gcd(8, *sizes)

@@ -15,6 +15,10 @@ from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
 
 SPILLED_BYTES = 160  # the gated backward of 5,120 channels
 SIZES = [768, 5120]
+CONVOLUTIONS = (
+    (conv_kernels.forward_kernel, conv.forward_shape(8, 2048, 5120)),
+    (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120)),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +49,9 @@ def norm_resources(
     kernel: Any, size: int, gated: bool, folder: Path, capability: int = 90, before: bool = False, align: int = 4
 ) -> Resources:
     is_forward = kernel is norm_kernels.forward_kernel
-    shape = (norm.forward_shape if is_forward else norm.backward_shape)(size, gated)
+    shared = 227 * 1024 if capability in (90, 100) else 99 * 1024
+    row_bytes = 6 if gated else 10
+    shape = norm.forward_shape(size, gated) if is_forward else norm.backward_shape(size, gated, row_bytes, shared)
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("x", "y", "y_grad", "x_grad"), "*bf16")
     arguments |= dict.fromkeys(("weight", "inverse_rms", "parts"), "*fp32")
@@ -60,7 +66,7 @@ def norm_resources(
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_convolution(capability: int, tmp_path: Path) -> None:
-    for kernel, shape in ((conv_kernels.forward_kernel, conv.FORWARD), (conv_kernels.backward_kernel, conv.BACKWARD)):
+    for kernel, shape in CONVOLUTIONS:
         found = conv_resources(kernel, shape, tmp_path, capability)
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack == 0
@@ -70,7 +76,7 @@ def test_convolution(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "width", "align"), [("*bf16", 4, 8), ("*fp16", 3, 4), ("*fp32", 2, 1)])
 def test_options_of_the_convolution(dtype: str, width: int, align: int, tmp_path: Path) -> None:
-    for kernel, shape in ((conv_kernels.forward_kernel, conv.FORWARD), (conv_kernels.backward_kernel, conv.BACKWARD)):
+    for kernel, shape in CONVOLUTIONS:
         found = conv_resources(kernel, shape, tmp_path, dtype=dtype, width=width, everything=True, align=align)
         assert found.stack <= SPILLED_BYTES
 
