@@ -79,10 +79,16 @@ def processors(index: int | None) -> int:
 
 
 @functools.cache
+def shared_bytes(index: int | None) -> int:
+    """Shared memory that a program may have on a CUDA device, but for a few KiB of the compiler's own."""
+    properties = torch.cuda.get_device_properties(index or 0)
+    return properties.shared_memory_per_block_optin - 8192  # type: ignore[attr-defined]
+
+
+@functools.cache
 def has_large_shared_memory(index: int | None) -> bool:
-    """Whether a block may have 160 KiB, as on A100, H100 and B200; others have 99."""
-    capability = torch.cuda.get_device_capability(index or 0)
-    return capability == (8, 0) or capability[0] in (9, 10)
+    """Whether a program may have some 150 KiB of it, as on A100, H100 and B200; others have 99."""
+    return shared_bytes(index) > 150 * 1024
 
 
 def alignment(*sizes: int) -> int:
