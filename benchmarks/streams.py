@@ -38,11 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mamba_train.config import DataConfig, DataSource, EncoderKind
 from mamba_train.data.batches import WindowForm, document_numbers
 from mamba_train.data.encoders import Encoder, fastokens_call
-from mamba_train.data.lane_reader import ENCODE_CHARACTERS
 from mamba_train.data.lanes import Cursor
 from mamba_train.data.stream_loader import RankRows, StreamLoader
 from mamba_train.data.stream_opening import list_stream, open_stream
-from mamba_train.data.streams import StreamSource, encoder_of
+from mamba_train.data.streams import ENCODE_CHARACTERS, StreamSource, encoder_of
 from mamba_train.data.text_files import TextRecord
 from mamba_train.data.tokenizer import load_tokenizer
 
@@ -60,13 +59,13 @@ def cut(file: Path, folder: Path, n_files: int) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def bare(texts: list[str], encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[int]:
+def bare(texts: list[str], kind: EncoderKind, encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[int]:
     """Tokens of each call of the library on texts in memory, for ever."""
     while True:
         group: list[str] = []
         for text in texts:
             group.append(text)
-            if sum(map(len, group)) >= ENCODE_CHARACTERS:
+            if sum(map(len, group)) >= ENCODE_CHARACTERS[kind]:
                 yield sum(len(ids) + 1 for ids in encode(group))
                 group = []
 
@@ -162,7 +161,7 @@ def main() -> None:
             source = make_source(Path(name), options, kind)
             tokenizer = load_tokenizer(options.tokenizer)
             sides = [
-                bare(texts, library_call(options.tokenizer, kind)),
+                bare(texts, kind, library_call(options.tokenizer, kind)),
                 ours(source, options.rows),
                 ours(make_source(options.file, options, kind), options.rows),
                 theirs(Path(name), encoder_of(tokenizer, kind), tokenizer.eos_id, options.length, options.rows),
