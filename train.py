@@ -16,6 +16,7 @@ def run(config: Config, stop: StopRequest) -> None:
         from mamba_train.checkpoint import NotEnoughDiskSpace
         from mamba_train.data.corpus import ReadError
         from mamba_train.training.build import build_trainer
+        from mamba_train.training.hooks.rollback import GaveUp
 
         trainer = build_trainer(config, stop)
 
@@ -26,7 +27,7 @@ def run(config: Config, stop: StopRequest) -> None:
     signal.signal(signal.SIGINT, interrupt)
     try:
         trainer.run()
-    except (NotEnoughDiskSpace, ReadError, ranks.OtherRankFailed) as error:
+    except (NotEnoughDiskSpace, ReadError, GaveUp, ranks.OtherRankFailed) as error:
         composition.exit_with_error(error, code=1)
     except Stopped as stopped:
         print(f"{stopped}: the same command goes on from there", file=sys.stderr)

@@ -70,7 +70,7 @@ def conv_layer(batch: int, channels: int, width: int = 4) -> dict[str, Tensor]:
 
 def scan_calls(layers: list[dict[str, Tensor]]) -> list[Call | None]:
     ours: Call = lambda layer: selective_scan_step(**layers[layer])  # noqa: E731
-    plain: Call = lambda layer: step._reference(*layers[layer].values(), True)  # noqa: E731
+    plain: Call = lambda layer: step._reference(*layers[layer].values(), True, False)  # noqa: E731
     try:
         from mamba_ssm.ops.triton.selective_state_update import selective_state_update
     except ImportError:

@@ -47,6 +47,7 @@ def summary(samples: list[float]) -> Time:
 
 def graph_time(call: Callable[[], object], replays: int = 9) -> Time:
     """GPU time of a call, from a graph of as many calls as take some 5 ms."""
+    torch.cuda.synchronize()  # the other stream does not wait for the inputs
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):

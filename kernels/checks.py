@@ -63,3 +63,13 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     """Return whether autograd would record an operation on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_in_place(operator: str, state: torch.Tensor, *arguments: torch.Tensor | None) -> None:
+    """Raise ValueError unless a new state can be written where `state` lies."""
+    if needs_gradient(state, *arguments):
+        raise ValueError(f"{operator}: in_place=True keeps nothing for a backward pass; call it under torch.no_grad()")
+    if not state.is_contiguous():
+        raise ValueError(
+            f"{operator}: state has strides {state.stride()}, expected a contiguous one with in_place=True"
+        )

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
+from kernels.operator import Operator
+
 _log = logging.getLogger(__name__)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = (8, 0)
 
 
-def on_cuda(op: CustomOpDef, accelerated: Callable[..., Any], unsupported: Callable[..., str | None]) -> None:
+def on_cuda(
+    op: CustomOpDef | Operator, accelerated: Callable[..., Any], unsupported: Callable[..., str | None]
+) -> None:
     """Have `accelerated` compute `op` on CUDA devices, except where `unsupported(*arguments)` gives a reason."""
     reference, name = op._init_fn, op._name
 

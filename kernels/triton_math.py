@@ -17,3 +17,20 @@ def sigmoid(x):
     return tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) to the last bits of fp32 where it is small, which the logarithm of the GPU is not."""
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)  # log(1 + e) = 2 artanh(s), s at most 1/3: its series
+    q = s * s
+    series = 1.0 / 15
+    series = series * q + 1.0 / 13
+    series = series * q + 1.0 / 11
+    series = series * q + 1.0 / 9
+    series = series * q + 1.0 / 7
+    series = series * q + 1.0 / 5
+    series = series * q + 1.0 / 3
+    series = series * q + 1.0
+    return tl.maximum(x, 0.0) + 2.0 * s * series

@@ -82,9 +82,11 @@ class Precision(StrEnum):
 class Recompute(StrEnum):
     """What the backward pass computes again instead of having kept it."""
 
+    auto = "auto"  # scan on a GPU, none on the CPU
     none = "none"
-    layer = "layer"  # all of a layer but its inputs
+    scan = "scan"  # what the scan of a Mamba-1 layer returns and the Δ that it reads
     keep_scan = "keep_scan"  # all of a layer but its inputs and what its scan returns
+    layer = "layer"  # all of a layer but its inputs
 
 
 class WandbMode(StrEnum):
@@ -249,7 +251,7 @@ class EngineConfig:
     kernel_cache: str | None = None  # folder for compiled kernels, best on a disk of the node; null: the user's cache
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
     cuda_graphs: bool | None = None  # replay forward and backward as one graph; null: with engine=single on a GPU
-    recompute: Recompute = Recompute.none  # activation checkpointing: less memory, more computation
+    recompute: Recompute = Recompute.auto  # activation checkpointing: less memory, more computation
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
     zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too
     # fsdp
@@ -294,6 +296,20 @@ class TrainingConfig:
     micro_batch_size: int = 8  # sequences per forward pass on one rank
     validation_interval_steps: int = 100
     validation_sequences: int = 256  # how many are read at each validation
+
+
+@dataclass
+class GuardConfig:
+    """Which steps are not applied because of their loss or gradient norm, and when a run goes back."""
+
+    outliers: bool = True  # false: only steps that are not finite are skipped
+    window_steps: int = 128  # applied steps that a step is compared with
+    min_steps: int = 32  # so many must have been applied before one is compared
+    deviations: float = 15.0  # standard deviations above the median that are still usual
+    loss_rise: float = 0.75  # nats above the median that are usual in any case
+    norm_ratio: float = 10.0  # of a gradient norm to the median that is usual in any case
+    rollback_after: int = 5  # skipped steps in a row that lead back to a checkpoint; 0: never
+    max_rollbacks: int = 3  # without a full window of applied steps in between; then the run gives up
 
 
 @dataclass
@@ -353,6 +369,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = 0
     # Weights to begin with: a run, a checkpoint, published weights, a name on the Hub; null: drawn ones.

@@ -11,6 +11,7 @@ from kernels.causal_conv1d import dispatch  # noqa: F401  registers torch.ops.ma
 from kernels.causal_conv1d.step import advance
 from kernels.checks import (
     check_floating,
+    check_in_place,
     check_not_empty,
     check_same_device,
     check_seq_idx,
@@ -85,13 +86,20 @@ def causal_conv1d(
 
 
 def causal_conv1d_step(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = None
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Advance the convolution by one position; the same as `causal_conv1d` on a sequence of length 1.
 
     Shapes: state (batch, width-1, channel), the inputs before this one; x (batch, channel); weight (channel, width);
-    bias (channel). Returns y (batch, channel) in the dtype of x and the new state in the dtype of `state`, which
-    itself is not changed. Raises ValueError naming the argument that does not fit.
+    bias (channel). Returns y (batch, channel) in the dtype of x and the new state in the dtype of `state`.
+    in_place: `state` becomes the new state, without gradients; otherwise it is not changed.
+    Raises ValueError naming the argument that does not fit.
     """
     name = "causal_conv1d_step"
     check_tensor(name, "x", x, [("batch", None), ("channel", None)])
@@ -101,7 +109,9 @@ def causal_conv1d_step(
     check_tensor(name, "state", state, expected)
     check_floating(name, state=state, x=x, weight=weight, bias=bias)
     check_same_device(name, "x", state=state, x=x, weight=weight, bias=bias)
-    return advance(state, x, weight, bias, activation == "silu")
+    if in_place:
+        check_in_place(name, state, x, weight, bias)
+    return advance(state, x, weight, bias, activation == "silu", in_place)
 
 
 def _check_filter(name: str, weight: Tensor, bias: Tensor | None, activation: str | None, channels: int) -> None:

@@ -71,8 +71,12 @@ def backward(
     silu: bool,
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
+    x_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator's backward: gradients of x, weight, bias, initial state; empty for an absent one."""
+    """The operator's backward: gradients of x, weight, bias, initial state; empty for an absent one.
+
+    x_grad: where the first one goes, with neighbouring channels side by side.
+    """
     from kernels.causal_conv1d.triton_kernels import backward_kernel
     from kernels.sum_parts import COLUMNS, ROWS, sum_parts
 
@@ -80,19 +84,21 @@ def backward(
     y_grad = torch.zeros_like(x) if y_grad is None else y_grad
     x, y_grad = _unit(x), _unit(y_grad)
     initial_state, bias, final_grad = _contiguous(initial_state), _contiguous(bias), _contiguous(final_grad)
-    x_grad = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    if x_grad is None:
+        x_grad = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     state_grad = x.new_empty((0,) if initial_state is None else initial_state.shape)
     weight_grad = weight.new_empty(weight.shape)
     bias_grad = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
     shape, kinds = BACKWARD, width + (bias is not None)
     chunks = -(-length // (shape.steps - (width - 1)))
     parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
-    align = alignment(channels, x.stride(0), x.stride(1), y_grad.stride(0), y_grad.stride(1))
+    strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]
+    align = alignment(channels, *strides)
     with torch.cuda.device_of(x):
         backward_kernel[(batch * chunks * -(-channels // shape.block),)](
             *(y_grad, final_grad, x, weight, bias, seq_idx, initial_state, x_grad, state_grad, parts),
-            *(y_grad.stride(0) // align, y_grad.stride(1) // align),
-            *(x.stride(0) // align, x.stride(1) // align, weight.stride(0), weight.stride(1)),
+            *(stride // align for stride in strides),
+            *(weight.stride(0), weight.stride(1)),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             *(length, channels // align, chunks, shape.steps),
             *(width, silu, align, shape.block, shape.unroll),

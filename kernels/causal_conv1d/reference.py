@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kernels.checks import compute_dtype
+from kernels.operator import operator
 
 
-@torch.library.custom_op("mamba_train::causal_conv1d", mutates_args=())
+@operator("mamba_train::causal_conv1d")
 def causal_conv1d_op(
     x: Tensor,
     weight: Tensor,
@@ -40,7 +41,7 @@ def _(x, weight, bias, silu, seq_idx, initial_state):
     return x.new_empty(x.shape), x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
 
 
-@torch.library.custom_op("mamba_train::causal_conv1d_backward", mutates_args=())
+@operator("mamba_train::causal_conv1d_backward")
 def causal_conv1d_backward_op(
     y_grad: Tensor | None,
     final_state_grad: Tensor | None,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.checks import compute_dtype, needs_gradient
 from kernels.dispatch import on_cuda, triton_unsupported
+from kernels.operator import operator
 
 MAX_WIDTH = 16  # of the kernel, which is unrolled over the width
 
@@ -24,10 +25,16 @@ class Launch(NamedTuple):
 LAUNCH = Launch(channels=256, warps=4)
 
 
-def advance(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+def advance(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, in_place: bool
+) -> tuple[Tensor, Tensor]:
     """y and the new state; the arguments are those of `causal_conv1d_step`, already checked."""
     if x.is_cuda and not needs_gradient(state, x, weight, bias):
+        if in_place:
+            return torch.ops.mamba_train.causal_conv1d_step_.default(state, x, weight, bias, silu), state
         return torch.ops.mamba_train.causal_conv1d_step.default(state, x, weight, bias, silu)
+    if in_place:
+        return _reference_(state, x, weight, bias, silu), state
     return _reference(state, x, weight, bias, silu)
 
 
@@ -43,14 +50,30 @@ def _reference(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, si
     return y.to(x.dtype), window[:, 1:].to(state.dtype).contiguous()
 
 
+def _reference_(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    y, new_state = _reference(state, x, weight, bias, silu)
+    state.copy_(new_state)
+    return y
+
+
 def launch(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
     """The operator on a CUDA device."""
+    new_state = torch.empty_like(state, memory_format=torch.contiguous_format)
+    return _launch(state, new_state, x, weight, bias, silu), new_state
+
+
+def launch_(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """The operator on a CUDA device that changes its state."""
+    return _launch(state, state, x, weight, bias, silu)
+
+
+def _launch(state: Tensor, new_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     from kernels.causal_conv1d.step_kernel import step_kernel
 
     (batch, channels), width = x.shape, weight.shape[1]
-    y, new_state = x.new_empty((batch, channels)), state.new_empty((batch, width - 1, channels))
+    y = x.new_empty((batch, channels))
     if y.numel() == 0:
-        return y, new_state
+        return y
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
         step_kernel[(batch, -(-channels // LAUNCH.channels))](
@@ -61,7 +84,7 @@ def launch(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: 
             CHANNELS=LAUNCH.channels,
             num_warps=LAUNCH.warps,
         )
-    return y, new_state
+    return y
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -71,11 +94,18 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
     return triton_unsupported(x)
 
 
-# An operator for CUDA devices only: elsewhere, and where gradients are wanted, the plain functions are faster.
-_op = torch.library.custom_op("mamba_train::causal_conv1d_step", _reference, mutates_args=())
+# Operators for CUDA devices only: elsewhere, and where gradients are wanted, the plain functions are faster.
+_op = operator("mamba_train::causal_conv1d_step")(_reference)
 on_cuda(_op, launch, lambda state, x, weight, *_: unsupported(x, weight))
+_op_ = operator("mamba_train::causal_conv1d_step_", mutates_args=("state",))(_reference_)
+on_cuda(_op_, launch_, lambda state, x, weight, *_: unsupported(x, weight))
 
 
 @_op.register_fake
 def _(state, x, weight, bias, silu):
     return x.new_empty(x.shape), state.new_empty(state.shape)
+
+
+@_op_.register_fake
+def _(state, x, weight, bias, silu):
+    return x.new_empty(x.shape)

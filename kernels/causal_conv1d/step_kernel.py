@@ -24,7 +24,10 @@ def step_kernel(
     SILU: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Program (b, c): CHANNELS channels of sequence b. y and new_state are contiguous, all else has strides."""
+    """Program (b, c): CHANNELS channels of sequence b. y and new_state are contiguous, all else has strides.
+
+    new_state may be state itself: a thread has read all of its channels' taps before it writes the first.
+    """
     sequence = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     row = channel < channels

@@ -155,7 +155,8 @@ def forward_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("grad_batch", "grad_row", "x_batch", "x_row", "weight_channel", "weight_tap", "seq_batch", "seq_row"),
+        *("grad_batch", "grad_row", "x_batch", "x_row", "out_batch", "out_row"),
+        *("weight_channel", "weight_tap", "seq_batch", "seq_row"),
         *("length", "channels", "chunks", "steps"),
     ]
 )
@@ -174,6 +175,8 @@ def backward_kernel(
     grad_row,
     x_batch,
     x_row,
+    out_batch,
+    out_row,
     weight_channel,
     weight_tap,
     seq_batch,
@@ -209,8 +212,8 @@ def backward_kernel(
     x_row = x_row.to(tl.int64) * ALIGN
     y_grad += batch * grad_batch * ALIGN
     grad_row = grad_row.to(tl.int64) * ALIGN
-    out_row = channels.to(tl.int64)
-    x_grad += batch * length * out_row
+    out_row = out_row.to(tl.int64) * ALIGN
+    x_grad += batch * out_batch * ALIGN
     if PACKED:
         seq_idx += batch * seq_batch
         seq_row = seq_row.to(tl.int64)

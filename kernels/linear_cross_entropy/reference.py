@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import compute_dtype
+from kernels.operator import operator
 
 CPU_LOGITS = 2**20  # 4 MiB in fp32, which its caches hold
 GPU_LOGITS = 2**27  # 0.5 GiB in fp32, and half as much for their gradient in bf16
@@ -20,7 +21,7 @@ def default_chunk_size(hidden: Tensor, weight: Tensor) -> int:
     return max(1, tokens - tokens % ROWS if tokens > ROWS else tokens)
 
 
-@torch.library.custom_op("mamba_train::linear_cross_entropy", mutates_args=())
+@operator("mamba_train::linear_cross_entropy")
 def linear_cross_entropy_op(
     hidden: Tensor,
     weight: Tensor,
@@ -67,7 +68,7 @@ def _(hidden, weight, targets, ignore_index, chunk_size, z_loss, hidden_needs_gr
     )
 
 
-@torch.library.custom_op("mamba_train::token_cross_entropy", mutates_args=())
+@operator("mamba_train::token_cross_entropy")
 def token_cross_entropy_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_size: int, z_loss: float
 ) -> Tensor:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.checks import compute_dtype
+from kernels.operator import operator
 
 
-@torch.library.custom_op("mamba_train::gated_rms_norm", mutates_args=())
+@operator("mamba_train::gated_rms_norm")
 def gated_rms_norm_op(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
 ) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,7 @@ def _(x, z, weight, eps, group_size, norm_before_gate):
     return x.new_empty(x.shape), x.new_empty(shape, dtype=compute_dtype(x))
 
 
-@torch.library.custom_op("mamba_train::gated_rms_norm_backward", mutates_args=())
+@operator("mamba_train::gated_rms_norm_backward")
 def gated_rms_norm_backward_op(
     y_grad: Tensor, x: Tensor, z: Tensor, weight: Tensor, inverse_rms: Tensor, norm_before_gate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,28 +10,50 @@ from torch import Tensor
 from kernels.dispatch import alignment, processors, triton_unsupported
 
 MAX_SIZE = 16384  # channels that a program holds in registers
+MANY = 2**20  # programs, when each is to do its rows once
 
 
 class Shape(NamedTuple):
     """How a kernel divides its work."""
 
     rows: int  # that a program has at once
+    block: int  # channels of a piece of a row, a power of two
     warps: int
     programs: int  # of a multiprocessor
     stages: int  # rows that are on their way from memory at once
 
 
-# First guesses, measured as they are (docs/kernels.md) and compared with no others.
+def forward_shape(size: int, gated: bool) -> Shape:
+    """The forward kernel for groups of `size` channels."""
+    block = piece(size)
+    rows = max(1, 512 // _padded(size, block))
+    return Shape(rows, block, warps=_warps(rows, block, 4), programs=MANY, stages=1)
 
 
-def forward_shape(block: int) -> Shape:
-    """The forward kernel for a group of `block` channels, a power of two."""
-    return Shape(rows=max(1, 1024 // block), warps=max(1, min(16, block // 512)), programs=16, stages=1)
+def backward_shape(size: int, gated: bool) -> Shape:
+    """The backward kernel for groups of `size` channels."""
+    block = piece(size)
+    rows = max(1, 512 // _padded(size, block))
+    warps = _warps(rows, block, 4)
+    return Shape(rows, block, warps, programs=max(1, 16 // warps), stages=2)
 
 
-def backward_shape(block: int) -> Shape:
-    """The backward kernel for a group of `block` channels, a power of two."""
-    return Shape(rows=max(1, 1024 // block), warps=max(1, min(16, block // 512)), programs=8, stages=2)
+def piece(size: int) -> int:
+    """Channels of a piece: as many as possible with few lanes idle in the last one."""
+    largest = _power_of_two(size)
+    if largest <= 256:
+        return largest
+    limit = max(1024, largest // 8)
+    return next(b for b in (limit, limit // 2, 256) if b == 256 or (b <= largest and 8 * _padded(size, b) <= 9 * size))
+
+
+def _padded(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+def _warps(rows: int, block: int, elements: int) -> int:
+    """So many that a thread has this many elements of each piece."""
+    return max(1, min(16, rows * block // 32 // elements))
 
 
 def unsupported(x: Tensor, size: int) -> str | None:
@@ -107,9 +129,8 @@ def _forward(
     inverse_rms = torch.empty((*shape[:-1], groups), dtype=torch.float32, device=device)
     x, residual, z, weight = _rows(x), _rows(residual), _rows(z), weight.contiguous()  # type: ignore[assignment]
     strides = [0 if t is None else t.stride(0) for t in (x, residual, z)]
-    align = alignment(size, *strides)
-    block = _power_of_two(size)
-    launch = forward_shape(block)
+    align = _alignment(size, strides, (x, residual, z, total))
+    launch = forward_shape(size, z is not None)
     programs, span = _programs(x, groups, launch)
     if programs:
         with torch.cuda.device_of(x):
@@ -117,7 +138,7 @@ def _forward(
                 *(x, residual, z, weight, y, total, inverse_rms),
                 *(stride // align for stride in strides),
                 *(x.shape[0], size // align, groups, span, eps),
-                *(norm_before_gate, align, block, launch.rows, launch.stages),
+                *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows, launch.stages),
                 num_warps=launch.warps,
             )
     return y, y if total is None else total, inverse_rms
@@ -146,9 +167,8 @@ def _backward(
     weight_grad = torch.empty((channels,), dtype=weight.dtype, device=device)
     tensors = y_grad, through, x, z = [_rows(t) for t in (y_grad, through, x, z)]  # type: ignore[assignment]
     strides = [0 if t is None else t.stride(0) for t in tensors]
-    align = alignment(size, *strides)
-    block = _power_of_two(size)
-    launch = backward_shape(block)
+    align = _alignment(size, strides, (y_grad, through, x, z))
+    launch = backward_shape(size, z is not None)
     programs, span = _programs(x, groups, launch)
     if not programs:
         return x_grad, total_grad, z_grad, weight_grad.zero_()
@@ -158,7 +178,7 @@ def _backward(
             *(y_grad, through, x, z, weight.contiguous(), inverse_rms, x_grad, total_grad, z_grad, parts),
             *(stride // align for stride in strides),
             *(x.shape[0], size // align, groups, span),
-            *(norm_before_gate, align, block, launch.rows, launch.stages),
+            *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows, launch.stages),
             num_warps=launch.warps,
         )
         sum_parts[(-(-channels // COLUMNS), 1)](
@@ -182,6 +202,12 @@ def _programs(x: Tensor, groups: int, launch: Shape) -> tuple[int, int]:
     most = max(1, (processors(x.device.index) if x.is_cuda else 1) * launch.programs // groups)
     span = -(-rows // (most * launch.rows)) * launch.rows
     return (-(-rows // span) if rows else 0), span
+
+
+def _alignment(size: int, strides: list[int], tensors: tuple[Tensor | None, ...]) -> int:
+    """Elements that rows are read in at a time: the same for all, or values would have to change threads."""
+    widest = max(tensor.element_size() for tensor in tensors if tensor is not None)
+    return alignment(size, 16 // widest, *strides)
 
 
 def _power_of_two(size: int) -> int:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kernels.checks import compute_dtype
+from kernels.operator import operator
 
 
-@torch.library.custom_op("mamba_train::rms_norm", mutates_args=())
+@operator("mamba_train::rms_norm")
 def rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return y and 1 / rms, (..., 1)."""
     y, inverse_rms = _normalise(x.to(compute_dtype(x)), weight, eps)
@@ -20,7 +21,7 @@ def _(x, weight, eps):
     return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x))
 
 
-@torch.library.custom_op("mamba_train::add_rms_norm", mutates_args=())
+@operator("mamba_train::add_rms_norm")
 def add_rms_norm_op(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the sum x + residual, and 1 / rms, (..., 1)."""
     dtype = compute_dtype(x)
@@ -42,7 +43,7 @@ def _(x, residual, weight, eps):
     )
 
 
-@torch.library.custom_op("mamba_train::rms_norm_backward", mutates_args=())
+@operator("mamba_train::rms_norm_backward")
 def rms_norm_backward_op(
     y_grad: Tensor,
     through: Tensor | None,

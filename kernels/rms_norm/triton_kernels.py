@@ -1,8 +1,13 @@
 """The norms in Triton: the kernels. `launch.py` launches them, docs/kernels.md explains them.
 
 One pair of kernels for all of them: plain, after the residual add, gated, and over groups. A program owns one group of
-channels and a span of rows, so that the weight, and in the backward its gradient, stay in registers.
+channels and a span of rows, so that the weight, and in the backward its gradient, stay in registers. It holds a row in
+pieces: sizes of tensors are powers of two, and 5,120 channels in one of 8,192 would leave three lanes in eight idle.
 """
+
+# Tuples of Triton know "+" and not "*", and grow in its unrolled loops:
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated, misc"
 
 import triton
 import triton.language as tl
@@ -12,13 +17,13 @@ from kernels.triton_math import sigmoid
 
 @triton.jit
 def _load(tensor, row, row_stride, channel, is_inside):
-    values = tl.load(tensor + row[:, None] * row_stride + channel[None, :], mask=is_inside, other=0.0)
+    values = tl.load(tensor + row[:, None] * row_stride + channel, mask=is_inside, other=0.0)
     return values.to(tl.float32)
 
 
 @triton.jit
 def _store(tensor, row, row_stride, channel, is_inside, values):
-    tl.store(tensor + row[:, None] * row_stride + channel[None, :], values.to(tensor.dtype.element_ty), mask=is_inside)
+    tl.store(tensor + row[:, None] * row_stride + channel, values.to(tensor.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit(do_not_specialize=["x_row", "residual_row", "z_row", "rows", "size", "groups", "span"])
@@ -40,41 +45,57 @@ def forward_kernel(
     eps,
     NORM_FIRST: tl.constexpr,
     ALIGN: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y and 1 / rms of `span` rows of a group of channels; with `total` also the sum x + residual.
 
-    size: channels of a group. It and the strides are given in units of ALIGN, which tells the compiler how wide its
-    loads may be. span: a multiple of ROWS.
+    size: channels of a group, at most PIECES · BLOCK. It and the strides are given in units of ALIGN, which tells the
+    compiler how wide its loads may be. span: a multiple of ROWS.
     """
     size = size * ALIGN
     group = tl.program_id(0) % groups
     start = (tl.program_id(0) // groups).to(tl.int64) * span
-    column = tl.arange(0, BLOCK)
-    channel = group * size + column
-    w = tl.load(weight + channel, mask=column < size, other=0.0).to(tl.float32)[None, :]
+    column = tl.arange(0, BLOCK)[None, :]
+    first_channel = group * size
+    weights = ()
+    for piece in tl.static_range(PIECES):
+        c = piece * BLOCK + column
+        weights = weights + (tl.load(weight + first_channel + c, mask=c < size, other=0.0).to(tl.float32),)
     x_row, y_row = x_row.to(tl.int64) * ALIGN, groups * size
     for first in tl.range(start, min(start + span, rows), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
-        is_inside = (row < rows)[:, None] & (column < size)[None, :]
-        values = _load(x, row, x_row, channel, is_inside)
-        if residual is not None:
-            values += _load(residual, row, residual_row.to(tl.int64) * ALIGN, channel, is_inside)
-        if total is not None:
-            _store(total, row, y_row, channel, is_inside, values)
-        if z is not None:
-            gate = _load(z, row, z_row.to(tl.int64) * ALIGN, channel, is_inside)
-            gate *= sigmoid(gate)
-            if not NORM_FIRST:
-                values *= gate
-        scale = tl.rsqrt(tl.sum(values * values, axis=1) / size + eps)
+        normed = ()
+        gates = ()
+        squares = tl.zeros([ROWS, BLOCK], tl.float32)
+        for piece in tl.static_range(PIECES):
+            c = piece * BLOCK + column
+            is_inside = (row < rows)[:, None] & (c < size)
+            channel = first_channel + c
+            values = _load(x, row, x_row, channel, is_inside)
+            if residual is not None:
+                values += _load(residual, row, residual_row.to(tl.int64) * ALIGN, channel, is_inside)
+            if total is not None:
+                _store(total, row, y_row, channel, is_inside, values)
+            if z is not None:
+                gate = _load(z, row, z_row.to(tl.int64) * ALIGN, channel, is_inside)
+                gate *= sigmoid(gate)
+                if NORM_FIRST:
+                    gates = gates + (gate,)
+                else:
+                    values *= gate
+            squares += values * values
+            normed = normed + (values,)
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / size + eps)
         tl.store(inverse_rms + row * groups + group, scale, mask=row < rows)
-        values = values * scale[:, None] * w
-        if z is not None and NORM_FIRST:
-            values *= gate
-        _store(y, row, y_row, channel, is_inside, values)
+        for piece in tl.static_range(PIECES):
+            c = piece * BLOCK + column
+            values = normed[piece] * scale[:, None] * weights[piece]
+            if z is not None and NORM_FIRST:
+                values *= gates[piece]
+            _store(y, row, y_row, first_channel + c, (row < rows)[:, None] & (c < size), values)
 
 
 @triton.jit(do_not_specialize=["grad_row", "through_row", "x_row", "z_row", "rows", "size", "groups", "span"])
@@ -99,6 +120,7 @@ def backward_kernel(
     span,
     NORM_FIRST: tl.constexpr,
     ALIGN: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -110,43 +132,71 @@ def backward_kernel(
     size = size * ALIGN
     group = tl.program_id(0) % groups
     start = (tl.program_id(0) // groups).to(tl.int64) * span
-    column = tl.arange(0, BLOCK)
-    channel = group * size + column
-    w = tl.load(weight + channel, mask=column < size, other=0.0).to(tl.float32)[None, :]
-    weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    column = tl.arange(0, BLOCK)[None, :]
+    first_channel = group * size
+    weights = ()
+    weight_sums = ()
+    for piece in tl.static_range(PIECES):
+        c = piece * BLOCK + column
+        weights = weights + (tl.load(weight + first_channel + c, mask=c < size, other=0.0).to(tl.float32),)
+        weight_sums = weight_sums + (tl.zeros([ROWS, BLOCK], tl.float32),)
     grad_row, x_row, out_row = grad_row.to(tl.int64) * ALIGN, x_row.to(tl.int64) * ALIGN, groups * size
     for first in tl.range(start, min(start + span, rows), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
-        is_inside = (row < rows)[:, None] & (column < size)[None, :]
-        y_slope = _load(y_grad, row, grad_row, channel, is_inside)
-        given = _load(x, row, x_row, channel, is_inside)
         scale = tl.load(inverse_rms + row * groups + group, mask=row < rows, other=0.0)[:, None]
-        values, norm_slope = given, y_slope
-        if z is not None:
-            z_given = _load(z, row, z_row.to(tl.int64) * ALIGN, channel, is_inside)
-            of_z = sigmoid(z_given)
-            gate = z_given * of_z
-            gate_slope = of_z * (1.0 + z_given * (1.0 - of_z))
-            if NORM_FIRST:
-                norm_slope = y_slope * gate
-            else:
-                values = given * gate
-        normalised = values * scale
-        weight_sum += norm_slope * normalised
+        y_slopes = ()
+        givens = ()
+        z_givens = ()
+        sums = ()
+        products = tl.zeros([ROWS, BLOCK], tl.float32)
+        for piece in tl.static_range(PIECES):
+            c = piece * BLOCK + column
+            is_inside = (row < rows)[:, None] & (c < size)
+            channel = first_channel + c
+            y_slope = _load(y_grad, row, grad_row, channel, is_inside)
+            given = _load(x, row, x_row, channel, is_inside)
+            norm_slope, normalised = y_slope, given * scale
+            if z is not None:
+                z_given = _load(z, row, z_row.to(tl.int64) * ALIGN, channel, is_inside)
+                gate = z_given * sigmoid(z_given)
+                if NORM_FIRST:
+                    norm_slope *= gate
+                else:
+                    normalised *= gate
+                z_givens = z_givens + (z_given,)
+            sums = sums + (weight_sums[piece] + norm_slope * normalised,)
+            products += norm_slope * weights[piece] * normalised
+            y_slopes = y_slopes + (y_slope,)
+            givens = givens + (given,)
+        weight_sums = sums
         # d(v / rms) removes from the gradient of a group its component along the normalised group.
-        weighted = norm_slope * w
-        along = tl.sum(weighted * normalised, axis=1) / size
-        slope = (weighted - normalised * along[:, None]) * scale
-        if z is not None:
-            if NORM_FIRST:
-                _store(z_grad, row, out_row, channel, is_inside, y_slope * normalised * w * gate_slope)
+        along = (tl.sum(products, axis=1) / size)[:, None]
+        for piece in tl.static_range(PIECES):
+            c = piece * BLOCK + column
+            is_inside = (row < rows)[:, None] & (c < size)
+            channel = first_channel + c
+            y_slope, given, w = y_slopes[piece], givens[piece], weights[piece]
+            normalised = given * scale
+            if z is not None:
+                z_given = z_givens[piece]
+                of_z = sigmoid(z_given)
+                gate = z_given * of_z
+                gate_slope = of_z * (1.0 + z_given * (1.0 - of_z))
+                if NORM_FIRST:
+                    _store(z_grad, row, out_row, channel, is_inside, y_slope * normalised * w * gate_slope)
+                    slope = (y_slope * gate * w - normalised * along) * scale
+                else:
+                    slope = (y_slope * w - normalised * gate * along) * scale
+                    _store(z_grad, row, out_row, channel, is_inside, slope * given * gate_slope)
+                    slope *= gate
             else:
-                _store(z_grad, row, out_row, channel, is_inside, slope * given * gate_slope)
-                slope *= gate
-        if through is not None:
-            slope += _load(through, row, through_row.to(tl.int64) * ALIGN, channel, is_inside)
-        _store(x_grad, row, out_row, channel, is_inside, slope)
-        if total_grad is not None:
-            _store(total_grad, row, out_row, channel, is_inside, slope)
-    part = parts + (tl.program_id(0) // groups).to(tl.int64) * groups * size + channel
-    tl.store(part, tl.sum(weight_sum, axis=0), mask=column < size)
+                slope = (y_slope * w - normalised * along) * scale
+            if through is not None:
+                slope += _load(through, row, through_row.to(tl.int64) * ALIGN, channel, is_inside)
+            _store(x_grad, row, out_row, channel, is_inside, slope)
+            if total_grad is not None:
+                _store(total_grad, row, out_row, channel, is_inside, slope)
+    part = parts + (tl.program_id(0) // groups).to(tl.int64) * groups * size + first_channel
+    for piece in tl.static_range(PIECES):
+        c = piece * BLOCK + tl.arange(0, BLOCK)
+        tl.store(part + c, tl.sum(weight_sums[piece], axis=0), mask=c < size)

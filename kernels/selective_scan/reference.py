@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.checks import compute_dtype
+from kernels.operator import operator
 from kernels.selective_scan.plan import Plan, make_plan
 
 
-@torch.library.custom_op("mamba_train::selective_scan", mutates_args=())
+@operator("mamba_train::selective_scan")
 def selective_scan_op(
     x: Tensor,
     dt: Tensor,
@@ -70,7 +71,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, for_ba
     return x.new_empty(x.shape), final_state, starts, ungated
 
 
-@torch.library.custom_op("mamba_train::selective_scan_backward", mutates_args=())
+@operator("mamba_train::selective_scan_backward")
 def selective_scan_backward_op(
     y_grad: Tensor | None,
     final_state_grad: Tensor | None,

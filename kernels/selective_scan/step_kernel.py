@@ -3,22 +3,7 @@
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)) to the last bits of fp32 where it is small, which the logarithm of the GPU is not."""
-    e = tl.exp(-tl.abs(x))
-    s = e / (2.0 + e)  # log(1 + e) = 2 artanh(s), s at most 1/3: its series
-    q = s * s
-    series = 1.0 / 15
-    series = series * q + 1.0 / 13
-    series = series * q + 1.0 / 11
-    series = series * q + 1.0 / 9
-    series = series * q + 1.0 / 7
-    series = series * q + 1.0 / 5
-    series = series * q + 1.0 / 3
-    series = series * q + 1.0
-    return tl.maximum(x, 0.0) + 2.0 * s * series
+from kernels.triton_math import softplus
 
 
 @triton.jit
@@ -52,10 +37,14 @@ def step_kernel(
     z_batch,
     z_channel,
     SOFTPLUS: tl.constexpr,
+    A_IS_LOG: tl.constexpr,
     CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """Program (b, c): CHANNELS channels of sequence b. y and new_state are contiguous, all else has strides."""
+    """Program (b, c): CHANNELS channels of sequence b. y and new_state are contiguous, all else has strides.
+
+    new_state may be state itself: each element is read and written by the same thread, in this order.
+    """
     sequence = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.arange(0, STATES)
@@ -77,10 +66,16 @@ def step_kernel(
     if z is not None:
         gate = tl.load(z + sequence * z_batch + channel * z_channel, mask=row, other=0.0).to(tl.float32)
 
+    if A_IS_LOG:
+        rate = -tl.exp(rate)
     if SOFTPLUS:
         delta = softplus(delta)
     h = tl.exp(delta[:, None] * rate) * h + (delta * value)[:, None] * read[None, :]
-    tl.store(new_state + (sequence * channels + channel[:, None]) * states + n[None, :], h, mask=both)
+    tl.store(
+        new_state + (sequence * channels + channel[:, None]) * states + n[None, :],
+        h.to(new_state.dtype.element_ty),
+        mask=both,
+    )
     out = tl.sum(h * written[None, :], axis=1)
     if D is not None:
         out += skip

@@ -29,15 +29,50 @@ def step(
     z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
+    A_is_log: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operator `mamba_train::selective_scan_step`: y and the new state."""
+    new_state = x.new_empty((*x.shape, A.shape[1]), dtype=torch.float32)
+    return _launch(state, new_state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log), new_state
+
+
+def step_(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    A_is_log: bool,
+) -> Tensor:
+    """The operator `mamba_train::selective_scan_step_`: y, while `state` becomes the new one."""
+    return _launch(state, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log)
+
+
+def _launch(
+    state: Tensor,
+    new_state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    A_is_log: bool,
+) -> Tensor:
     from kernels.selective_scan.step_kernel import step_kernel
 
     (batch, channels), states = x.shape, A.shape[1]
     y = x.new_empty((batch, channels))
-    new_state = x.new_empty((batch, channels, states), dtype=torch.float32)
     if y.numel() == 0:
-        return y, new_state
+        return y
     padded_states = 1 << max(0, states - 1).bit_length()
     per_program = max(1, LAUNCH.elements // padded_states)
     D, dt_bias = (None if vector is None else vector.contiguous() for vector in (D, dt_bias))
@@ -48,8 +83,9 @@ def step(
             *(*state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride()),
             *((0, 0) if z is None else z.stride()),
             SOFTPLUS=dt_softplus,
+            A_IS_LOG=A_is_log,
             CHANNELS=per_program,
             STATES=padded_states,
             num_warps=LAUNCH.warps,
         )
-    return y, new_state
+    return y

@@ -105,6 +105,7 @@ RULES: tuple[Rule, ...] = (
         Action.warn,
         "validation losses before and after are of different text and decide together what is the best",
     ),
+    Rule("guard.*", Action.warn, "steps to come are judged by other bounds"),
     Rule("evaluation.*", Action.allow, "does not touch the training"),
     Rule("slurm.*", Action.allow, "where a run is planned for, not what it computes"),
     Rule("seed", Action.refuse, "the order of the data depends on it"),

@@ -65,6 +65,10 @@ def run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
     pretrained = load_pretrained(args.source, print)
+    if task := _of_training(pretrained, "task"):
+        raise ValueError(
+            f"{args.source}: trained on {task}, which has no text; {EVALUATION}/ of the run says how it does"
+        )
     if pretrained.tokenizer is None:
         raise ValueError(f"{args.source}: there is no tokenizer.json here, so bytes of text cannot be counted")
     tokenizer = TextTokenizer(pretrained.tokenizer, f"the tokenizer of {args.source}")
@@ -122,8 +126,14 @@ def _domains(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "dict[str,
 
 def _folders(args: argparse.Namespace) -> dict[str, Path]:
     if args.data:
-        named = [given.rpartition("=") for given in args.data]
-        return {name: Path(folder).expanduser() for name, _, folder in named}
+        found: dict[str, Path] = {}
+        for given in args.data:
+            # A folder may have "=" in its name.
+            name, _, folder = ("", "", given) if Path(given).expanduser().is_dir() else given.rpartition("=")
+            if name in found:
+                raise ValueError(f"--data {given}: another folder has the same name, or none; use --data NAME=FOLDER")
+            found[name] = Path(folder).expanduser()
+        return found
     if not (Path(args.source) / SUMMARY).is_file():
         raise ValueError(f"{args.source} is not the folder of a run, which knows its data; name some by --data FOLDER")
     summary = read_summary(Path(args.source))

@@ -132,6 +132,21 @@ class Corpus:
         shard = int(np.searchsorted(self._ends, start, side="right"))
         return self._shards[shard].path, start - int(self._ends[shard]) + self._shards[shard].n_tokens
 
+    def documents(self, start: int, n: int) -> list[tuple[str, int, int]]:
+        """(shard, first document, last document) of the tokens from `start` on, documents counted in their shard."""
+        found = []
+        end = min(start + n, self.n_tokens)
+        while start < end:
+            shard = int(np.searchsorted(self._ends, start, side="right"))
+            path, offset = self.place(start)
+            until = min(end, int(self._ends[shard]))
+            index = ShardReader(Path(path).with_suffix(""))
+            places = np.array([offset, offset + until - start - 1]) * index.tokens.itemsize
+            first, last = (np.searchsorted(index.pointers, places, side="right") - 1).tolist()
+            found.append((path, first, last))
+            start = until
+        return found
+
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill the 1-D array `out` with the tokens from `start` on, across shards where needed. Raises ReadError."""
         filled = 0

@@ -8,7 +8,8 @@ induction_heads    (arXiv 2312.00752, section 4.1.2) random tokens; somewhere to
 selective_copying  (arXiv 2312.00752, section 4.1.1) `items` tokens among noise (token 0) at random places, and at the
                    end as many markers (token 1), where they are asked for in their order.
 mqar               (arXiv 2312.04927, section 3; arXiv 2405.21060, section 9.1) `items` pairs of a key and a value, then
-                   each key once more at a random place among noise (token 0), where its value is asked for.
+                   each key once more at a random place among noise (token 0), where its value is asked for. The
+                   second paper has random tokens for noise, which is harder.
 """
 
 import hashlib

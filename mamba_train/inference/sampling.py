@@ -59,4 +59,6 @@ def uniform_draws(sampling: Sampling, rows: int, device: torch.device) -> Iterat
             yield none
     generators = [torch.Generator().manual_seed((sampling.seed + row) % 2**63) for row in range(rows)]
     while True:
-        yield torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(device)
+        drawn = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+        # From pinned memory, else the copy would wait for all that the GPU has been given to do.
+        yield drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)

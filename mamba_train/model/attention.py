@@ -82,8 +82,8 @@ class AttentionMixer(nn.Module):
             mask = torch.ones(length, past + length, dtype=torch.bool, device=hidden.device).tril_(past)
         return self._attend(q, keys, values, mask), KVState(keys, values, conv, documents)
 
-    def step(self, hidden: Tensor, state: KVState) -> tuple[Tensor, KVState]:
-        """One token: hidden (batch, d_model)."""
+    def step(self, hidden: Tensor, state: KVState, in_place: bool = False) -> tuple[Tensor, KVState]:
+        """One token: hidden (batch, d_model). The state grows, in_place or not."""
         y, state = self.prefill(hidden.unsqueeze(1), state)
         return y.squeeze(1), state
 

@@ -60,9 +60,11 @@ class Block(nn.Module):
         hidden, state = self.mixer.prefill(hidden, state, seq_idx)
         return *self._mlp(hidden, residual), state
 
-    def step(self, hidden: Tensor, residual: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor, LayerState]:
+    def step(
+        self, hidden: Tensor, residual: Tensor | None, state: LayerState, in_place: bool = False
+    ) -> tuple[Tensor, Tensor, LayerState]:
         hidden, residual = self.norm(hidden, residual)
-        hidden, state = self.mixer.step(hidden, state)
+        hidden, state = self.mixer.step(hidden, state, in_place)
         return *self._mlp(hidden, residual), state
 
     def _mlp(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,12 +99,15 @@ class MambaLM(nn.Module):
         hidden, _ = self.norm(hidden[:, -1], residual[:, -1])
         return F.linear(hidden, self._head_weight()), new_state
 
-    def step(self, token: Tensor, state: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
-        """One recurrent step: token (batch,), returning logits (batch, vocab) and the new state."""
+    def step(self, token: Tensor, state: list[LayerState], in_place: bool = False) -> tuple[Tensor, list[LayerState]]:
+        """One recurrent step: token (batch,), returning logits (batch, vocab) and the new state.
+
+        in_place: the new state overwrites the one given (attention layers return another); needs torch.no_grad().
+        """
         hidden, residual = self.embedding(token), None
         new_state = []
         for layer, layer_state in zip(self.blocks(), state, strict=True):
-            hidden, residual, layer_state = layer.step(hidden, residual, layer_state)
+            hidden, residual, layer_state = layer.step(hidden, residual, layer_state, in_place)
             new_state.append(layer_state)
         hidden, _ = self.norm(hidden, residual)
         return F.linear(hidden, self._head_weight()), new_state

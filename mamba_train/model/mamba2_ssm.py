@@ -78,12 +78,21 @@ class Mamba2SSM(nn.Module):
             )
             return self._norm(y, z), SSMState(conv, scan)
 
-    def step(self, xBC: Tensor, dt: Tensor, z: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        """One token: the arguments of forward without the length. Equal to forward at that position."""
+    def step(
+        self, xBC: Tensor, dt: Tensor, z: Tensor, state: SSMState, in_place: bool = False
+    ) -> tuple[Tensor, SSMState]:
+        """One token: the arguments of forward without the length. Equal to forward at that position.
+
+        in_place: overwrite `state`.
+        """
         with torch.autocast(xBC.device.type, enabled=False):
-            xBC, conv = causal_conv1d_step(state.conv, xBC, self.conv_weight, self.conv_bias, activation="silu")
+            xBC, conv = causal_conv1d_step(
+                state.conv, xBC, self.conv_weight, self.conv_bias, activation="silu", in_place=in_place
+            )
             x, B, C = self._split(xBC)
-            y, scan = ssd_step(state.scan, x, dt, self._A(), B, C, self.D, dt_bias=self.dt_bias)
+            y, scan = ssd_step(
+                state.scan, x, dt, self.A_log, B, C, self.D, dt_bias=self.dt_bias, A_is_log=True, in_place=in_place
+            )
             return self._norm(y, z), SSMState(conv, scan)
 
     def initial_state(self, batch_size: int, dtype: torch.dtype) -> SSMState:

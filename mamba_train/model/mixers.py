@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mamba_train.config import MixerKind, ModelConfig
 from mamba_train.model.attention import AttentionMixer, KVState
+from mamba_train.model.fused_ssm import forgetting
 from mamba_train.model.mamba2_ssm import Mamba2SSM
 from mamba_train.model.selective_ssm import SelectiveSSM, SSMState
 
@@ -18,12 +19,13 @@ LayerState: TypeAlias = SSMState | KVState
 class Mixer(Protocol):
     """What a layer asks of its mixer; hidden is (batch, length, d_model), in `step` (batch, d_model).
 
-    The state is the mixer's own kind of LayerState. prefill and step return the new state with the output.
+    The state is the mixer's own kind of LayerState. prefill and step return the new state with the output; in a step
+    with in_place=True a state of constant size is overwritten, and the one returned is the same.
     """
 
     def __call__(self, hidden: Tensor, seq_idx: Tensor | None = None) -> Tensor: ...
     def prefill(self, hidden: Tensor, state: Any, seq_idx: Tensor | None = None) -> tuple[Tensor, Any]: ...
-    def step(self, hidden: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+    def step(self, hidden: Tensor, state: Any, in_place: bool = False) -> tuple[Tensor, Any]: ...
     def initial_state(self, batch_size: int, dtype: torch.dtype) -> Any: ...
 
 
@@ -38,17 +40,18 @@ class Mamba1Mixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
 
     def forward(self, hidden: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        return self.out_proj(self.ssm(x, z, seq_idx))
+        y = self.ssm(self.in_proj(hidden), seq_idx)
+        with forgetting(y):
+            return self.out_proj(y)
 
     def prefill(self, hidden: Tensor, state: SSMState, seq_idx: Tensor | None = None) -> tuple[Tensor, SSMState]:
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         y, state = self.ssm.prefill(x, z, state, seq_idx)
         return self.out_proj(y), state
 
-    def step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+    def step(self, hidden: Tensor, state: SSMState, in_place: bool = False) -> tuple[Tensor, SSMState]:
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        y, state = self.ssm.step(x, z, state)
+        y, state = self.ssm.step(x, z, state, in_place)
         return self.out_proj(y), state
 
     def initial_state(self, batch_size: int, dtype: torch.dtype) -> SSMState:
@@ -75,9 +78,9 @@ class Mamba2Mixer(nn.Module):
         y, state = self.ssm.prefill(xBC, dt, z, state, seq_idx)
         return self.out_proj(y), state
 
-    def step(self, hidden: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+    def step(self, hidden: Tensor, state: SSMState, in_place: bool = False) -> tuple[Tensor, SSMState]:
         z, xBC, dt = self.in_proj(hidden).split(self.split_sizes, dim=-1)
-        y, state = self.ssm.step(xBC, dt, z, state)
+        y, state = self.ssm.step(xBC, dt, z, state, in_place)
         return self.out_proj(y), state
 
     def initial_state(self, batch_size: int, dtype: torch.dtype) -> SSMState:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from kernels.mamba_step import mamba_step_
 from kernels.selective_scan import selective_scan, selective_scan_step
 from mamba_train.config import ModelConfig
+from mamba_train.model.fused_ssm import FusedSSM
 
 
 @dataclass
@@ -37,6 +39,7 @@ class SelectiveSSM(nn.Module):
         d_inner = config.expand * config.d_model
         assert config.dt_rank is not None, "resolve the model config first"
         self.time_invariant = config.time_invariant
+        self.recompute_scan = False  # less memory between forward and backward
         self.split_sizes = [config.dt_rank, config.d_state, config.d_state]
         self.conv_weight = nn.Parameter(torch.empty(d_inner, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(d_inner))
@@ -46,10 +49,17 @@ class SelectiveSSM(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d_inner, config.d_state, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(d_inner, dtype=torch.float32))
 
-    def forward(self, x: Tensor, z: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        """x, z: (batch, length, d_inner) of one dtype; seq_idx: (batch, length) int32. Returns x's shape and dtype."""
+    def forward(self, xz: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """xz: (batch, length, 2 · d_inner), x and z side by side; seq_idx: (batch, length) int32.
+
+        Returns (batch, length, d_inner) in xz's dtype.
+        """
         # No autocast: it would round what must stay fp32.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(xz.device.type, enabled=False):
+            if torch.is_grad_enabled() and not self.time_invariant:
+                weights = (self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight)
+                return FusedSSM.apply(xz, *weights, self._A(), self.D, self.dt_bias, seq_idx, self.recompute_scan)
+            x, z = xz.chunk(2, dim=-1)
             x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", seq_idx=seq_idx)
             dt, B, C = self._project(x)
             return selective_scan(x, dt, self._A(), B, C, self.D, z, self.dt_bias, seq_idx=seq_idx)
@@ -82,12 +92,20 @@ class SelectiveSSM(nn.Module):
             )
         return y, SSMState(conv, scan)
 
-    def step(self, x: Tensor, z: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        """One token: x, z (batch, d_inner). Equal to forward at that position."""
+    def step(self, x: Tensor, z: Tensor, state: SSMState, in_place: bool = False) -> tuple[Tensor, SSMState]:
+        """One token: x, z (batch, d_inner). Equal to forward at that position. in_place: overwrite `state`."""
         with torch.autocast(x.device.type, enabled=False):
-            x, conv = causal_conv1d_step(state.conv, x, self.conv_weight, self.conv_bias, activation="silu")
+            if in_place and not self.time_invariant:
+                x_proj_weight, dt_proj_weight = self.x_proj_weight.to(x.dtype), self.dt_proj_weight.to(x.dtype)
+                weights = (self.conv_weight, self.conv_bias, x_proj_weight, dt_proj_weight, self.dt_bias)
+                return mamba_step_(state.conv, state.scan, x, z, *weights, self.A_log, self.D), state
+            x, conv = causal_conv1d_step(
+                state.conv, x, self.conv_weight, self.conv_bias, activation="silu", in_place=in_place
+            )
             dt, B, C = self._project(x)
-            y, scan = selective_scan_step(state.scan, x, dt, self._A(), B, C, self.D, z, self.dt_bias)
+            y, scan = selective_scan_step(
+                state.scan, x, dt, self.A_log, B, C, self.D, z, self.dt_bias, A_is_log=True, in_place=in_place
+            )
         return y, SSMState(conv, scan)
 
     def initial_state(self, batch_size: int, dtype: torch.dtype) -> SSMState:

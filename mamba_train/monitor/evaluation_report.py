@@ -40,11 +40,17 @@ def _row(*cells: str) -> str:
 def _results(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(kind, step, of what, value) for each line; kinds are those that `mamba_train.evaluation.results` writes."""
     kind, step = str(result.get("kind", "?")), str(result.get("step", "-"))
+    try:
+        found = _lines(result)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        found = [("not in the form of our results", f"{type(error).__name__}: {error}")]
+    return [(kind, step, of, value) for of, value in found]
+
+
+def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     if "all" in result:
-        protocol = f"{result['protocol']}, length {result['length']}" + (
-            f", stride {result['stride']}" if result.get("stride") else ""
-        )
+        protocol = _protocol(result)
         found = [(f"{label or 'all'} ({protocol})", _score(score)) for label, score in result["domains"].items()]
         if len(found) > 1:
             found.append((f"all ({protocol})", _score(result["all"])))
@@ -54,8 +60,19 @@ def _results(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         found = [(f"{result['task']}, length {length}", f"{value:.2%}") for length, value in result["accuracy"].items()]
         found.append(("the paper", result["paper"]))
     elif "scores" in result:
-        found = [(name, f"{value:.4f}") for name, value in result["scores"].items()]
-    return [(kind, step, of, value) for of, value in found]
+        limit = f" (first {result['limit']} requests)" if result.get("limit") else ""
+        found = [(name + limit, f"{value:.4f}") for name, value in result["scores"].items()]
+    return found
+
+
+def _protocol(result: dict[str, Any]) -> str:
+    """All without which a figure says little."""
+    parts = [result["protocol"], f"length {result['length']}"]
+    if result.get("stride"):
+        parts.append(f"stride {result['stride']}")
+    if result.get("max_tokens"):
+        parts.append(f"first {result['max_tokens']:,} tokens")
+    return ", ".join(parts)
 
 
 def _score(score: dict[str, float]) -> str:

@@ -71,7 +71,7 @@ class WandbSink:
             return
         self.run_id = run_id or secrets.token_hex(4)
         start = _start_arguments(self._run_dir, logging_cfg, config, self.run_id)
-        self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(QUEUED_RECORDS)
+        self._queue: queue.Queue[dict[str, Any] | tuple[str, str] | int] = queue.Queue(QUEUED_RECORDS)
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._work, args=(start,), name="wandb", daemon=True)
         self._thread.start()
@@ -85,6 +85,12 @@ class WandbSink:
         since = self._busy_since
         if since is not None and time.monotonic() - since > STALL_SECONDS:
             self._warn_once(f"it has not answered for {STALL_SECONDS:g} s; training does not wait for it")
+
+    def alert(self, title: str, text: str) -> None:
+        """Hand over an event; wandb shows it with the run, and sends it to those who asked for that."""
+        if self.mode is not WandbMode.disabled:
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait((title, text))
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the run, which may take FINISH_TIMEOUT_SECONDS; a non-zero exit code marks it as failed."""
@@ -111,9 +117,12 @@ class WandbSink:
                 (self._run_dir / "wandb").mkdir(parents=True, exist_ok=True)
                 run = self._start(start)
                 _define_axis(run)
-            while isinstance(item := self._queue.get(), dict):
+            while not isinstance(item := self._queue.get(), int):
                 with self._busy():
-                    _log(run, item)
+                    if isinstance(item, tuple):
+                        run.alert(title=item[0], text=item[1])
+                    else:
+                        _log(run, item)
                 self._look_at_disk()
             with self._busy():
                 run.finish(exit_code=item)

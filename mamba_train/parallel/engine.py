@@ -1,6 +1,7 @@
 """What the training loop asks of an engine, whatever shards or replicates the model behind it."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -17,12 +18,24 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What is to become of a gradient; equal on all ranks. grad_norm: of the whole of it, before clipping."""
+
+    grad_norm: float
+    skip: bool
+
+
+Judge = Callable[[Tensor], Judgement]
+"""Decides on a step; its argument, an fp64 scalar, summed over the ranks is the square of the gradient's norm."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What an optimiser step did; equal on all ranks.
 
-    grad_norm: of all gradients together, before clipping. skipped: nothing was changed, because the
-    norm was not finite. layer_grad_norms: of the gradient of each layer and of what is outside of the layers, before
-    clipping; empty unless engine.layer_grad_norms asks for them.
+    grad_norm: of all gradients together, before clipping. skipped: nothing was changed. layer_grad_norms: of the
+    gradient of each layer and of what is outside of the layers, before clipping; empty unless the step was skipped or
+    engine.layer_grad_norms asks for them.
     """
 
     grad_norm: float
@@ -71,10 +84,11 @@ class Engine(Protocol):
         sum of the losses is divided by, the same for all micro-batches and ranks of a step.
         """
 
-    def step(self, lr: float) -> StepResult:
-        """Clip and apply the accumulated gradients, or skip; in both cases leave none behind.
+    def step(self, lr: float, judge: Judge | None = None) -> StepResult:
+        """Clip and apply the accumulated gradients, or skip, as `judge` says; in both cases leave none behind.
 
-        A skip leaves weights, moments and the optimiser's step count bit-identical (contract C7).
+        Without a judge the step is skipped when its norm is not finite. A skip leaves weights, moments and the
+        optimiser's step count bit-identical (contract C7).
         """
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
@@ -97,3 +111,13 @@ class Engine(Protocol):
 
     def pieces_changed(self) -> None:
         """To be called after something was written into `pieces`: brings what is derived from them up to date."""
+
+
+def only_finite(engine: Engine) -> Judge:
+    """The judge that refuses what is not finite, and nothing else."""
+
+    def judge(square: Tensor) -> Judgement:
+        norm = math.sqrt(engine.sum_over_ranks(square).item())
+        return Judgement(norm, skip=not math.isfinite(norm))
+
+    return judge

@@ -157,10 +157,14 @@ def activation_bytes(model: ModelConfig, value_bytes: int, recompute: Recompute,
     whole = activation_bytes_per_token(model, value_bytes)
     if recompute is Recompute.none:
         return whole * n_tokens
+    states = 4 * e * n // (GPU_CHUNK if model.mixer is MixerKind.mamba1 else model.chunk_size)
+    if recompute in (Recompute.scan, Recompute.auto):
+        # Δ, y before and after the gate, and the states: in the backward pass those of one layer.
+        n_mamba1 = sum(mixer is MixerKind.mamba1 for mixer in layer_mixers(model))
+        return (whole - max(0, n_mamba1 - 1) * (3 * value_bytes * e + states)) * n_tokens
     inputs = (4 + value_bytes) * d * model.n_layer  # hidden and residual of each layer
     if recompute is Recompute.keep_scan:
         n_ssm = sum(mixer is not MixerKind.attention for mixer in layer_mixers(model))
-        states = 4 * e * n // (GPU_CHUNK if model.mixer is MixerKind.mamba1 else model.chunk_size)
         inputs += n_ssm * (2 * value_bytes * e + states)
     return (inputs + whole // model.n_layer) * n_tokens
 
@@ -222,10 +226,10 @@ def _changes(config: Config, world_size: int) -> Iterable[dict[str, object]]:
     single_rows: dict[str, object] = {"training.micro_batch_size": 1}
     for engine in engines:
         yield engine
-        for recompute in (Recompute.keep_scan, Recompute.layer):
+        for recompute in (Recompute.scan, Recompute.keep_scan, Recompute.layer):
             yield {**engine, "engine.recompute": recompute}
         yield {**engine, **single_rows}
-        for recompute in (Recompute.keep_scan, Recompute.layer):
+        for recompute in (Recompute.scan, Recompute.keep_scan, Recompute.layer):
             yield {**engine, **single_rows, "engine.recompute": recompute}
     if world_size > 1:
         last = {"engine.recompute": Recompute.layer, **single_rows, "engine.reduce_each_micro_batch": True}

@@ -4,7 +4,6 @@ Masters, gradients and moments are fp32. A bf16 run computes its matrix products
 `SelectiveSSM` and its twin switch off for themselves.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfi
 from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
-from mamba_train.parallel.engine import Item, StepResult, accumulate
+from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
 from mamba_train.parallel.graphed import GraphedPasses
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
@@ -48,7 +47,7 @@ class NativeEngine:
         with torch.device("meta"):
             model = MambaLM(model_config)
         check_drawable(model)
-        recompute_activations(model, self.config.recompute)
+        recompute_activations(model, self.config.recompute, self.device)
         self._shard(model)
         model.to_empty(device=self.device)
         self.model_config = model_config
@@ -97,16 +96,15 @@ class NativeEngine:
         return accumulate(self, inputs, targets, seq_idx, n_targets)
 
     @torch.no_grad()
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, judge: Judge | None = None) -> StepResult:
         gradients = [_local(p.grad) for p in self._parameters.values() if p.grad is not None]
-        by_layer = self._layer_norms() if self.config.layer_grad_norms else {}
-        norm = self._global_norm(torch.nn.utils.get_total_norm(gradients))
-        # The host must know before the update: a skipped step may touch nothing.
-        grad_norm = norm.item()
-        skipped = not math.isfinite(grad_norm)
-        if not skipped:
-            if grad_norm > self._max_grad_norm:
-                torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))
+        # Squares of fp32 norms can leave the range of fp32. Ranks that have the same part share it.
+        square = torch.nn.utils.get_total_norm(gradients).double().square() / self._same_gradients()
+        judgement = (judge or only_finite(self))(square)
+        by_layer = self._layer_norms() if self.config.layer_grad_norms or judgement.skip else {}
+        if not judgement.skip:
+            if judgement.grad_norm > self._max_grad_norm:
+                torch._foreach_mul_(gradients, self._max_grad_norm / (judgement.grad_norm + 1e-6))
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -114,7 +112,7 @@ class NativeEngine:
             self._graphed.clear_gradients()
         else:
             self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm, skipped, by_layer)
+        return StepResult(judgement.grad_norm, judgement.skip, by_layer)
 
     def _layer_norms(self) -> dict[str, float]:
         gradients = {name: _local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
@@ -123,10 +121,6 @@ class NativeEngine:
     def _same_gradients(self) -> int:
         """How many ranks have the same part of the gradients: where nothing is cut, all."""
         return self.world_size
-
-    def _global_norm(self, local: Tensor) -> Tensor:
-        """The norm over all ranks from that of the gradients that this rank has; the same bits on all ranks."""
-        return local
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.ranks.sum(value)

@@ -9,15 +9,24 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mamba_train.config import Recompute
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import SCAN_OPERATORS
+from mamba_train.model.selective_ssm import SelectiveSSM
 
 
-def recompute_activations(model: MambaLM, policy: Recompute) -> None:
+def recompute_activations(model: MambaLM, policy: Recompute, device: torch.device) -> None:
     """Make every layer of `model` compute its activations again in the backward pass, as `policy` says.
 
     layer: only the inputs of a layer are kept. keep_scan: also what the scans return, which are the dearest to
-    compute again. The names of parameters stay as they are.
+    compute again. scan: all is kept but what the scans of Mamba-1 return and the Δ they read, which are the largest.
+    The names of parameters stay as they are.
     """
+    if policy is Recompute.auto:
+        policy = Recompute.scan if device.type == "cuda" else Recompute.none
     if policy is Recompute.none:
+        return
+    if policy is Recompute.scan:
+        for module in model.modules():
+            if isinstance(module, SelectiveSSM):
+                module.recompute_scan = True
         return
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
     if policy is Recompute.keep_scan:

@@ -7,7 +7,6 @@ that of one device under autocast.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -62,12 +61,6 @@ class ShardedEngine(NativeEngine):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    def _global_norm(self, local: Tensor) -> Tensor:
-        # Squares of fp32 norms can leave the range of fp32. Each shard is there once per replica.
-        total = local.double().square()
-        dist.all_reduce(total)
-        return (total / self.config.replicas).sqrt().float()
 
     def _same_gradients(self) -> int:
         return self.config.replicas

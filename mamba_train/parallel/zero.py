@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfi
 from mamba_train.model.initialise import initialise_
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
-from mamba_train.parallel.engine import Item, StepResult, accumulate
+from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
 from mamba_train.parallel.native import adamw, choose_device, choose_dtype
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
@@ -64,7 +64,7 @@ class ZeroEngine:
                 model = MambaLM(model_config)
             model.to_empty(device=self.device)
             initialise_(model, model_config, seed)
-        recompute_activations(model, self.config.recompute)
+        recompute_activations(model, self.config.recompute, self.device)
         self.model_config = model_config
         self._parameters = dict(model.named_parameters())
         optimizer = adamw(self._parameters, optim)
@@ -74,6 +74,7 @@ class ZeroEngine:
             # torch makes it at the first step; a checkpoint has something to fill before that.
             zeros = {key: torch.zeros_like(flat, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
             self._optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
+        self._take_over_norm()
         self.model: nn.Module = self._engine
 
     def _settings(self, optim: OptimConfig) -> dict[str, Any]:
@@ -114,14 +115,37 @@ class ZeroEngine:
     def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
         return accumulate(self, inputs, targets, seq_idx, n_targets)
 
-    def step(self, lr: float) -> StepResult:
+    @torch.no_grad()
+    def step(self, lr: float, judge: Judge | None = None) -> StepResult:
+        norm = self._global_norm()
+        # All ranks have the norm of the whole gradient; below 0 stands for one that is not finite.
+        square = torch.where(norm < 0, math.nan, norm).double().square() / self.world_size
+        judgement = (judge or only_finite(self))(square)
+        by_layer = {}
+        if self.config.layer_grad_norms or judgement.skip:
+            by_layer = norms_by_layer(self._gradients(), self.ranks)
+        # DeepSpeed asks for the norm again, and makes no update when it is not finite.
+        self._norm_for_update = torch.full_like(norm, math.inf) if judgement.skip else norm
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        by_layer = norms_by_layer(self._gradients(), self.ranks) if self.config.layer_grad_norms else {}
         self._engine.step()
-        grad_norm = float(self._zero._global_grad_norm)
-        # With fp32 weights it makes no update when the norm of all gradients is not finite.
-        return StepResult(math.nan if self._zero.overflow else grad_norm, bool(self._zero.overflow), by_layer)
+        assert bool(self._zero.overflow) == judgement.skip
+        return StepResult(judgement.grad_norm, judgement.skip, by_layer)
+
+    def _take_over_norm(self) -> None:
+        """Let DeepSpeed's step use the norm that was judged, in the place of one that it computes itself."""
+        if self.config.zero_stage < 3:
+            self._global_norm: Callable[[], Tensor] = self._zero.scaled_global_norm
+            self._zero.scaled_global_norm = lambda: self._norm_for_update
+            return
+        norms_of_groups = self._zero._get_norm_groups
+
+        def global_norm() -> Tensor:
+            norms = torch.stack(norms_of_groups())
+            return torch.linalg.vector_norm(torch.where(norms < 0, math.nan, norms))
+
+        self._global_norm = global_norm
+        self._zero._get_norm_groups = lambda: [self._norm_for_update]
 
     def _gradients(self) -> dict[str, Tensor]:
         """This rank's part of the summed gradient of each parameter, between the backward pass and the update."""

@@ -14,7 +14,7 @@ from typing import Any, TextIO, cast
 from omegaconf import OmegaConf
 
 from mamba_train import run_folder
-from mamba_train.checkpoint import resume_policy, rng, storage
+from mamba_train.checkpoint import resume_policy, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
 from mamba_train.config import Config, DataSource, ProgressMode
 from mamba_train.data import cached_shards
@@ -26,6 +26,7 @@ from mamba_train.data.position import restore, state_of
 from mamba_train.data.stream_opening import AnyOpened, OpenedStream, list_stream, open_stream
 from mamba_train.data.streams import Source, StreamSource
 from mamba_train.model.language_model import resolve_model_config
+from mamba_train.monitor.event_log import EventLog
 from mamba_train.monitor.progress import Progress
 from mamba_train.parallel.auto import resolve_auto
 from mamba_train.parallel.build import build_engine
@@ -38,6 +39,7 @@ from mamba_train.training.hooks.base import Hook
 from mamba_train.training.hooks.harness import task_manager
 from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
 from mamba_train.training.preemption import StopRequest
+from mamba_train.training.restoring import restore_tensors
 from mamba_train.training.state import TrainState
 from mamba_train.training.trainer import Trainer, make_loader
 
@@ -100,8 +102,10 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     ranks.first(lambda: _write_run_files(run_dir, config, data, engine))
     manager = ranks.together(lambda: task_manager(config.evaluation)) if config.evaluation.tasks else None
-    hooks = hooks_of(config, engine, data, source.form, progress, shown_config, fingerprints, manager, log)
-    return Trainer(config, engine, source, state, [*hooks, lock], stop, loader)
+    events = EventLog(run_dir if is_first else None, log)
+    events.listeners.append(lambda event: log(event["text"]))
+    hooks = hooks_of(config, engine, data, source.form, progress, shown_config, fingerprints, manager, events, log)
+    return Trainer(config, engine, source, state, [*hooks, lock], stop, events, loader)
 
 
 def _shards(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedData, BatchSource]:
@@ -228,15 +232,7 @@ def _resume_data(checkpoint: Path, source: Source, allow_changed: bool, ranks: R
 
 def _resume(checkpoint: Path, engine: Engine, state: TrainState, log: Log) -> None:
     record = storage.read_record(checkpoint)
-
-    def load() -> None:
-        resume_policy.check_shapes(storage.model_shapes(checkpoint), engine.parameter_shapes())
-        storage.load_pieces(checkpoint, engine.pieces())
-        for name in rng.restore(storage.load_rng(checkpoint, engine.rank)):
-            log(f"the random state {name} of the checkpoint has no generator here and was left out")
-
-    engine.ranks.together(load)
-    engine.pieces_changed()
+    restore_tensors(checkpoint, engine, log)
     if "forward_loss" in record.state:
         check_forward_loss(engine, record.state["forward_loss"], f"checkpoint {checkpoint}")
     log(f"resuming after step {state.step} ({state.tokens:,} tokens)")

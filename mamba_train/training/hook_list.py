@@ -12,6 +12,7 @@ from mamba_train.data.stream_opening import AnyOpened
 from mamba_train.data.synthetic import task_corpus
 from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
 from mamba_train.data.validation import validation_sets
+from mamba_train.monitor.event_log import EventLog
 from mamba_train.monitor.flops import flops_per_token, peak_flops
 from mamba_train.monitor.progress import Progress
 from mamba_train.parallel.engine import Engine
@@ -21,6 +22,7 @@ from mamba_train.training.hooks.harness import HarnessHook
 from mamba_train.training.hooks.health import HealthHook
 from mamba_train.training.hooks.inspection import MemorySnapshotHook, ProfilerHook
 from mamba_train.training.hooks.recording import RecordingHook
+from mamba_train.training.hooks.rollback import RollbackHook
 from mamba_train.training.hooks.samples import SamplesHook
 from mamba_train.training.hooks.synthetic import TaskAccuracyHook, TaskTestHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
@@ -38,6 +40,7 @@ def hooks_of(
     shown_config: dict[str, Any],
     fingerprints: dict[str, str],
     manager: Any,
+    events: EventLog,
     log: Log,
 ) -> list[Hook]:
     """In the order in which they run: those that measure, the record, the checkpoint, and what may fail then."""
@@ -51,8 +54,9 @@ def hooks_of(
         for domain in domains
     ]
     checkpointing = CheckpointHook(
-        checkpoints_dir(run_dir), config.checkpoint, engine.ranks, shown_config, fingerprints, log
+        checkpoints_dir(run_dir), config.checkpoint, engine.ranks, shown_config, fingerprints, events
     )
+    recording = RecordingHook(run_dir, progress, config.logging, shown_config, events, log)
     logging = config.logging
     inspection: list[Hook] = [ProfilerHook(run_dir, logging.profile_steps, engine.rank, log)]
     if logging.memory_snapshot:
@@ -63,23 +67,24 @@ def hooks_of(
         HealthHook(config.model, config.logging.ssm_health_interval_steps),
         ValidationHook(held_out, training.validation_interval_steps),
         *task_at_steps,
-        *_evaluation_hooks(config, tokenizer, manager),
+        *_evaluation_hooks(config, tokenizer, manager, log),
         UtilisationHook(flops_per_token(config.model, length), peak_flops(engine.device, engine.compute_dtype)),
         checkpointing.hold_up,
-        RecordingHook(run_dir, progress, config.logging, shown_config, log),
+        recording,
         checkpointing,
+        RollbackHook(run_dir, checkpoints_dir(run_dir), config.guard, recording, checkpointing, log),
         *task_at_end,
     ]
 
 
-def _evaluation_hooks(config: Config, tokenizer: TextTokenizer, manager: Any) -> list[Hook]:
+def _evaluation_hooks(config: Config, tokenizer: TextTokenizer, manager: Any, log: Log) -> list[Hook]:
     evaluation, run_dir = config.evaluation, Path(config.run_dir)
     hooks: list[Hook] = []
     if manager is not None:
-        hooks.append(HarnessHook(evaluation, manager, tokenizer, config.data.sequence_length, run_dir))
+        hooks.append(HarnessHook(evaluation, manager, tokenizer, config.data.sequence_length, run_dir, log))
     if config.data.source is not DataSource.synthetic:
         prompts, interval = list(evaluation.sample_prompts), config.checkpoint.interval_steps
-        hooks.append(SamplesHook(prompts, evaluation.sample_tokens, interval, tokenizer, run_dir))
+        hooks.append(SamplesHook(prompts, evaluation.sample_tokens, interval, tokenizer, run_dir, log))
     return hooks
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from mamba_train.training.guard import GuardState
+
 
 @dataclass
 class TrainState:
@@ -12,7 +14,9 @@ class TrainState:
     step: int = 0
     tokens: int = 0  # trained on so far, those of skipped steps included
     samples: int = 0  # position in the data order
-    skipped_steps: list[int] = field(default_factory=list)  # the ledger: steps that made no update
+    skipped_steps: list[int] = field(default_factory=list)  # that made no update
+    ledger: list[dict[str, Any]] = field(default_factory=list)  # why: see `mamba_train.training.events`
+    guard: GuardState = field(default_factory=GuardState)
     best_validation_loss: float | None = None
     best_validation_step: int | None = None
     wandb_run_id: str | None = None
@@ -26,4 +30,4 @@ class TrainState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
         """The inverse of `to_json`; raises TypeError for an unknown or missing field."""
-        return cls(**values)
+        return cls(**{**values, "guard": GuardState(**values.get("guard", {}))})

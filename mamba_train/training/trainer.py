@@ -17,9 +17,12 @@ from mamba_train.data.loader import BatchLoader
 from mamba_train.data.position import state_of
 from mamba_train.data.stream_loader import StreamLoader
 from mamba_train.data.streams import Source, StreamSource
+from mamba_train.monitor.event_log import EventLog
 from mamba_train.monitor.jsonl import finite
 from mamba_train.monitor.throughput import Throughput
 from mamba_train.parallel.engine import Engine
+from mamba_train.training.events import record_skip
+from mamba_train.training.guard import Decision, Guard
 from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.preemption import Stopped, StopRequest
 from mamba_train.training.schedule import learning_rate
@@ -71,6 +74,7 @@ class Trainer:
         state: TrainState,
         hooks: Sequence[Hook],
         stop: StopRequest | None = None,
+        events: EventLog | None = None,
         loader: BatchLoader | None = None,
     ) -> None:
         """loader: one that may have begun to read already; null: a new one."""
@@ -80,8 +84,10 @@ class Trainer:
         self.state = state
         self.hooks = hooks
         self.loader = loader or make_loader(config, engine, source)
+        self.guard = Guard(config.guard, config.optim.max_grad_norm, state.guard)
         self.throughput = Throughput(config.training.total_steps)
         self.stop = stop or StopRequest()
+        self.events = events or EventLog()
         self._all_stop = False  # agreed by all ranks
         self._step_seconds = 0.0
         # Set by a signal handler, on any rank. All ranks raise at the end of the step that they next begin together,
@@ -119,6 +125,11 @@ class Trainer:
             self.loader.close()
             for hook in self.hooks:
                 hook.close(failed)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the global batch."""
+        return self.config.training.global_batch_size * self.config.data.sequence_length
 
     @property
     def finished(self) -> bool:
@@ -164,42 +175,42 @@ class Trainer:
         batches = self.loader.step(state.samples)
         counts = [sum(batch.n_targets for batch in batches), int(self.interrupted), *self.loader.counts]
         summed = self.engine.sum_over_ranks(torch.tensor(counts, device=self.engine.device))
-        n_targets, n_interrupted, n_bytes, n_left_out, n_repeated = summed
-        if self.loader.finite and not n_targets:
+        if self.loader.finite and not summed[0]:
             self.data_ended = True
             return None
-        n_targets = n_targets.clamp(min=1)  # a batch without a single target has the loss 0
+        n_targets = summed[0].clamp(min=1)  # a batch without a single target has the loss 0
         loss = torch.zeros((), device=self.engine.device)
         for batch in self.engine.micro_batches(batches):
             # Divided by the count of all ranks: the mean over the global batch, however it is split.
             batch = batch.to(self.engine.device)
             loss += self.engine.accumulate(batch.inputs, batch.targets, documents_read(batch), n_targets)
 
+        self.guard.begin([self.source.mixture.stage_at(state.samples), training.global_batch_size])
         lr = learning_rate(state.step + 1, self.config.optim.lr, self.config.schedule, training.total_steps)
-        result = self.engine.step(lr)
-        # Read after the update has been queued: on a GPU this waits for it, so the step's time is whole.
-        # The request to stop rides along: all ranks learn of it in the same step, at no cost.
-        request = loss.new_tensor(float(self._wants_stop()))
-        mean_loss, n_requests = self.engine.sum_over_ranks(torch.stack([loss, request])).tolist()
-        self._all_stop = n_requests > 0
+        # The request to stop rides along with the loss: all ranks learn of it in the same step, at no cost.
+        decision = Decision(self.engine, self.guard, loss, self._wants_stop())
+        result = self.engine.step(lr, decision)
+        self._all_stop = decision.n_requests > 0
+        if decision.cause is not None:
+            record_skip(self, decision, result)
+        self.guard.note(decision.loss, decision.grad_norm, decision.cause)
+        # One transfer, when all of this has been computed anyway.
+        targets, n_interrupted, n_bytes, *of_stream = summed.tolist()
         self._stops = bool(n_interrupted)
-        bytes_per_target = n_bytes.item() / n_targets.item() or self.source.bytes_per_target(state.samples)
-        bits_per_byte = mean_loss / LN_2 / bytes_per_target
-        n_tokens = training.global_batch_size * self.config.data.sequence_length
+        bytes_per_target = n_bytes / max(1, targets) or self.source.bytes_per_target(state.samples)
+        bits_per_byte = decision.loss / LN_2 / bytes_per_target
         state.step += 1
         state.samples += training.global_batch_size
-        state.tokens += n_tokens
-        if result.skipped:
-            state.skipped_steps.append(state.step)
+        state.tokens += self.tokens_per_step
         self.last_batch = batches[0]
-        timing = self.throughput.step(state.step, n_tokens)
+        timing = self.throughput.step(state.step, self.tokens_per_step)
         self._step_seconds = timing.step_seconds
         self.stop.first_step_done()
         return {
             "step": state.step,
             "tokens": state.tokens,
             "samples": state.samples,
-            "loss": mean_loss,
+            "loss": decision.loss,
             "bits_per_byte": bits_per_byte,
             "grad_norm": result.grad_norm,
             "lr": lr,
@@ -209,15 +220,15 @@ class Trainer:
             "tokens_per_second": timing.tokens_per_second,
             "eta_seconds": timing.eta_seconds,
             "data_wait_seconds": self.loader.wait_seconds,
-            **self._stream_counts(n_left_out, n_repeated),
+            **self._stream_counts(*of_stream),
             **self._epochs(),
         }
 
-    def _stream_counts(self, n_left_out: Tensor, n_repeated: Tensor) -> Metrics:
+    def _stream_counts(self, n_left_out: int, n_repeated: int) -> Metrics:
         """What went wrong while the tokens of this step were read, on all ranks."""
         if not isinstance(self.source, StreamSource):
             return {}
-        return {"data/left_out_documents": int(n_left_out), "data/repeated_requests": int(n_repeated)}
+        return {"data/left_out_documents": n_left_out, "data/repeated_requests": n_repeated}
 
     def _epochs(self) -> Metrics:
         """How many times each source of the data has been read."""

@@ -50,6 +50,7 @@ def test_more_context_per_token_and_other_lengths(run_dir: Path, tmp_path: Path)
         (["RUN", "--protocol", "sliding", "--stride", "64"], "stride 64"),
         (["RUN", "--lengths", "32,x"], "--lengths 32,x"),
         (["RUN", "--data", "/no/such/data"], "/no/such/data"),
+        (["RUN", "--data", "/no/such/data", "--data", "/nor/such"], "--data NAME=FOLDER"),
         (["RUN", "--split", "test"], "--split test"),
     ],
 )

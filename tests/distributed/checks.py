@@ -5,6 +5,7 @@ One process start for all of them, because starting is what takes the time.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -24,7 +25,7 @@ from mamba_train.model.language_model import resolve_model_config
 from mamba_train.model.observe import observe_scans
 from mamba_train.parallel import native, sharded
 from mamba_train.parallel.build import build_engine
-from mamba_train.parallel.engine import Engine
+from mamba_train.parallel.engine import Engine, Judge, Judgement
 from mamba_train.parallel.state import whole, whole_state
 from mamba_train.ranks import OtherRankFailed, Ranks
 from mamba_train.training.audit import ContractViolation, audit
@@ -84,7 +85,7 @@ def recomputed(config: Config, engine: Engine) -> tuple[dict[str, float], dict[s
     """Recomputing activations: the largest relative difference of a gradient, and the scans of a step, by policy."""
     expected = gradient(engine, 1.0)
     largest, scans = {}, {}
-    for policy in (Recompute.layer, Recompute.keep_scan):
+    for policy in (Recompute.scan, Recompute.layer, Recompute.keep_scan):
         settings = dataclasses.replace(config, engine=dataclasses.replace(config.engine, recompute=policy))
         other = make(settings, engine.ranks)
         with observe_scans() as calls:
@@ -151,26 +152,53 @@ def flat(engine: Engine) -> dict[str, Tensor]:
 
 
 def skip(engine: Engine) -> dict[str, Any]:
-    """A gradient that is not finite on one rank only: all skip, nothing changes, and the next step is the usual one."""
+    """A gradient that is not finite on one rank only, and one that a judge refuses.
+
+    All ranks skip, nothing changes, and the next step is the usual one: what it makes of the weights, another engine
+    that was never disturbed is compared with.
+    """
     backward(engine, seed=1)
     engine.step(1e-2)
     before = flat(engine)
     last = engine.rank == engine.world_size - 1
-    backward(engine, math.nan if last else 1.0)
-    skipped = engine.step(1e-2).skipped
-    after = flat(engine)
-    backward(engine, math.inf if last else 1.0)
-    skipped_again = engine.step(1e-2).skipped
-    again = flat(engine)
+    skipped, changed = [], set()
+    for scale, judge in ((math.nan, None), (math.inf, None), (1.0, refuse(engine)), (math.nan, None)):
+        backward(engine, scale if last or math.isfinite(scale) else 1.0)
+        result = engine.step(1e-2, judge)
+        skipped.append(result.skipped and len(result.layer_grad_norms) > 1)
+        after = flat(engine)
+        changed |= {name for name, value in before.items() if not torch.equal(value, after[name])}
     # Logits show what the forward pass computes with, which need not be what is stored.
     backward(engine, seed=2)
     result = engine.step(1e-2)
     return {
-        "skipped": skipped and skipped_again,
-        "changed": [n for n, v in before.items() if not (torch.equal(v, after[n]) and torch.equal(v, again[n]))],
+        "skipped": all(skipped),
+        "changed": sorted(changed),
         "next_is_finite": math.isfinite(result.grad_norm) and not result.skipped,
         "moved": not torch.equal(before["embedding.weight"], flat(engine)["embedding.weight"]),
+        "after": digests(flat(engine)),
     }
+
+
+def refuse(engine: Engine) -> Judge:
+    """A judge that finds every gradient unusual."""
+
+    def judge(square: Tensor) -> Judgement:
+        return Judgement(math.sqrt(engine.sum_over_ranks(square).item()), skip=True)
+
+    return judge
+
+
+def undisturbed(engine: Engine) -> dict[str, str]:
+    """The state after the steps of `skip` that were applied."""
+    for seed in (1, 2):
+        backward(engine, seed=seed)
+        engine.step(1e-2)
+    return digests(flat(engine))
+
+
+def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
 
 
 def share(engine: Engine) -> float:
@@ -293,7 +321,8 @@ def main() -> None:
     found["accumulation"] = accumulation(engine)
     found["traffic"] = traffic(exact, engine)
     found["recomputed"], found["scans"] = recomputed(exact, engine)
-    found["skip"] = skip(engine)
+    found["skip"] = skip(make(exact, group))
+    found["undisturbed"] = undisturbed(make(exact, group))
     found["D after the audit"] = left_gathered(exact, group)
 
     engine = make(mixed, group)

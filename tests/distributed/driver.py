@@ -108,10 +108,10 @@ def main() -> None:
     if options.fail_at and rank == 1:
         step = trainer.engine.step
 
-        def failing(lr: float) -> Any:
+        def failing(*arguments: Any) -> Any:
             if trainer.state.step == options.fail_at:
                 raise RuntimeError("rank 1 fails on purpose")
-            return step(lr)
+            return step(*arguments)
 
         trainer.engine.step = failing  # type: ignore[method-assign]
     trainer.run()

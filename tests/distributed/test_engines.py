@@ -58,7 +58,7 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
     if name.startswith(("fsdp", "hsdp")):
         assert gathered_twice > gathered_once > 0
     assert max(found["recomputed"].values()) < 1e-6
-    assert found["scans"] == {"layer": 2 * MODEL.n_layer, "keep_scan": MODEL.n_layer}
+    assert found["scans"] == {"scan": 2 * MODEL.n_layer, "layer": 2 * MODEL.n_layer, "keep_scan": MODEL.n_layer}
     assert found["clipped_norm"] == pytest.approx(0.5, rel=1e-3)
     norms = found["layer_norms"]
     assert norms.keys() == {"embedding", "layer_00", "layer_01", "norm", "all"}
@@ -69,6 +69,7 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
         assert skip["changed"] == []
         assert skip["next_is_finite"]
         assert skip["moved"]
+    assert found["skip"]["after"] == found["undisturbed"], "a skipped step leaves something behind"
 
 
 @pytest.mark.slow

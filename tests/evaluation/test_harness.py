@@ -23,16 +23,23 @@ from tests.helpers import REPOSITORY, environment
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
 
+# Each fourth text is longer than the model is given at once, and one continuation has nothing before it.
 QUESTIONS = [
-    {"text": f"some text {i} to learn", "choices": [f" pieces {i}", " more", " from and text"], "answer": i % 3}
+    {
+        "text": text,
+        "context": text if i else "",
+        "choices": [f" pieces {i}", " more", " from and text"],
+        "answer": i % 3,
+    }
     for i in range(12)
+    for text in [" ".join([f"some text {i} to learn"] * (8 if i % 4 == 3 else 1))]
 ]
 DATASET = {"dataset_path": "json", "test_split": "test"}
 CHOOSE = {
     "task": "choose",
     **DATASET,
     "output_type": "multiple_choice",
-    "doc_to_text": "{{text}}",
+    "doc_to_text": "{{context}}",
     "doc_to_choice": "{{choices}}",
     "doc_to_target": "{{answer}}",
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
@@ -107,6 +114,7 @@ def test_our_adapter_and_the_export_answer_alike(tmp_path: Path, config: ModelCo
     assert task_scores(ours) == pytest.approx(task_scores(theirs), rel=1e-4)
     assert {"choose/acc", "roll/bits_per_byte", "write/exact_match"} <= set(task_scores(ours))
     mine, judge = answers(ours), answers(theirs)
+    assert float(mine["roll"][3][0][0]) == pytest.approx(float(judge["roll"][3][0][0]), rel=1e-4)
     for request, expected in zip(mine["choose"], judge["choose"], strict=True):
         for (value, greedy), (right, right_greedy) in zip(
             (pair for responses in request for pair in responses), (p for r in expected for p in r), strict=True

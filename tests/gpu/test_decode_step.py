@@ -1,4 +1,4 @@
-"""The decode steps of scan and convolution on a GPU: against fp64, and against the operators on whole sequences."""
+"""The decode steps of scan, SSD and convolution on a GPU: against fp64, and against the operators on sequences."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,10 @@ from torch import Tensor
 
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from kernels.dispatch import triton_unsupported
+from kernels.mamba_step import _reference, launch, mamba_step_
 from kernels.selective_scan import selective_scan, selective_scan_step
+from kernels.ssd import ssd_step
+from tests.kernels.mamba_step.inputs import draw
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,6 +50,26 @@ def scan_inputs(batch: int, channels: int, states: int, dtype: torch.dtype, stri
     }
 
 
+def ssd_inputs(
+    batch: int, heads: int, head_dim: int, states: int, groups: int, dtype: torch.dtype, strided: bool = False
+) -> Inputs:
+    def activation(*shape: int) -> Tensor:
+        wide = torch.randn(batch, *shape[:-1], shape[-1] + (13 if strided else 0), device="cuda").to(dtype)
+        return wide[..., 5 : 5 + shape[-1]] if strided else wide
+
+    return {
+        "state": torch.randn(batch, heads, head_dim, states, device="cuda"),
+        "x": activation(heads, head_dim),
+        "dt": activation(heads),
+        "A": -4 * torch.rand(heads, device="cuda"),
+        "B": activation(groups, states),
+        "C": activation(groups, states),
+        "D": torch.randn(heads, head_dim, device="cuda") if strided else torch.randn(heads, device="cuda"),
+        "z": activation(heads, head_dim),
+        "dt_bias": torch.randn(heads, device="cuda") - 4,
+    }
+
+
 def conv_inputs(batch: int, channels: int, width: int, dtype: torch.dtype, strided: bool = False) -> Inputs:
     x = torch.randn(batch, channels * (2 if strided else 1), device="cuda").to(dtype)[:, :channels]
     return {
@@ -72,6 +95,11 @@ def check(step, inputs: Inputs, **options) -> None:  # type: ignore[no-untyped-d
             assert error < tolerance, f"{name}: relative error {error:.1e}"
     for name, value in before.items():
         assert torch.equal(inputs[name], value), f"{name} was changed"
+    if inputs["state"].is_contiguous():
+        y, state = step(**inputs, **options, in_place=True)
+        assert state is inputs["state"]
+        assert torch.equal(y, found[0])
+        assert torch.equal(state, found[1])
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
@@ -79,6 +107,24 @@ def check(step, inputs: Inputs, **options) -> None:  # type: ignore[no-untyped-d
 @pytest.mark.parametrize("strided", [False, True])
 def test_scan_states(states: int, dtype: torch.dtype, strided: bool) -> None:
     check(selective_scan_step, scan_inputs(3, 200, states, dtype, strided))
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "states", "groups"), [(1, 1, 1, 1), (24, 64, 128, 1), (6, 40, 3, 3), (8, 128, 256, 2)]
+)
+@pytest.mark.parametrize("strided", [False, True])
+def test_ssd_shapes(heads: int, head_dim: int, states: int, groups: int, dtype: torch.dtype, strided: bool) -> None:
+    check(ssd_step, ssd_inputs(3, heads, head_dim, states, groups, dtype, strided))
+
+
+@pytest.mark.parametrize("without", [("z",), ("D",), ("dt_bias",), ("z", "D", "dt_bias")])
+def test_ssd_options(without: tuple[str, ...]) -> None:
+    inputs = ssd_inputs(64, 64, 64, 128, 1, torch.float32)
+    check(ssd_step, {name: value for name, value in inputs.items() if name not in without})
+    check(ssd_step, inputs, dt_limit=(0.01, 0.02))
+    inputs["A"] = inputs["A"].abs().log()
+    check(ssd_step, inputs, A_is_log=True)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
@@ -94,6 +140,8 @@ def test_scan_options(without: tuple[str, ...]) -> None:
     check(selective_scan_step, {name: value for name, value in inputs.items() if name not in without})
     inputs["dt"], inputs["dt_bias"] = inputs["dt"].abs(), inputs["dt_bias"].abs()
     check(selective_scan_step, inputs, dt_softplus=False)
+    inputs["A"] = inputs["A"].abs().log()
+    check(selective_scan_step, inputs, A_is_log=True)
 
 
 def test_small_steps_keep_their_relative_accuracy() -> None:
@@ -110,6 +158,32 @@ def test_small_steps_keep_their_relative_accuracy() -> None:
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_conv(width: int, dtype: torch.dtype, activation: str | None) -> None:
     check(causal_conv1d_step, conv_inputs(3, 300, width, dtype, strided=True), activation=activation)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("batch", "channels", "rank", "states", "width"),
+    [(1, 4096, 128, 16, 4), (8, 1536, 48, 16, 4), (3, 130, 7, 3, 2), (2, 5120, 160, 16, 4), (1, 1, 1, 1, 1)],
+)
+def test_mamba_step(batch: int, channels: int, rank: int, states: int, width: int, dtype: torch.dtype) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    inputs = draw(batch, channels, rank, states, width, dtype, "cuda")
+    assert launch.fits(inputs["x"], inputs["A_log"], inputs["conv_weight"], inputs["dt_proj_weight"])
+    again, plain, exact = ({k: v.clone() for k, v in inputs.items()} for _ in range(3))
+    exact = {name: value.double() for name, value in exact.items()}
+    found, repeated, wanted = mamba_step_(**inputs), mamba_step_(**again), _reference(**exact)
+    by_operators = _reference(**plain)
+    assert torch.equal(found, repeated)
+    # Rounded in the same places as the separate operators, so about as far from the exact result.
+    error, usual = (float((y.double() - wanted).norm() / wanted.norm()) for y in (found, by_operators))
+    assert error < 1.5 * usual + 2 * ROUNDING[torch.float32]
+    for name in ("conv_state", "scan_state"):
+        assert torch.equal(inputs[name], again[name])
+        error, usual = (
+            float((y[name].double() - exact[name]).norm()) / max(1e-9, float(exact[name].norm()))
+            for y in (inputs, plain)
+        )
+        assert error < 1.5 * usual + 2 * ROUNDING[torch.float32]
 
 
 def test_steps_equal_the_operators_on_the_sequence() -> None:

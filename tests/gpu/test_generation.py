@@ -19,12 +19,19 @@ def test_graph_and_plain_step_give_the_same_tokens(family: str, dtype: torch.dty
     trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cuda"), dtype)
     for sampling in (Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=1)):
-        plain, graphed = (
-            generate(model, PROMPTS, sampling, max_new_tokens=150, vocab_size=53, cuda_graph=cuda_graph)
-            for cuda_graph in (False, True)
-        )
-        assert plain == graphed
-        assert len({token for row in plain for token in row}) > 10
+        for state_dtype in (torch.float32, torch.bfloat16):
+            plain, graphed = (
+                generate(
+                    *(model, PROMPTS, sampling),
+                    max_new_tokens=150,
+                    vocab_size=53,
+                    cuda_graph=cuda_graph,
+                    state_dtype=state_dtype,
+                )
+                for cuda_graph in (False, True)
+            )
+            assert plain == graphed
+            assert len({token for row in plain for token in row}) > 10
 
 
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])

@@ -161,6 +161,7 @@ def test_capture_in_a_cuda_graph() -> None:
         loss = linear_cross_entropy(hidden, weight, targets)
         return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
+    torch.cuda.synchronize()  # the other stream does not wait for the inputs
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()

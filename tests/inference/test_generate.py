@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mamba_train.inference.decoder import Decoder
 from mamba_train.inference.generate import generate
 from mamba_train.inference.sampling import Sampling
 from mamba_train.model.language_model import MambaLM
@@ -84,6 +85,18 @@ def test_the_state_has_a_constant_size(family: str) -> None:
         return sum(layer.conv.numel() + layer.scan.numel() for layer in state)
 
     assert size(3) == size(300)
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "hybrid"])
+@torch.no_grad()
+def test_a_state_kept_in_bf16_is_rounded_and_no_more(family: str) -> None:
+    model = lively(family)
+    exact, rounded = (Decoder(model, RAGGED, state_dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    tokens = torch.tensor([1, 2, 3, 4])
+    found = torch.stack([rounded.step(tokens).clone() for _ in range(20)])
+    expected = torch.stack([exact.step(tokens).clone() for _ in range(20)])
+    error = (found - expected).norm() / expected.norm()
+    assert 0 < error < 0.02
 
 
 def test_wrong_prompts_and_broken_weights_are_said(model: MambaLM) -> None:

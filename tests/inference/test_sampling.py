@@ -25,6 +25,9 @@ def test_draws_follow_the_distribution_and_what_is_cut_from_it() -> None:
     # 0.4 + 0.3 are less than 0.75, so the third token is the one that reaches it.
     three = torch.tensor([0, 0.4, 0.15, 0, 0.3]) / 0.85
     torch.testing.assert_close(frequencies(Sampling(top_p=0.75)), three, atol=1e-3, rtol=0)
+    # Where the tokens before it have exactly that much, a token is not in the smallest set.
+    halves = torch.bincount(choose(torch.zeros(100, 4), Sampling(top_p=0.5), torch.arange(100) / 100), minlength=4)
+    assert sorted(halves.tolist()) == [0, 0, 50, 50]
     # top_p is of what top_k left: 0.4 / 0.7 is more than 0.55.
     assert frequencies(Sampling(top_k=2, top_p=0.55))[1] == 1
     assert frequencies(Sampling(temperature=0))[1] == 1

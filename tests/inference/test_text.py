@@ -43,6 +43,16 @@ def test_half_a_character_and_half_a_stop_string_are_held_back(tokenizer: TextTo
     assert pushed(TextStream(tokenizer, stop_strings=["END"]), letters) == ["x", "", "", "", ""]
 
 
+def test_the_first_of_two_stop_strings_in_one_token_ends_the_text(tokenizer: TextTokenizer) -> None:
+    token = next(
+        i for i in range(tokenizer.vocab_size) if (text := tokenizer.decode([i])).isalpha() and len(set(text)) > 1
+    )
+    text = tokenizer.decode([token])
+    stops = [text[-1], text[1], text[0]]
+    assert pushed(TextStream(tokenizer, stop_strings=stops), [token]) == ["", ""]
+    assert pushed(TextStream(tokenizer, stop_strings=stops[:2]), [token]) == [text[0], ""]
+
+
 def test_texts_of_a_batch_are_told_as_they_grow_and_end_at_the_stop_string(tokenizer: TextTokenizer) -> None:
     model = lively("mamba1").requires_grad_(False)
     prompts = [[5, 9, 2], [7]]

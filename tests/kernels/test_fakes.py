@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+import kernels.causal_conv1d.backward_into
+import kernels.selective_scan.backward_into  # noqa: F401  registers the operators
 from kernels import (  # noqa: F401  registers the operators
     causal_conv1d,
     linear_cross_entropy,
@@ -34,6 +36,17 @@ def scan_backward_inputs(gate: bool = True) -> tuple[Any, ...]:
     inputs = scan_inputs(gate)
     _, final_state, starts, ungated = OPS.selective_scan(*inputs, True)
     return (strided(2, 9, 6), torch.randn_like(final_state), *inputs[:-1], starts, ungated)
+
+
+def scan_into_inputs() -> tuple[Any, ...]:
+    x, dt, A, B, C, D, z, dt_bias, _, seq_idx, _ = scan_inputs()
+    _, _, starts, ungated = OPS.selective_scan(*scan_inputs(), True)
+    outputs = torch.empty(2, 9, 6), torch.empty(2, 9, 6), strided(2, 9, 6)
+    return (strided(2, 9, 6), x, dt, A, B, C, D, z, dt_bias, seq_idx, starts, ungated, *outputs)
+
+
+def conv_into_inputs() -> tuple[Any, ...]:
+    return strided(2, 9, 6), strided(2, 9, 6), torch.randn(6, 4), torch.randn(6), None, strided(2, 9, 6)
 
 
 def ssd_inputs(gate: bool = True) -> tuple[Any, ...]:
@@ -69,6 +82,7 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "scan without gradient": (OPS.selective_scan, lambda: (*scan_inputs(gate=False), False)),
     "scan backward": (OPS.selective_scan_backward, scan_backward_inputs),
     "scan backward without gate": (OPS.selective_scan_backward, lambda: scan_backward_inputs(gate=False)),
+    "scan backward into": (OPS.selective_scan_backward_into, scan_into_inputs),
     "ssd": (OPS.ssd, lambda: (*ssd_inputs(), True)),
     "ssd without gradient": (OPS.ssd, lambda: (*ssd_inputs(gate=False), False)),
     "ssd backward": (OPS.ssd_backward, ssd_backward_inputs),
@@ -81,6 +95,7 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "conv": (OPS.causal_conv1d, lambda: (strided(2, 9, 6), torch.randn(6, 4), torch.randn(6), True, None, None)),
     "conv backward": (OPS.causal_conv1d_backward, lambda: conv_backward_inputs(state=True)),
     "conv backward without state": (OPS.causal_conv1d_backward, lambda: conv_backward_inputs(state=False)),
+    "conv backward into": (OPS.causal_conv1d_backward_into, conv_into_inputs),
     "norm backward": (OPS.rms_norm_backward, lambda: norm_backward_inputs(with_total=True)),
     "norm backward without the sum's": (OPS.rms_norm_backward, lambda: norm_backward_inputs(with_total=False)),
     "norm": (OPS.rms_norm, lambda: (strided(2, 9, 6), torch.randn(6), 1e-5)),
@@ -106,3 +121,10 @@ def test_outputs_are_what_the_fake_says(name: str) -> None:
         assert a.shape == b.shape, number
         if a.numel():
             assert a.stride() == b.stride(), number
+
+
+@pytest.mark.parametrize("name", ["scan backward into", "conv backward into"])
+@torch.no_grad()
+def test_operators_write_what_their_schemas_say(name: str) -> None:
+    op, make_inputs = CASES[name]
+    torch.library.opcheck(op.default, make_inputs(), test_utils=("test_schema", "test_faketensor"))

@@ -42,11 +42,10 @@ def conv_resources(
 
 
 def norm_resources(
-    kernel: Any, size: int, gated: bool, folder: Path, capability: int = 90, before: bool = False, align: int = 8
+    kernel: Any, size: int, gated: bool, folder: Path, capability: int = 90, before: bool = False, align: int = 4
 ) -> Resources:
-    block = norm._power_of_two(size)
     is_forward = kernel is norm_kernels.forward_kernel
-    shape = norm.forward_shape(block) if is_forward else norm.backward_shape(block)
+    shape = (norm.forward_shape if is_forward else norm.backward_shape)(size, gated)
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("x", "y", "y_grad", "x_grad"), "*bf16")
     arguments |= dict.fromkeys(("weight", "inverse_rms", "parts"), "*fp32")
@@ -54,7 +53,8 @@ def norm_resources(
     arguments |= dict.fromkeys(("residual", "total", "through", "total_grad"), None if gated else "*fp32")
     if not (gated or is_forward):
         arguments["x"] = "*fp32"
-    constants = {"NORM_FIRST": before, "ALIGN": align, "BLOCK": block, "ROWS": shape.rows, "STAGES": shape.stages}
+    constants = {"NORM_FIRST": before, "ALIGN": align, "ROWS": shape.rows, "STAGES": shape.stages}
+    constants |= {"PIECES": -(-size // shape.block), "BLOCK": shape.block}
     return compile_kernel(kernel, arguments | {"eps": "fp32"} | constants, capability, shape.warps, folder)
 
 

@@ -27,7 +27,18 @@ RESULTS = {
         "accuracy": {"512": 0.5},
         "paper": "100% somewhere",
     },
-    "harness-step_00000020": {"kind": "harness", "step": 20, "scores": {"lambada_openai/acc": 0.25}},
+    "harness-step_00000020": {"kind": "harness", "step": 20, "limit": 7, "scores": {"lambada_openai/acc": 0.25}},
+    "perplexity-sliding-step_00000020": {
+        "kind": "perplexity-sliding",
+        "step": 20,
+        "protocol": "sliding",
+        "length": 32,
+        "stride": 8,
+        "max_tokens": 5000,
+        "domains": {"": SCORE},
+        "all": SCORE,
+    },
+    "of-someone-else": {"all": 3},
 }
 
 
@@ -49,7 +60,9 @@ def test_evaluations_and_samples_are_shown(tmp_path: Path) -> None:
         "mqar, length 512",
         "50.00%",
         "100% somewhere",
-        "lambada_openai/acc",
+        "lambada_openai/acc (first 7 requests)",
+        "all (sliding, length 32, stride 8, first 5,000 tokens)",
+        "not in the form of our results",
         "0.2500",
         'alt="lengths-step_00000020" src="data:image/png;base64,cGljdHVyZQ=="',
         "text &lt;b&gt;of step&lt;/b&gt; 10",

@@ -136,7 +136,9 @@ def test_bf16_computes_in_bf16_over_fp32_masters() -> None:
     assert all(value.dtype is torch.float32 for value in flat(engine).values())
 
 
-@pytest.mark.parametrize(("policy", "scans_again"), [("none", 0), ("layer", 2), ("keep_scan", 0)])
+@pytest.mark.parametrize(
+    ("policy", "scans_again"), [("auto", 0), ("none", 0), ("scan", 2), ("layer", 2), ("keep_scan", 0)]
+)
 def test_the_scan_is_computed_again_only_where_the_policy_says(policy: str, scans_again: int) -> None:
     engine = make_engine(recompute=Recompute(policy))
     tokens = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(0))

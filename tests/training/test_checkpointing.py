@@ -8,6 +8,7 @@ import pytest
 
 from mamba_train.checkpoint.disk import NotEnoughDiskSpace
 from mamba_train.config import CheckpointConfig
+from mamba_train.monitor.event_log import EventLog
 from mamba_train.ranks import join
 from mamba_train.training.hooks import checkpointing
 from mamba_train.training.hooks.checkpointing import CheckpointHook
@@ -35,7 +36,7 @@ def test_the_hold_up_includes_the_wait_for_the_last_save(
 ) -> None:
     clock = [100.0]
     monkeypatch.setattr(checkpointing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    hook = CheckpointHook(tmp_path, CheckpointConfig(interval_steps=1), join(), {}, {}, lambda text: None)
+    hook = CheckpointHook(tmp_path, CheckpointConfig(interval_steps=1), join(), {}, {}, EventLog())
     hook._saver = SlowSaver(clock, full)  # type: ignore[assignment]
     engine = SimpleNamespace(pieces=lambda: None)
     trainer: Any = SimpleNamespace(state=TrainState(step=3), data_state=dict, engine=engine)

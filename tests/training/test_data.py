@@ -21,7 +21,7 @@ from mamba_train.data.batches import IGNORE_INDEX, Batch, BatchSource, WindowFor
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.opening import OpenedData, open_folders
 from mamba_train.data.tokenizer import TextTokenizer, train_tokenizer
-from mamba_train.parallel.engine import StepResult
+from mamba_train.parallel.engine import Judge, StepResult
 from mamba_train.training import build
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.validation import HeldOut, ValidationHook
@@ -378,8 +378,9 @@ class MeetingEngine(RecordingEngine):
     def backward(self, loss: torch.Tensor) -> None:
         self.losses[-1].append(float(loss))
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, judge: Judge) -> StepResult:
         self.losses.append([])
+        judge(torch.ones((), dtype=torch.float64))
         return StepResult(1.0, skipped=False)
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:

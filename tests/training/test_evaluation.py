@@ -9,8 +9,9 @@ import torch
 
 from mamba_train.checkpoint import rng
 from mamba_train.composition import compose_config
+from mamba_train.config import EvaluationConfig
 from mamba_train.training.build import build_trainer
-from mamba_train.training.hooks.harness import HarnessHook
+from mamba_train.training.hooks.harness import HarnessHook, task_manager
 from tests.helpers import TINY_RUN, curve, metrics, train
 
 pytest.importorskip("lm_eval")
@@ -90,3 +91,42 @@ def test_a_task_that_does_not_exist_is_said_at_the_start(tmp_path: Path, corpus:
     result = train(tmp_path / "run", corpus, "evaluation.interval_steps=5")
     assert result.returncode == 2
     assert "evaluation.interval_steps=5" in result.stderr.strip().splitlines()[-1]
+
+
+def test_tasks_that_could_not_be_run_are_said_before_the_first_step(tasks: Path) -> None:
+    definition = json.loads((tasks / "choose.yaml").read_text())
+    writes = {**definition, "task": "writes", "output_type": "generate_until", "doc_to_target": " more"}
+    absent = {**definition, "task": "absent", "dataset_kwargs": {"data_files": {"test": str(tasks / "no_such.jsonl")}}}
+    for changed in (writes, absent):
+        (tasks / f"{changed['task']}.yaml").write_text(json.dumps(changed))
+    for name, expected in (
+        ("writes", "writes has the model write text"),
+        ("absent", "no_such.jsonl"),
+        ("unknown", "no task unknown"),
+    ):
+        with pytest.raises(ValueError, match=f"evaluation.tasks: .*{expected}"):
+            task_manager(EvaluationConfig(tasks=[name], task_folder=str(tasks)))
+    task_manager(EvaluationConfig(tasks=["choose"], task_folder=str(tasks)))
+
+
+def test_a_full_disk_costs_the_sample_and_not_the_training(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_text = Path.write_text
+
+    def full(path: Path, *arguments: Any, **options: Any) -> int:
+        if path.parent.name == "samples":
+            raise OSError(28, "No space left on device")
+        return write_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    config = compose_config(
+        [
+            *("data=local", f"data.path={corpus}", f"data.cache_dir={corpus.parent / 'cache'}", *TINY_RUN),
+            *(f"run_dir={tmp_path / 'run'}", "training.total_steps=1", "schedule.warmup_steps=0"),
+            "evaluation.sample_tokens=2",
+        ]
+    )
+    build_trainer(config).run()
+    assert "No space left on device; training goes on" in "".join(capfd.readouterr())
+    assert not list((tmp_path / "run" / "samples").glob("*"))

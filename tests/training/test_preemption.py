@@ -208,9 +208,9 @@ def test_a_request_on_another_rank_stops_this_one(tmp_path: Path, corpus: Path) 
 
     def with_another_rank(value: torch.Tensor) -> torch.Tensor:
         reduced.append(value)
-        # At the end of step 3 the other rank has been asked; its loss is 0 here.
+        # At the end of step 3 the other rank has been asked; its loss and gradient are 0 here.
         is_end_of_step_3 = len(reduced) == 6
-        return value + torch.tensor([0.0, 1.0]) if is_end_of_step_3 else value
+        return value + torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64) if is_end_of_step_3 else value
 
     trainer.engine.sum_over_ranks = with_another_rank  # type: ignore[method-assign]
     with pytest.raises(Stopped, match=r"after step 3.*another rank"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mamba_train.model.language_model import MambaLM
+from tests.commands.test_generate import mamba_train
 from tests.helpers import REPOSITORY, environment, metrics
 from tests.model.families import perturbed, small_config
 
@@ -44,6 +45,9 @@ def test_induction_heads_are_learned_and_tested_beyond(tmp_path: Path) -> None:
     assert recorded[0] < recorded[-1] == pytest.approx(found["accuracy"]["16"], abs=0.05)
     assert (tmp_path / "run" / "evaluation" / "task-step_00000150.png").stat().st_size > 5_000
     assert "the paper: 100%" in result.stdout + result.stderr
+    evaluated = mamba_train("evaluate", str(tmp_path / "run"))
+    assert evaluated.returncode == 2
+    assert "trained on induction_heads, which has no text" in evaluated.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.slow

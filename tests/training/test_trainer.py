@@ -1,6 +1,7 @@
 """The loop in this process: what a step contains, what the hooks add, what a skip does."""
 
 import math
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from mamba_train.config import Config
 from mamba_train.data.batches import BatchSource, WindowForm
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.prepare import prepare
-from mamba_train.parallel.engine import StepResult, accumulate
+from mamba_train.parallel.engine import Judge, StepResult, accumulate
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.base import Hook
 from mamba_train.training.state import TrainState
 from mamba_train.training.trainer import Trainer
-from tests.helpers import TINY_RUN, metrics
+from tests.helpers import REPOSITORY, TINY_RUN, metrics
 
 
 def make_config(run_dir: Path, corpus: Path, *overrides: str) -> Config:
@@ -60,8 +61,9 @@ class RecordingEngine:
 
     accumulate = accumulate
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, judge: Judge) -> StepResult:
         self.steps.append([])
+        judge(torch.ones((), dtype=torch.float64))
         return StepResult(1.0, skipped=False)
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
@@ -177,3 +179,29 @@ def test_hooks_are_closed_when_a_step_fails(tmp_path: Path, corpus: Path) -> Non
     with pytest.raises(ZeroDivisionError):
         trainer.run()
     assert closed == [True]
+
+
+def test_a_step_waits_for_the_device_as_often_as_it_did_without_a_guard(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each value that travels to the host stalls a GPU: loss, norm and requests in one, the interruption in another."""
+    waits: list[str] = []
+
+    def counted(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def count(tensor: torch.Tensor, *arguments: Any) -> Any:
+            if sys._getframe(1).f_code.co_filename.startswith(str(REPOSITORY / "mamba_train")):
+                waits.append(name)
+            return original(tensor, *arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, count)
+
+    overrides = ["logging.ssm_health_interval_steps=0", "guard.min_steps=1", "training.total_steps=12"]
+    trainer = build_trainer(make_config(tmp_path / "run", corpus, *overrides))
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu"):
+        counted(name)
+    for _ in range(8):
+        trainer._step()
+    assert math.isfinite(trainer.guard.limits[0]), "steps are compared"
+    assert waits == ["tolist", "tolist"] * 8

@@ -206,7 +206,7 @@ def test_a_first_validation_that_is_nan_is_not_the_best(
 def test_each_step_uses_the_rate_of_the_schedule(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[float] = []
     step = NativeEngine.step
-    monkeypatch.setattr(NativeEngine, "step", lambda self, lr: used.append(lr) or step(self, lr))
+    monkeypatch.setattr(NativeEngine, "step", lambda self, lr, judge: used.append(lr) or step(self, lr, judge))
     config = make_config(tmp_path / "run", corpus, "training.total_steps=12")
     build_trainer(config).run()
     expected = [learning_rate(s, config.optim.lr, config.schedule, 12) for s in range(1, 13)]

@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const scalar* C, i64 C_batch, i64 C_time, const float* A, const float* D, const float* dt_bias,
     const int* seq_idx, i64 seq_batch, i64 seq_time,
     const scalar* dy, i64 dy_batch, i64 dy_time, const float* final_grad, const float* starts, const scalar* ungated,
-    scalar* dx, scalar* ddt, scalar* dz, float* BC_parts, float* A_parts, float* D_parts, float* bias_parts,
+    scalar* dx, scalar* ddt, scalar* dz, i64 dz_batch, i64 dz_time, float* BC_parts, float* A_parts, float* D_parts, float* bias_parts,
     float* initial_grad, int* queue, i64 length_, i64 channels_, i64 states_, i64 workers_, i64 units_,
     i64 group_items_, i64 segments_, i64 dt_softplus) {
     const int length = length_, channels = channels_, states = states_, workers = workers_, units = units_;
@@ -227,6 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         };
         const int vector_channel = lane % ROW_VECTORS * VECTOR;  // in the warp, of the phases without states
         i64 out_at = (row0 + last + lane / ROW_VECTORS) * channels + channel0 + vector_channel;
+        i64 dz_at = batch * dz_batch + (last + lane / ROW_VECTORS) * dz_time + channel0 + vector_channel;
         const float* start_at = starts + ((batch * tiles + end_tile - 1) * channels + channel) * STATES + state0;
 
         auto fetch_start = [&] {  // the state before a tile; a lane copies what it will read itself
@@ -267,7 +268,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 if (!EVEN_VECTORS && i >= TILE * ROW_VECTORS) break;
                 const int t = i / ROW_VECTORS, at = i * VECTOR;
                 const int valid = t < rows ? left - vector_channel : 0;
-                const i64 to = out_at + j * (32 / ROW_VECTORS) * i64(channels);
                 Floats<VECTOR> d = load_vector(shared.dt + mine + at), value = load_vector(shared.x[buffer] + mine + at);
                 Floats<VECTOR> grad = load_vector(shared.dy + mine + at), bias = vector_at(shared.bias[warp] + vector_channel);
 #pragma unroll
@@ -288,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                         core[k] *= grad[k] * s * (1.f + gate[k] * (1.f - s));
                         grad[k] *= gate[k] * s;
                     }
-                    store_vector(dz + to, core, valid);
+                    store_vector(dz + (dz_at + j * (32 / ROW_VECTORS) * dz_time), core, valid);
                 }
                 vector_at(dy_core + at) = grad;
             }
@@ -434,6 +434,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 to = sum;
             }
             out_at -= i64(TILE) * channels;
+            dz_at -= TILE * dz_time;
         }
 
 #pragma unroll

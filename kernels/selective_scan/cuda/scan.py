@@ -21,6 +21,14 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MIN_CAPABILITY = (8, 0)
 
 
+class Outputs(NamedTuple):
+    """Gradients of activations, (batch, length, channel): of x and dt contiguous, of z with any strides of rows."""
+
+    x: Tensor
+    dt: Tensor
+    z: Tensor
+
+
 class Kernel(NamedTuple):
     """A kernel of one device, ready to be launched."""
 
@@ -257,8 +265,12 @@ def backward(
     seq_idx: Tensor | None,
     starts: Tensor,
     ungated: Tensor,
+    into: Outputs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one."""
+    """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one.
+
+    into: where those of x, dt and z go, in the one dtype that all activations then have.
+    """
     given = (x, dt, A, B, C, D, z, dt_bias)
     (batch, length, channels), states = x.shape, A.shape[1]
     y_grad = torch.zeros_like(x) if y_grad is None else y_grad
@@ -267,8 +279,11 @@ def backward(
     saved = None if saved is None else saved.contiguous()
     seq_idx = None if seq_idx is None else seq_idx.int()
     A, D, dt_bias, final_state_grad = (_fp32(t) for t in (A, D, dt_bias, final_state_grad))  # type: ignore[assignment]
-    dx, ddt = (torch.empty((batch, length, channels), dtype=x.dtype, device=x.device) for _ in range(2))
-    dz = torch.empty_like(dx) if z is not None else None
+    if into is None:
+        dx, ddt = (torch.empty((batch, length, channels), dtype=x.dtype, device=x.device) for _ in range(2))
+        dz = torch.empty_like(dx) if z is not None else None
+    else:
+        dx, ddt, dz = into
     dB, dC = (torch.empty((batch, length, states), dtype=x.dtype, device=x.device) for _ in range(2))
     initial_grad, A_parts = (x.new_empty((batch, channels, states), dtype=torch.float32) for _ in range(2))
     D_parts, bias_parts = (x.new_empty((batch, channels), dtype=torch.float32) for _ in range(2))
@@ -283,7 +298,7 @@ def backward(
         processors = _processors(index)
         variant = variants.backward_variant(states, batch, channels, processors)
         dtype, gated, packed = _DTYPES[x.dtype], z is not None, seq_idx is not None
-        aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z, y_grad, saved))
+        aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z, y_grad, saved, dz))
         key = (index, variant, dtype, gated, packed, aligned)
         kernel = _kernel("backward", "scan_backward", *key)
 
@@ -314,7 +329,7 @@ def backward(
                 saved,
                 dx,
                 ddt,
-                dz,
+                *_strided(dz),
                 parts,
                 A_parts,
                 D_parts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,3 +33,11 @@ class Hook:
 
     def close(self, failed: bool) -> None:
         """Always called last, also when another hook or the step raised."""
+
+
+def write_or_warn(write: Callable[[], object], log: Callable[[str], None]) -> None:
+    """Write what a run can do without: a full disk costs this and one warning, not the training."""
+    try:
+        write()
+    except OSError as error:
+        log(f"warning: not written: {error}; training goes on")

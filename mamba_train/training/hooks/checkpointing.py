@@ -1,7 +1,7 @@
 """When a checkpoint is written, and what happens when the disk is full."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from mamba_train.checkpoint.retention import apply_retention
 from mamba_train.checkpoint.saving import Saver
 from mamba_train.checkpoint.storage import Record
 from mamba_train.config import CheckpointConfig
+from mamba_train.monitor.event_log import EventLog
 from mamba_train.ranks import Ranks
 from mamba_train.training.forward_check import forward_loss
 from mamba_train.training.hooks.base import Hook, Metrics
@@ -49,13 +50,13 @@ class CheckpointHook(Hook):
         ranks: Ranks,
         full_config: Mapping[str, Any],
         fingerprints: dict[str, str],
-        log: Callable[[str], None],
+        events: EventLog,
     ) -> None:
         self._directory = directory
         self._config = config
         self._full_config = dict(full_config)
         self._fingerprints = fingerprints
-        self._log = log
+        self._events = events
         self._saver = Saver(directory, ranks, config.reserve_gib)
         self._saved_step: int | None = None
         self.hold_up = HoldUp()
@@ -70,15 +71,19 @@ class CheckpointHook(Hook):
         if state.step % self._config.interval_steps and not is_new_best:
             return
         begin = time.perf_counter()
-        try:
-            self._finish_last()
-            self._save(trainer)
-        except NotEnoughDiskSpace as error:
-            self._log(f"warning: {error}; the checkpoint of step {state.step} was not saved, training goes on")
+        self.save_now(trainer)
         self.hold_up.seconds.append(time.perf_counter() - begin)
 
+    def save_now(self, trainer: Trainer) -> None:
+        """Save unless the disk is full."""
+        try:
+            self.settle()
+            self._save(trainer)
+        except NotEnoughDiskSpace as error:
+            self._left_out(trainer.state.step, error)
+
     def on_end(self, trainer: Trainer) -> None:
-        self._finish_last()
+        self.settle()
         if self._saved_step != trainer.state.step:
             self._save(trainer)
             self._saver.wait()
@@ -86,13 +91,20 @@ class CheckpointHook(Hook):
     def close(self, failed: bool) -> None:
         self._saver.close(failed)
 
-    def _finish_last(self) -> None:
-        """A save whose disk became full on the way is left out; the one that is due now may find room again."""
+    def settle(self) -> None:
+        """Wait for the last save.
+
+        One whose disk became full on the way is left out; the one that is due now may find room again.
+        """
         try:
             self._saver.wait()
         except NotEnoughDiskSpace as error:
-            self._log(f"warning: {error}; the checkpoint of step {self._saved_step} was not saved, training goes on")
+            self._left_out(self._saved_step, error)
             self._saved_step = None
+
+    def _left_out(self, step: int | None, error: NotEnoughDiskSpace) -> None:
+        text = f"warning: {error}; the checkpoint of step {step} was not saved, training goes on"
+        self._events.add("disk full", text, step=step)
 
     def on_stop(self, trainer: Trainer) -> None:
         self.on_end(trainer)
@@ -103,9 +115,13 @@ class CheckpointHook(Hook):
         if self._config.verify_forward:
             values["forward_loss"] = forward_loss(trainer.engine)
         best_step = state.best_validation_step if self._config.keep_best else None
+        # After a rollback those before it are kept until the run is calm again: it may have to go back further.
+        keep_all = state.guard.rollbacks > 0
 
         def then() -> None:
             state.save_seconds = time.perf_counter() - begin
+            if keep_all:
+                return
             apply_retention(
                 self._directory,
                 keep_last=self._config.keep_last,

@@ -10,12 +10,16 @@ from mamba_train.checkpoint import rng
 from mamba_train.config import EvaluationConfig
 from mamba_train.data.tokenizer import TextTokenizer
 from mamba_train.evaluation.results import results_path, task_scores, write_results
-from mamba_train.training.hooks.base import Hook, Metrics
+from mamba_train.training.hooks.base import Hook, Metrics, write_or_warn
 from mamba_train.training.trainer import Trainer
 
 
 def task_manager(config: EvaluationConfig) -> Any:
-    """The harness's own index of tasks; raises ValueError (`evaluation.tasks`) for one that it does not have."""
+    """The harness's own index of tasks; raises ValueError (`evaluation.tasks`) for one that could not be run.
+
+    Their data are read here for once: what is not to be had is better known before the first step than at the first
+    evaluation.
+    """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=config.task_folder)
@@ -24,6 +28,15 @@ def task_manager(config: EvaluationConfig) -> Any:
         raise ValueError(
             f"evaluation.tasks: lm-evaluation-harness has no task {unknown[0]}; `mamba-train lm-eval ls tasks` lists "
             "them, evaluation.task_folder names a folder with others"
+        )
+    try:
+        loaded = manager.load(list(config.tasks))["tasks"]
+    except Exception as error:  # whatever a definition, a file or the host of the data has to say
+        raise ValueError(f"evaluation.tasks: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if writing := [name for name, task in loaded.items() if task.OUTPUT_TYPE == "generate_until"]:
+        raise ValueError(
+            f"evaluation.tasks: {writing[0]} has the model write text, which is too slow during training; run it on a "
+            "checkpoint by `mamba-train lm-eval`"
         )
     return manager
 
@@ -36,10 +49,16 @@ class HarnessHook(Hook):
     """
 
     def __init__(
-        self, config: EvaluationConfig, manager: Any, tokenizer: TextTokenizer, max_length: int, run_dir: Path
+        self,
+        config: EvaluationConfig,
+        manager: Any,
+        tokenizer: TextTokenizer,
+        max_length: int,
+        run_dir: Path,
+        log: Callable[[str], None],
     ) -> None:
         self._config, self._manager = config, manager
-        self._tokenizer, self._max_length, self._run_dir = tokenizer, max_length, run_dir
+        self._tokenizer, self._max_length, self._run_dir, self._log = tokenizer, max_length, run_dir, log
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         interval = self._config.interval_steps
@@ -69,7 +88,8 @@ class HarnessHook(Hook):
         if trainer.engine.rank == 0:
             step = trainer.state.step
             path = results_path(self._run_dir, "harness", step)
-            write_results(path, {"kind": "harness", "step": step, "limit": self._config.limit, "scores": scores})
+            content = {"kind": "harness", "step": step, "limit": self._config.limit, "scores": scores}
+            write_or_warn(lambda: write_results(path, content), self._log)
 
 
 def _logits(trainer: Trainer) -> Callable[[Tensor], Tensor]:

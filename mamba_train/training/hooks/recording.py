@@ -1,10 +1,11 @@
 """Metrics to the eye, to metrics.jsonl and to wandb."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mamba_train.config import LoggingConfig
+from mamba_train.monitor.event_log import LEDGER_NAME, EventLog
 from mamba_train.monitor.jsonl import JsonlSink
 from mamba_train.monitor.progress import Progress
 from mamba_train.monitor.wandb_sink import WandbSink
@@ -24,6 +25,7 @@ class RecordingHook(Hook):
         progress: Progress,
         logging: LoggingConfig,
         shown_config: Mapping[str, Any],
+        events: EventLog,
         log: Callable[[str], None],
     ) -> None:
         self._run_dir = run_dir
@@ -31,6 +33,7 @@ class RecordingHook(Hook):
         self._logging = logging
         self._shown_config = shown_config
         self._log = log
+        events.listeners.append(self._on_event)
         self._wandb: WandbSink | None = None
         self._jsonl: JsonlSink | None = None
 
@@ -55,13 +58,28 @@ class RecordingHook(Hook):
             self._wandb.log(metrics)
         self._progress.update(metrics)
 
+    def pass_over(self, records: Iterable[Metrics]) -> None:
+        """Put these records of steps that pass without an update in the place of what was recorded of them."""
+        records = list(records)
+        if self._jsonl is not None:
+            first = records[0]["step"]
+            assert first is not None
+            cut = self._jsonl.cut_at(int(first) - 1)
+            self._log(f"metrics after step {int(first) - 1} were moved to {cut}")
+            for record in records:
+                self._jsonl.log(record)
+
     def on_end(self, trainer: Trainer) -> None:
         skipped = trainer.state.skipped_steps
         if skipped:
             self._log(
-                f"warning: {len(skipped)} of {trainer.state.step} steps were skipped because their gradient was not "
-                f"finite, the last one at step {skipped[-1]}"
+                f"warning: {len(skipped)} of {trainer.state.step} steps made no update, the last one step "
+                f"{skipped[-1]}; {LEDGER_NAME} in the run folder says why"
             )
+
+    def _on_event(self, event: Mapping[str, Any]) -> None:
+        if self._wandb is not None:
+            self._wandb.alert(event["kind"], event["text"])
 
     def close(self, failed: bool) -> None:
         self._progress.__exit__(None, None, None)

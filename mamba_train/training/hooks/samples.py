@@ -1,5 +1,6 @@
 """Text that the model writes at each checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from mamba_train.data.tokenizer import TextTokenizer
 from mamba_train.inference.sampling import NOT_FINITE, Sampling, choose, uniform_draws
 from mamba_train.run_folder import SAMPLES
-from mamba_train.training.hooks.base import Hook, Metrics
+from mamba_train.training.hooks.base import Hook, Metrics, write_or_warn
 from mamba_train.training.trainer import Trainer
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
@@ -21,20 +22,29 @@ class SamplesHook(Hook):
     """
 
     def __init__(
-        self, prompts: list[str], n_tokens: int, interval_steps: int, tokenizer: TextTokenizer, run_dir: Path
+        self,
+        prompts: list[str],
+        n_tokens: int,
+        interval_steps: int,
+        tokenizer: TextTokenizer,
+        run_dir: Path,
+        log: Callable[[str], None],
     ) -> None:
         self._texts, self._n_tokens, self._interval_steps = prompts, n_tokens, interval_steps
         self._prompts = [[tokenizer.eos_id, *tokenizer.encode(text).tolist()] for text in prompts]
-        self._tokenizer, self._run_dir = tokenizer, run_dir
+        self._tokenizer, self._run_dir, self._log = tokenizer, run_dir, log
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         if not self._n_tokens or (trainer.state.step % self._interval_steps and not trainer.finished):
             return
         texts = [self._continue(trainer, prompt) for prompt in self._prompts]
         if trainer.engine.rank == 0:
-            path = self._run_dir / SAMPLES / f"step_{trainer.state.step:08d}.txt"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+            write_or_warn(lambda: self._write(trainer.state.step, texts), self._log)
+
+    def _write(self, step: int, texts: list[str]) -> None:
+        path = self._run_dir / SAMPLES / f"step_{step:08d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
     @torch.no_grad()
     def _continue(self, trainer: Trainer, prompt: list[int]) -> str:

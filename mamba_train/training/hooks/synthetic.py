@@ -12,7 +12,7 @@ from torch import Tensor
 from mamba_train.data.synthetic import SyntheticCorpus
 from mamba_train.evaluation.results import results_path, write_results
 from mamba_train.evaluation.tasks import PAPER, accuracy, table
-from mamba_train.training.hooks.base import Hook, Metrics
+from mamba_train.training.hooks.base import Hook, Metrics, write_or_warn
 from mamba_train.training.trainer import Trainer
 
 
@@ -56,12 +56,12 @@ class TaskTestHook(Hook):
                 break
             self._log(f"{corpus.task} at length {corpus.length:,}: {found[corpus.length]:.2%}")
             if trainer.engine.rank == 0:
-                self._write(trainer, found)
+                write_or_warn(lambda: self._write(trainer, found), self._log)
         if found:
             task = self._tests[0].task
             self._log("\n".join(table(task, self._trained_length, list(found.items()))))
             if trainer.engine.rank == 0:
-                self._draw(trainer, found)
+                write_or_warn(lambda: self._draw(trainer, found), self._log)
 
     def _write(self, trainer: Trainer, found: dict[int, float]) -> None:
         """After each length, so that what was found is kept whatever comes."""

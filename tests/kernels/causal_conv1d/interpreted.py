@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.causal_conv1d import causal_conv1d, launch, reference
+from kernels.causal_conv1d import backward_into, causal_conv1d, launch, reference
 from tests.kernels.causal_conv1d.test_causal_conv1d import conv_inputs
 from tests.kernels.loops import conv_loop, gradients
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled, not interpreted"
 reference.causal_conv1d_op.register_kernel("cpu")(launch.forward)
 reference.causal_conv1d_backward_op.register_kernel("cpu")(launch.backward)
+backward_into.causal_conv1d_backward_into.register_kernel("cpu")(backward_into.launch_into)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -79,3 +80,19 @@ def test_views_are_read_as_they_are(channels: int, monkeypatch: pytest.MonkeyPat
     expected = causal_conv1d(x.contiguous(), weight, bias, activation="silu")
     monkeypatch.setattr(Tensor, "contiguous", lambda tensor: pytest.fail("a copy") if tensor.dim() == 3 else tensor)
     assert torch.equal(causal_conv1d(x, weight, bias, activation="silu"), expected)
+
+
+def test_a_gradient_written_into_half_of_a_tensor() -> None:
+    """Of rows twice as far apart as they need to be, the other half of which stays as it is."""
+    inputs = conv_inputs(21, packed=True, channels=11)
+    x, weight, bias = (inputs[name].detach().float() for name in ("x", "weight", "bias"))
+    grad = torch.randn_like(x)
+    expected = launch.backward(grad, None, x, weight, bias, True, inputs["seq_idx"], None)
+    both = torch.full((x.shape[0], 21, 22), 7.0)
+    weight_grad, bias_grad = torch.ops.mamba_train.causal_conv1d_backward_into(
+        grad, x, weight, bias, inputs["seq_idx"], both[..., 11:]
+    )
+    assert torch.equal(both[..., 11:], expected[0])
+    assert torch.equal(both[..., :11], torch.full_like(x, 7.0))
+    assert torch.equal(weight_grad, expected[1])
+    assert torch.equal(bias_grad, expected[2])

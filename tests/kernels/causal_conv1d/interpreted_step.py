@@ -34,3 +34,11 @@ def test_the_state_keeps_its_dtype() -> None:
     y, state = step.launch(torch.randn(2, 3, 8), torch.randn(2, 8).bfloat16(), torch.randn(8, 4), None, True)
     assert y.dtype == torch.bfloat16
     assert state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 7])
+def test_in_place(width: int) -> None:
+    state, x, weight = torch.randn(3, width - 1, 300), torch.randn(3, 300), torch.randn(300, width)
+    y, new_state = step.launch(state, x, weight, None, True)
+    assert torch.equal(step.launch_(state, x, weight, None, True), y)
+    assert torch.equal(state, new_state)

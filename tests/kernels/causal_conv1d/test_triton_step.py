@@ -32,7 +32,8 @@ def test_opcheck() -> None:
     x, state = torch.randn(2, 6, generator=generator), torch.randn(2, 3, 6, generator=generator)
     weight, bias = torch.randn(6, 4, generator=generator), torch.randn(6, generator=generator)
     for arguments in ((state, x, weight, bias, True), (state.bfloat16(), x.bfloat16(), weight, None, False)):
-        torch.library.opcheck(step._op, arguments, test_utils=("test_schema", "test_faketensor"))
+        for operator in (step._op, step._op_):
+            torch.library.opcheck(operator._opoverload, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_why_a_wide_filter_is_not_computed_in_triton() -> None:

@@ -29,13 +29,13 @@ def draw(batch: int, channels: int, states: int, dtype: torch.dtype, strided: bo
     }
 
 
-def check(inputs: dict[str, Tensor], dt_softplus: bool = True) -> None:
+def check(inputs: dict[str, Tensor], dt_softplus: bool = True, A_is_log: bool = False) -> None:
     arguments = [inputs.get(name) for name in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
     before = inputs["state"].clone()
-    found = step_launch.step(*arguments, dt_softplus)  # type: ignore[arg-type]
+    found = step_launch.step(*arguments, dt_softplus, A_is_log)  # type: ignore[arg-type]
     assert torch.equal(inputs["state"], before)
     exact = {name: value.double() for name, value in inputs.items()}
-    wanted = selective_scan_step(**exact, dt_softplus=dt_softplus)
+    wanted = selective_scan_step(**exact, dt_softplus=dt_softplus, A_is_log=A_is_log)
     for actual, expected, dtype in zip(found, wanted, (inputs["x"].dtype, torch.float32), strict=True):
         assert actual.dtype == dtype
         assert actual.shape == expected.shape
@@ -54,6 +54,16 @@ def test_options(without: tuple[str, ...]) -> None:
     inputs = draw(2, 20, 16, torch.float32, strided=False)
     check({name: value for name, value in inputs.items() if name not in without})
     check(inputs | {"dt": inputs["dt"].abs(), "dt_bias": inputs["dt_bias"].abs()}, dt_softplus=False)
+    check(inputs | {"A": inputs["A"].abs().log()}, A_is_log=True)
+
+
+@pytest.mark.parametrize("states", [1, 3, 16])
+def test_in_place(states: int) -> None:
+    inputs = draw(3, 40, states, torch.float32, strided=False)
+    y, new_state = step_launch.step(*inputs.values(), True, False)  # type: ignore[arg-type]
+    found = step_launch.step_(*inputs.values(), True, False)  # type: ignore[arg-type]
+    assert torch.equal(found, y)
+    assert torch.equal(inputs["state"], new_state)
 
 
 def test_a_small_step_keeps_its_relative_accuracy() -> None:
@@ -61,6 +71,6 @@ def test_a_small_step_keeps_its_relative_accuracy() -> None:
     inputs["state"] = torch.zeros_like(inputs["state"])
     inputs["dt_bias"] = torch.linspace(-18, 25, 64)  # of which softplus is 1e-8 to 25
     check(inputs)
-    _, found = step_launch.step(*inputs.values(), True)  # type: ignore[arg-type]
+    _, found = step_launch.step(*inputs.values(), True, False)  # type: ignore[arg-type]
     _, wanted = selective_scan_step(**{name: value.double() for name, value in inputs.items()})
     torch.testing.assert_close(found.double(), wanted, rtol=3e-6, atol=0)

@@ -21,7 +21,8 @@ def test_compiles_within_its_registers(capability: int, states: int, tmp_path: P
     from kernels.selective_scan.step_kernel import step_kernel
 
     half, single = ("x", "dt", "B", "C", "z", "y"), ("state", "A", "D", "dt_bias", "new_state")
-    constants = {"SOFTPLUS": True, "CHANNELS": step_launch.LAUNCH.elements // states or 1, "STATES": states}
+    channels = step_launch.LAUNCH.elements // states or 1
+    constants = {"SOFTPLUS": True, "A_IS_LOG": True, "CHANNELS": channels, "STATES": states}
     pointers = dict.fromkeys(half, "*bf16") | dict.fromkeys(single, "*fp32")
     arguments = {name: (pointers | constants).get(name, "i32") for name in step_kernel.arg_names}
     used = compile_kernel(step_kernel, arguments, capability, step_launch.LAUNCH.warps, tmp_path)
@@ -37,7 +38,8 @@ def test_opcheck() -> None:
     state, A = torch.randn(2, 6, 4, generator=generator), -torch.rand(6, 4, generator=generator)
     vector = torch.randn(6, generator=generator)
     for arguments in (
-        (state, x, dt, A, B, C, vector, z, vector, True),
-        (state, x, dt, A, B, C, None, None, None, False),
+        (state, x, dt, A, B, C, vector, z, vector, True, False),
+        (state, x, dt, A, B, C, None, None, None, False, True),
     ):
-        torch.library.opcheck(step._op, arguments, test_utils=("test_schema", "test_faketensor"))
+        for operator in (step._op, step._op_):
+            torch.library.opcheck(operator._opoverload, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,85 @@
+"""Entries of the ledger: which steps made no update, and why.
+
+They are in the checkpoint (`TrainState.ledger`), in ledger.jsonl, in the log and in wandb.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mamba_train.data.batches import BatchSource
+from mamba_train.data.corpus import Corpus
+from mamba_train.parallel.engine import StepResult
+from mamba_train.training.guard import Cause, Decision
+
+if TYPE_CHECKING:
+    from mamba_train.training.trainer import Trainer
+
+LARGEST_LAYERS = 5
+
+
+def record_skip(trainer: Trainer, decision: Decision, result: StepResult) -> None:
+    """Enter the step that is being made, which was not applied, into the ledger; on all ranks."""
+    state = trainer.state
+    samples = [state.samples, state.samples + trainer.config.training.global_batch_size]
+    loss_limit, norm_limit = trainer.guard.limits
+    layers = _largest(result.layer_grad_norms)
+    assert decision.cause is not None
+    entry: dict[str, Any] = {
+        "step": state.step + 1,
+        "action": "skip",
+        "cause": decision.cause.value,
+        "loss": _finite(decision.loss),
+        "grad_norm": _finite(decision.grad_norm),
+        "loss_limit": _finite(loss_limit),
+        "grad_norm_limit": _finite(norm_limit),
+        "layers": layers,
+        "samples": samples,
+        "documents": documents_of(trainer.source, samples[0]),
+    }
+    state.skipped_steps.append(state.step + 1)
+    state.ledger.append(entry)
+    trainer.events.add("skip", _text(entry, decision, trainer.guard.limits), **entry)
+
+
+def documents_of(source: Any, first_sample: int) -> dict[str, list[list[int]]]:
+    """By shard, the first and last document of each window of a global batch; nothing where there are no shards."""
+    found: dict[str, list[list[int]]] = {}
+    if not isinstance(source, BatchSource):
+        return found
+    for corpus, start in source.places(first_sample + np.arange(source.global_batch_size)):
+        if not isinstance(corpus, Corpus):
+            continue
+        for shard, first, last in corpus.documents(start, source.form.length + 1):
+            found.setdefault(shard, []).append([first, last])
+    return found
+
+
+def _largest(norms: dict[str, float]) -> list[list[Any]]:
+    """Parts of the model with the largest norms, those that are not finite first, which have None."""
+    order = sorted(norms, key=lambda part: norms[part] if math.isfinite(norms[part]) else math.inf, reverse=True)
+    return [[part, _finite(norms[part])] for part in order[:LARGEST_LAYERS]]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _text(entry: dict[str, Any], decision: Decision, limits: tuple[float, float]) -> str:
+    loss, norm = f"loss {decision.loss:.4g}", f"gradient norm {decision.grad_norm:.4g}"
+    values = {
+        Cause.not_finite: f"{loss}, {norm}",
+        Cause.loss: f"{loss}, at most {limits[0]:.4g} expected; {norm}",
+        Cause.grad_norm: f"{norm}, at most {limits[1]:.4g} expected; {loss}",
+    }[entry["cause"]]
+    layers = ", ".join(
+        f"{part} {'not finite' if size is None else f'{size:.3g}'}" for part, size in entry["layers"][:3]
+    )
+    first, end = entry["samples"]
+    return (
+        f"step {entry['step']} is skipped: {entry['cause']} ({values}); samples {first} to {end - 1}; "
+        f"largest gradients: {layers}"
+    )
