@@ -7,8 +7,8 @@ FILE is cut into as many files of equally many documents as there are rows. One 
 many characters at once as a lane gives it, and its ids as arrays; ours, from compressed files to batches with document
 boundaries, with a file for each row, and with the one FILE for all rows, as when a corpus has fewer files than lanes;
 and Hugging Face `datasets` in streaming mode, whose texts the same encoder turns into the same windows. Printed: median
-and range in millions of tokens per second of processor time, the rounds of the sides alternating; what opening a lane
-in the middle of a file costs, as a resume does; and what a step of `--step-ms` waits with worker processes.
+and range in millions of tokens per second of processor time, the rounds of the sides alternating; what going on at
+the end of a compressed file costs, as a resume does; and what a step of `--step-ms` waits with worker processes.
 """
 
 import argparse
@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mamba_train.config import DataConfig, DataSource, EncoderKind
 from mamba_train.data.batches import WindowForm, document_numbers
 from mamba_train.data.encoders import Encoder, fastokens_call
-from mamba_train.data.lane_reader import ENCODE_CHARACTERS
-from mamba_train.data.stream_loader import StreamLoader
+from mamba_train.data.lanes import Cursor
+from mamba_train.data.stream_loader import RankRows, StreamLoader
 from mamba_train.data.stream_opening import list_stream, open_stream
-from mamba_train.data.streams import StreamSource, encoder_of
-from mamba_train.data.text_files import Fields, Part, TextRecord, read_texts
+from mamba_train.data.streams import ENCODE_CHARACTERS, StreamSource, encoder_of
+from mamba_train.data.text_files import TextRecord
 from mamba_train.data.tokenizer import load_tokenizer
 
 ENCODED_AT_ONCE = 64  # documents, of the peer
@@ -59,13 +59,13 @@ def cut(file: Path, folder: Path, n_files: int) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def bare(texts: list[str], encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[int]:
+def bare(texts: list[str], kind: EncoderKind, encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[int]:
     """Tokens of each call of the library on texts in memory, for ever."""
     while True:
         group: list[str] = []
         for text in texts:
             group.append(text)
-            if sum(map(len, group)) >= ENCODE_CHARACTERS:
+            if sum(map(len, group)) >= ENCODE_CHARACTERS[kind]:
                 yield sum(len(ids) + 1 for ids in encode(group))
                 group = []
 
@@ -141,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("--resumed", type=Path, help="a larger file to go on in; FILE unless given")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=6.0)
@@ -160,7 +161,7 @@ def main() -> None:
             source = make_source(Path(name), options, kind)
             tokenizer = load_tokenizer(options.tokenizer)
             sides = [
-                bare(texts, library_call(options.tokenizer, kind)),
+                bare(texts, kind, library_call(options.tokenizer, kind)),
                 ours(source, options.rows),
                 ours(make_source(options.file, options, kind), options.rows),
                 theirs(Path(name), encoder_of(tokenizer, kind), tokenizer.eos_id, options.length, options.rows),
@@ -177,7 +178,7 @@ def main() -> None:
                 source = make_source(Path(name), options, kind)
                 text = waits(source, options.rows, workers, options.step_ms / 1e3)
                 print(f"wait of a step of {options.step_ms:.0f} ms, {kind}, {workers} workers: {text}")
-    resume(options.file, len(texts))
+    resume(options.resumed or options.file, options)
 
 
 def make_source(path: Path, options: argparse.Namespace, kind: EncoderKind) -> StreamSource:
@@ -190,14 +191,20 @@ def make_source(path: Path, options: argparse.Namespace, kind: EncoderKind) -> S
     return StreamSource(opened.files, opened.tokenizer.serialised, data, options.rows, 0, form, opened.stages)
 
 
-def resume(file: Path, n_documents: int) -> None:
-    """How fast a lane comes to its place in a compressed file."""
+def resume(file: Path, options: argparse.Namespace) -> None:
+    """How long all lanes of a process need to come to the end of a compressed file that they share."""
     with zstandard.open(file, "rb") as stream:
-        n_bytes = sum(len(chunk) for chunk in iter(lambda: stream.read(1 << 20), b""))
-    part = Part(first=n_documents)
-    seconds = min(seconds_of(lambda: list(read_texts(file, Fields("text"), part=part))) for _ in range(5))
+        chunks = iter(lambda: stream.read(1 << 20), b"")
+        n_bytes, n_documents = np.sum([(len(chunk), chunk.count(b"\n")) for chunk in chunks], axis=0).tolist()
+    found = []
+    for documents in (0, n_documents // options.rows - 2):
+        source = make_source(file, options, EncoderKind.tokenizers)
+        source.cursors[0, :, Cursor._fields.index("document")] = documents
+        rows = RankRows(source, 0, 0, 1, 1)
+        found.append(seconds_of(lambda rows=rows: rows[0]))
     print(
-        f"to the last document of {n_bytes / 1e6:.0f} MB of text: {seconds:.3f} s, {n_bytes / seconds / 1e6:.0f} MB/s"
+        f"first batch of {options.rows} rows from the beginning of a file: {found[0]:.2f} s; from the end of it, "
+        f"{n_bytes / 1e6:.0f} MB of text: {found[1]:.2f} s, {n_bytes / 1e6 / (found[1] - found[0]):.0f} MB/s"
     )
 
 

@@ -41,7 +41,7 @@ from mamba_train.training.initial_weights import find_initial_weights, load_init
 from mamba_train.training.preemption import StopRequest
 from mamba_train.training.restoring import restore_tensors
 from mamba_train.training.state import TrainState
-from mamba_train.training.trainer import Trainer
+from mamba_train.training.trainer import Trainer, make_loader
 
 LOST_NODE_PATIENCE_SECONDS = 600.0
 CODE_FOLDERS = ("kernels", "mamba_train")
@@ -85,10 +85,14 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     ranks.first(lambda: lock.claim(run_dir, config.checkpoint.resume, log))
     found = ranks.first(lambda: _find_checkpoint(run_dir, shown_config, fingerprints, log))
     checkpoint = None if found is None else Path(found)
-    ranks.together(lambda: engine.prepare(config.model, config.optim, config.seed))
     state = TrainState()
     if checkpoint is not None:
-        state = _resume(checkpoint, engine, source, config.data.allow_changed, log)
+        state = _resume_data(checkpoint, source, config.data.allow_changed, ranks, log)
+    loader = make_loader(config, engine, source)
+    loader.begin(state.samples)  # workers come to their places while the rest starts up
+    ranks.together(lambda: engine.prepare(config.model, config.optim, config.seed))
+    if checkpoint is not None:
+        _resume(checkpoint, engine, state, log)
     elif config.init_from is not None:
         source_of_weights = config.init_from
         ranks.together(lambda: load_initial_weights(source_of_weights, engine, config.model, data.folder, log))
@@ -101,7 +105,7 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     events = EventLog(run_dir if is_first else None, log)
     events.listeners.append(lambda event: log(event["text"]))
     hooks = hooks_of(config, engine, data, source.form, progress, shown_config, fingerprints, manager, events, log)
-    return Trainer(config, engine, source, state, [*hooks, lock], stop, events)
+    return Trainer(config, engine, source, state, [*hooks, lock], stop, events, loader)
 
 
 def _shards(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedData, BatchSource]:
@@ -216,21 +220,22 @@ def _find_checkpoint(run_dir: Path, shown_config: dict[str, Any], fingerprints: 
     return str(path)
 
 
-def _resume(checkpoint: Path, engine: Engine, source: Source, allow_changed: bool, log: Log) -> TrainState:
+def _resume_data(checkpoint: Path, source: Source, allow_changed: bool, ranks: Ranks, log: Log) -> TrainState:
     record = storage.read_record(checkpoint)
     state = TrainState.from_json(record.state["train"])
+    changed = ranks.together(lambda: restore(source, record.state["data"], state.step, allow_changed))
+    if changed:
+        names = ", ".join(name for name in changed if name) or "the training text"
+        log(f"warning: data.allow_changed=true: the tokens of {names} are others than before step {state.step}")
+    return state
 
-    def restore_position() -> None:
-        changed = restore(source, record.state["data"], state.step, allow_changed)
-        if changed:
-            names = ", ".join(name for name in changed if name) or "the training text"
-            log(f"warning: data.allow_changed=true: the tokens of {names} are others than before step {state.step}")
 
-    restore_tensors(checkpoint, engine, log, restore_position)
+def _resume(checkpoint: Path, engine: Engine, state: TrainState, log: Log) -> None:
+    record = storage.read_record(checkpoint)
+    restore_tensors(checkpoint, engine, log)
     if "forward_loss" in record.state:
         check_forward_loss(engine, record.state["forward_loss"], f"checkpoint {checkpoint}")
     log(f"resuming after step {state.step} ({state.tokens:,} tokens)")
-    return state
 
 
 def _describe(config: Config, engine: Engine, data: AnyOpened, source: Source, log: Log) -> None:

@@ -44,6 +44,21 @@ def documents_read(batch: Batch) -> Tensor | None:
     return None if batch.seq_idx is None else batch.seq_idx[:, :-1]
 
 
+def make_loader(config: Config, engine: Engine, source: Source) -> BatchLoader:
+    """The loader of this rank."""
+    on_gpu = engine.device.type == "cuda"
+    workers = config.data.workers
+    return (StreamLoader if isinstance(source, StreamSource) else BatchLoader)(
+        source,
+        engine.rank,
+        engine.world_size,
+        config.training.micro_batch_size,
+        workers=workers if workers is not None else DEFAULT_GPU_WORKERS * on_gpu,
+        prefetch_batches=config.data.prefetch_batches,
+        pin_memory=on_gpu,
+    )
+
+
 class StopInsideHook(Exception):
     """All ranks have agreed to stop while a hook was at work."""
 
@@ -60,23 +75,15 @@ class Trainer:
         hooks: Sequence[Hook],
         stop: StopRequest | None = None,
         events: EventLog | None = None,
+        loader: BatchLoader | None = None,
     ) -> None:
+        """loader: one that may have begun to read already; null: a new one."""
         self.config = config
         self.engine = engine
         self.source = source
         self.state = state
         self.hooks = hooks
-        on_gpu = engine.device.type == "cuda"
-        workers = config.data.workers
-        self.loader = (StreamLoader if isinstance(source, StreamSource) else BatchLoader)(
-            source,
-            engine.rank,
-            engine.world_size,
-            config.training.micro_batch_size,
-            workers=workers if workers is not None else DEFAULT_GPU_WORKERS * on_gpu,
-            prefetch_batches=config.data.prefetch_batches,
-            pin_memory=on_gpu,
-        )
+        self.loader = loader or make_loader(config, engine, source)
         self.guard = Guard(config.guard, config.optim.max_grad_norm, state.guard)
         self.throughput = Throughput(config.training.total_steps)
         self.stop = stop or StopRequest()
@@ -97,7 +104,7 @@ class Trainer:
         """
         failed = True
         try:
-            self.loader.begin(self.state.samples)  # reads while the rest starts up
+            self.loader.begin(self.state.samples)
             for hook in self.hooks:
                 hook.on_start(self)
             if self.state.pending_metrics is not None:
