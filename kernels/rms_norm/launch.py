@@ -173,7 +173,9 @@ def _backward(
     dtype: torch.dtype,
     norm_before_gate: bool = False,
     with_total: bool = False,
+    z_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """z_grad: where that gradient goes, rows at equal distances."""
     from kernels.rms_norm.triton_kernels import backward_kernel
     from kernels.sum_parts import COLUMNS, ROWS, sum_parts
 
@@ -181,10 +183,12 @@ def _backward(
     groups = channels // size
     x_grad = torch.empty(shape, dtype=dtype, device=device)
     total_grad = torch.empty(shape, dtype=torch.float32, device=device) if with_total else None
-    z_grad = None if z is None else torch.empty(shape, dtype=z.dtype, device=device)
+    if z is not None and z_grad is None:
+        z_grad = torch.empty(shape, dtype=z.dtype, device=device)
     weight_grad = torch.empty((channels,), dtype=weight.dtype, device=device)
     tensors = y_grad, through, x, z = [_rows(t) for t in (y_grad, through, x, z)]  # type: ignore[assignment]
-    strides = [0 if t is None else t.stride(0) for t in tensors]
+    z_grad_rows = None if z_grad is None else z_grad.view(-1, channels)
+    strides = [0 if t is None else t.stride(0) for t in (*tensors, z_grad_rows)]
     align = _alignment(size, strides, (y_grad, through, x, z))
     row_bytes = sum(t.element_size() for t in tensors if t is not None)
     launch = backward_shape(size, z is not None, row_bytes, shared_bytes(device.index) if x.is_cuda else MANY)

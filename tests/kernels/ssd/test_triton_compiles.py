@@ -11,8 +11,20 @@ from kernels.ssd import launch
 from kernels.ssd import triton_kernels as kernels
 from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
 
-SPILLED_BYTES = {"forward_kernel": 600, "states_kernel": 100, "gradients_kernel": 420}
-FP32 = ("decays", "starts", "final_state", "first_carry", "last_carry", "sums", "through", "D_parts", "scratch", "D")
+SPILLED_BYTES = {"forward_kernel": 600, "states_kernel": 100, "gradients_kernel": 480}
+FP32 = (
+    "decays",
+    "starts",
+    "final_state",
+    "first_carry",
+    "last_carry",
+    "sums",
+    "through",
+    "D_parts",
+    "scratch",
+    "D",
+    "powers",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +45,7 @@ def resources(
         arguments["starts"] = "*bf16"
     if not everything:
         arguments |= {"starts": arguments["starts"] if kernel is kernels.gradients_kernel else None}
-        arguments |= {"first_carry": None, "D_parts": None}
+        arguments |= {"first_carry": None, "D_parts": None, "powers": None}
     arguments |= {"WIDE_SKIP": everything, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
     arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
     arguments |= constants
