@@ -22,7 +22,7 @@ from mamba_train.data.remote_files import REQUESTS
 from mamba_train.data.streams import Source, StreamSource, encoder_of
 from mamba_train.data.tokenizer import TextTokenizer
 
-OPENING_THREADS = 8
+OPENING_THREADS = 64  # many, as lanes that share a file wait for the one of them that reads
 
 
 @dataclass(frozen=True)
