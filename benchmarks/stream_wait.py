@@ -1,11 +1,11 @@
 """What a device waits for text that is tokenised while it trains, and what going on in the middle of it costs.
 
-    python -m benchmarks.stream_wait FOLDER [--steps 60] [--mib 160] [--files 6] [--tokenizer FILE] [KEY=VALUE ...]
+    python -m benchmarks.stream_wait FOLDER [--steps 60] [--more-steps 30] [--mib 160] [--tokenizer FILE] [KEY=VALUE]
 
 Writes Python sources of this machine (its standard library and what is installed) as `.jsonl.zst` files into FOLDER,
 fewer files than lanes, trains a tokenizer on some of them unless one is given, and runs train.py on them: mamba_130m,
-32 sequences of 2,048 tokens a step, or what KEY=VALUE says. The run is then gone on with from its checkpoint for half
-as many steps. Printed of both: tokens per second (median of the steps after the tenth), and how long a step waited for
+32 sequences of 2,048 tokens a step, or what KEY=VALUE says. The run is then gone on with from its checkpoint for
+--more-steps. Printed of both: tokens per second (median of the steps after the tenth), and how long a step waited for
 its data: the first, and the median and the most of those after it.
 """
 
@@ -94,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--more-steps", type=int, default=30)
     parser.add_argument("--mib", type=int, default=160)
     parser.add_argument("--files", type=int, default=6)
     parser.add_argument("--tokenizer", type=Path)
@@ -111,8 +112,9 @@ def main() -> None:
         f"{stored / 1e6:.0f} MB together; {os.cpu_count()} processors; {' '.join([*OPTIONS, *args.options])}",
         flush=True,
     )
-    for steps in (args.steps, args.steps + args.steps // 2):
-        print(train(folder, tokenizer, steps, args.options), flush=True)
+    print(train(folder, tokenizer, args.steps, args.options), flush=True)
+    if args.more_steps:
+        print(train(folder, tokenizer, args.steps + args.more_steps, args.options), flush=True)
 
 
 if __name__ == "__main__":

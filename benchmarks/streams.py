@@ -4,11 +4,12 @@
 
 FILE is cut into as many files of equally many documents as there are rows. One core tokenises
 (TOKENIZERS_PARALLELISM=false): the bare encoder, which is the library called with texts that are in memory already, as
-many characters at once as a lane gives it, and its ids as arrays; ours, from compressed files to batches with document
-boundaries, with a file for each row, and with the one FILE for all rows, as when a corpus has fewer files than lanes;
-and Hugging Face `datasets` in streaming mode, whose texts the same encoder turns into the same windows. Printed: median
-and range in millions of tokens per second of processor time, the rounds of the sides alternating; what opening a lane
-in the middle of a file costs, as a resume does; and what a step of `--step-ms` waits with worker processes.
+many characters at once as a lane gives it, and its ids as arrays; decompression and JSON without encoding; ours, from
+compressed files to batches with document boundaries, with a file for each row, and with the one FILE for all rows, as
+when a corpus has fewer files than lanes; and Hugging Face `datasets` in streaming mode, whose texts the same encoder
+turns into the same windows. Printed: median and range in millions of tokens per second of processor time, the rounds of
+the sides alternating; and what going on at the end of a compressed file costs, as a resume does. What a step waits for
+its data is in stream_wait.py.
 """
 
 import argparse
@@ -38,11 +39,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mamba_train.config import DataConfig, DataSource, EncoderKind
 from mamba_train.data.batches import WindowForm, document_numbers
 from mamba_train.data.encoders import Encoder, fastokens_call
-from mamba_train.data.lane_reader import ENCODE_CHARACTERS
-from mamba_train.data.stream_loader import StreamLoader
+from mamba_train.data.lanes import Cursor
+from mamba_train.data.stream_loader import RankRows, StreamLoader
 from mamba_train.data.stream_opening import list_stream, open_stream
-from mamba_train.data.streams import StreamSource, encoder_of
-from mamba_train.data.text_files import Fields, Part, TextRecord, read_texts
+from mamba_train.data.streams import ENCODE_CHARACTERS, StreamSource, encoder_of
+from mamba_train.data.text_files import Fields, TextRecord, read_texts
 from mamba_train.data.tokenizer import load_tokenizer
 
 ENCODED_AT_ONCE = 64  # documents, of the peer
@@ -59,13 +60,13 @@ def cut(file: Path, folder: Path, n_files: int) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def bare(texts: list[str], encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[int]:
+def bare(texts: list[str], kind: EncoderKind, encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[int]:
     """Tokens of each call of the library on texts in memory, for ever."""
     while True:
         group: list[str] = []
         for text in texts:
             group.append(text)
-            if sum(map(len, group)) >= ENCODE_CHARACTERS:
+            if sum(map(len, group)) >= ENCODE_CHARACTERS[kind]:
                 yield sum(len(ids) + 1 for ids in encode(group))
                 group = []
 
@@ -81,8 +82,17 @@ def library_call(tokenizer: Path, kind: EncoderKind) -> Callable[[list[str]], li
     ]
 
 
-def ours(source: StreamSource, rows: int, workers: int = 0) -> Iterator[int]:
-    loader, sample = StreamLoader(source, 0, 1, rows, workers), 0
+def reading(folder: Path, tokens_per_character: float) -> Iterator[float]:
+    """Tokens of the texts of the files in turn, which nobody encodes: decompression and JSON alone."""
+    while True:
+        files = [read_texts(file, Fields("text")) for file in sorted(folder.glob("*.jsonl.zst"))]
+        for records in zip(*files, strict=False):
+            texts = [record.text for record in records if isinstance(record, TextRecord)]
+            yield tokens_per_character * sum(map(len, texts))
+
+
+def ours(source: StreamSource, rows: int) -> Iterator[int]:
+    loader, sample = StreamLoader(source, 0, 1, rows), 0
     try:
         while True:
             yield sum(batch.inputs.numel() for batch in loader.step(sample))
@@ -108,9 +118,9 @@ def theirs(folder: Path, encoder: Encoder, eos_id: int, length: int, rows: int) 
                 held = held[rows * length :]
 
 
-def rate(counts: Iterator[int], seconds: float) -> float:
+def rate(counts: Iterator[float], seconds: float) -> float:
     """Millions of tokens per second of the processor: other work on the machine does not count."""
-    n, began = 0, time.process_time()
+    n, began = 0.0, time.process_time()
     while time.process_time() - began < seconds:
         n += sum(itertools.islice(counts, CALLS_PER_LOOK))
     return n / (time.process_time() - began) / 1e6
@@ -118,17 +128,6 @@ def rate(counts: Iterator[int], seconds: float) -> float:
 
 def describe(values: list[float]) -> str:
     return f"{statistics.median(values):7.2f} ({min(values):.2f}-{max(values):.2f})"
-
-
-def waits(source: StreamSource, rows: int, workers: int, step_seconds: float) -> str:
-    loader = StreamLoader(source, 0, 1, rows, workers)
-    found = []
-    for step in range(60):
-        loader.step(step * rows)
-        found.append(loader.wait_seconds * 1e3)
-        time.sleep(step_seconds)
-    loader.close()
-    return f"first {found[0]:.0f} ms, then {statistics.median(found[1:]):.2f} ms (at most {max(found[1:]):.2f})"
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -141,11 +140,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("--resumed", type=Path, help="a larger file to go on in; FILE unless given")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--step-ms", type=float, default=100.0)
     options = parser.parse_args()
     datasets.disable_progress_bars()
     print(
@@ -155,12 +154,15 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         texts = cut(options.file, Path(name), options.rows)
-        print("encoder     bare encoder          ours, file per row    ours, one file        datasets, same encoder")
+        n_tokens = sum(len(ids) + 1 for ids in library_call(options.tokenizer, EncoderKind.fastokens)(texts))
+        titles = ("bare encoder", "reading alone", "ours, file per row", "ours, one file", "datasets, same encoder")
+        print(f"{'encoder':12}" + "".join(f"{title:22}" for title in titles))
         for kind in EncoderKind:
             source = make_source(Path(name), options, kind)
             tokenizer = load_tokenizer(options.tokenizer)
             sides = [
-                bare(texts, library_call(options.tokenizer, kind)),
+                bare(texts, kind, library_call(options.tokenizer, kind)),
+                reading(Path(name), n_tokens / sum(map(len, texts))),
                 ours(source, options.rows),
                 ours(make_source(options.file, options, kind), options.rows),
                 theirs(Path(name), encoder_of(tokenizer, kind), tokenizer.eos_id, options.length, options.rows),
@@ -172,12 +174,7 @@ def main() -> None:
                 for counts, values in zip(sides, found, strict=True):
                     values.append(rate(counts, options.seconds))
             print(f"{kind:12}" + "".join(f"{describe(values):22}" for values in found))
-        for kind in EncoderKind:
-            for workers in (1, 2):
-                source = make_source(Path(name), options, kind)
-                text = waits(source, options.rows, workers, options.step_ms / 1e3)
-                print(f"wait of a step of {options.step_ms:.0f} ms, {kind}, {workers} workers: {text}")
-    resume(options.file, len(texts))
+    resume(options.resumed or options.file, options)
 
 
 def make_source(path: Path, options: argparse.Namespace, kind: EncoderKind) -> StreamSource:
@@ -190,14 +187,20 @@ def make_source(path: Path, options: argparse.Namespace, kind: EncoderKind) -> S
     return StreamSource(opened.files, opened.tokenizer.serialised, data, options.rows, 0, form, opened.stages)
 
 
-def resume(file: Path, n_documents: int) -> None:
-    """How fast a lane comes to its place in a compressed file."""
+def resume(file: Path, options: argparse.Namespace) -> None:
+    """How long all lanes of a process need to come to the end of a compressed file that they share."""
     with zstandard.open(file, "rb") as stream:
-        n_bytes = sum(len(chunk) for chunk in iter(lambda: stream.read(1 << 20), b""))
-    part = Part(first=n_documents)
-    seconds = min(seconds_of(lambda: list(read_texts(file, Fields("text"), part=part))) for _ in range(5))
+        chunks = iter(lambda: stream.read(1 << 20), b"")
+        n_bytes, n_documents = np.sum([(len(chunk), chunk.count(b"\n")) for chunk in chunks], axis=0).tolist()
+    found = []
+    for documents in (0, n_documents // options.rows - 2):
+        source = make_source(file, options, EncoderKind.tokenizers)
+        source.cursors[0, :, Cursor._fields.index("document")] = documents
+        rows = RankRows(source, 0, 0, 1, 1)
+        found.append(seconds_of(lambda rows=rows: rows[0]))
     print(
-        f"to the last document of {n_bytes / 1e6:.0f} MB of text: {seconds:.3f} s, {n_bytes / seconds / 1e6:.0f} MB/s"
+        f"first batch of {options.rows} rows from the beginning of a file: {found[0]:.2f} s; from the end of it, "
+        f"{n_bytes / 1e6:.0f} MB of text: {found[1]:.2f} s, {n_bytes / 1e6 / (found[1] - found[0]):.0f} MB/s"
     )
 
 

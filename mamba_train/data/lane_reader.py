@@ -17,9 +17,8 @@ from mamba_train.data.lanes import Cursor, LaneOrder, Piece
 from mamba_train.data.shared_reads import SharedReads
 from mamba_train.data.text_files import BadDocument, TextRecord
 
-# Encoded at once for one lane, or one document that is longer: few at first, so that the first step comes soon, and
-# never so many that the other lanes of the process have to wait long.
-FIRST_ENCODE_CHARACTERS, ENCODE_CHARACTERS = 1 << 14, 1 << 17
+# Encoded at once for one lane, or one document that is longer: few at first, so that the first step comes soon.
+FIRST_ENCODE_CHARACTERS = 1 << 14
 
 
 class _Encoded(NamedTuple):
@@ -35,6 +34,7 @@ class LaneText:
     reads: SharedReads
     name_of: Callable[[int], str]
     new_filter: Callable[[], BadDocumentFilter]
+    encode_characters: int  # at once, later on
     repeat: bool
 
 
@@ -102,7 +102,7 @@ class Lane:
                 characters += len(record.text)
                 if characters < enough:
                     continue
-                enough = min(2 * enough, ENCODE_CHARACTERS)
+                enough = min(2 * enough, self._text.encode_characters)
             for document in self._encoded(batch):
                 is_empty = False
                 yield document

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from mamba_train.data.batches import IGNORE_INDEX, Batch, document_numbers
+from mamba_train.data.batches import Batch, document_numbers
 from mamba_train.data.corpus import ReadError
 from mamba_train.data.encoders import Encoder
 from mamba_train.data.lane_reader import Lane, LaneText
@@ -22,7 +22,7 @@ from mamba_train.data.remote_files import REQUESTS
 from mamba_train.data.streams import Source, StreamSource, encoder_of
 from mamba_train.data.tokenizer import TextTokenizer
 
-OPENING_THREADS = 8
+OPENING_THREADS = 64  # many, as lanes that share a file wait for the one of them that reads
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,10 @@ class RankRows(Dataset):
             eos_id if form.mask_loss else None,
             lengths=None if is_full else torch.from_numpy(lengths),
         )
-        targets = batch.targets.numpy()
-        n_bytes = self.tokenizer.n_bytes(targets[targets != IGNORE_INDEX])
+        targets = tokens[:, 1:]  # behind the end of a lane are ends of documents, which have no bytes
+        n_bytes = self.tokenizer.n_bytes(targets)
+        if form.mask_loss:
+            n_bytes -= self.tokenizer.n_bytes(targets[tokens[:, :-1] == eos_id])
         return Rows(batch, lanes, cursors, (n_bytes, *self._count()))
 
     def _open(self, missing: list[tuple[int, int]]) -> None:

@@ -30,6 +30,9 @@ from mamba_train.data.stored_files import StoredFile
 from mamba_train.data.text_files import BadDocument, Fields, Part, TextRecord, read_texts
 from mamba_train.data.tokenizer import TextTokenizer
 
+# Encoded at once for one lane: never so much that the other lanes of the process have to wait long (10 ms).
+ENCODE_CHARACTERS = {EncoderKind.tokenizers: 1 << 14, EncoderKind.fastokens: 1 << 17}
+
 
 @dataclass(frozen=True)
 class StreamFile:
@@ -165,6 +168,7 @@ class StreamSource:
         policy = BadDocuments(data.bad_documents)
         return LaneText(
             order, reads, lambda file: files[file].place, lambda: BadDocumentFilter(policy, data.max_bad_share, log),
+            ENCODE_CHARACTERS[EncoderKind(data.encoder)],
             data.repeat,
         )  # fmt: skip
 

@@ -107,7 +107,7 @@ class TextTokenizer:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def n_bytes(self, ids: np.ndarray) -> int:
-        """UTF-8 bytes of the text of token ids (n,); end-of-document tokens count nothing.
+        """UTF-8 bytes of the text of token ids, of any shape; end-of-document tokens count nothing.
 
         Exact for byte-level tokenizers, also where the ids begin or end inside a character; with others that takes
         part of a character for three bytes.

@@ -41,7 +41,7 @@ from mamba_train.training.initial_weights import find_initial_weights, load_init
 from mamba_train.training.preemption import StopRequest
 from mamba_train.training.restoring import restore_tensors
 from mamba_train.training.state import TrainState
-from mamba_train.training.trainer import Trainer
+from mamba_train.training.trainer import Trainer, make_loader
 
 LOST_NODE_PATIENCE_SECONDS = 600.0
 CODE_FOLDERS = ("kernels", "mamba_train")
@@ -83,12 +83,18 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
 
     lock = _HoldLock()
     ranks.first(lambda: lock.claim(run_dir, config.checkpoint.resume, log))
-    found = ranks.first(lambda: _find_checkpoint(run_dir, shown_config, fingerprints, log))
+    events = EventLog(run_dir if is_first else None, log)
+    events.listeners.append(lambda event: log(event["text"]))
+    found = ranks.first(lambda: _find_checkpoint(run_dir, shown_config, fingerprints, events, log))
     checkpoint = None if found is None else Path(found)
-    ranks.together(lambda: engine.prepare(config.model, config.optim, config.seed))
     state = TrainState()
     if checkpoint is not None:
-        state = _resume(checkpoint, engine, source, config.data.allow_changed, log)
+        state = _resume_data(checkpoint, source, config.data.allow_changed, ranks, log)
+    loader = make_loader(config, engine, source)
+    loader.begin(state.samples)  # workers come to their places while the rest starts up
+    ranks.together(lambda: engine.prepare(config.model, config.optim, config.seed))
+    if checkpoint is not None:
+        _resume(checkpoint, engine, state, log)
     elif config.init_from is not None:
         source_of_weights = config.init_from
         ranks.together(lambda: load_initial_weights(source_of_weights, engine, config.model, data.folder, log))
@@ -98,10 +104,8 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     ranks.first(lambda: _write_run_files(run_dir, config, data, engine))
     manager = ranks.together(lambda: task_manager(config.evaluation)) if config.evaluation.tasks else None
-    events = EventLog(run_dir if is_first else None, log)
-    events.listeners.append(lambda event: log(event["text"]))
     hooks = hooks_of(config, engine, data, source.form, progress, shown_config, fingerprints, manager, events, log)
-    return Trainer(config, engine, source, state, [*hooks, lock], stop, events)
+    return Trainer(config, engine, source, state, [*hooks, lock], stop, events, loader)
 
 
 def _shards(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedData, BatchSource]:
@@ -191,9 +195,11 @@ def _set_aside(run_dir: Path, log: Log) -> None:
     log(f"checkpoint.resume=false: the earlier run was moved to {aside}")
 
 
-def _find_checkpoint(run_dir: Path, shown_config: dict[str, Any], fingerprints: dict[str, str], log: Log) -> str | None:
+def _find_checkpoint(
+    run_dir: Path, shown_config: dict[str, Any], fingerprints: dict[str, str], events: EventLog, log: Log
+) -> str | None:
     """The newest complete checkpoint, if the table of what may change lets this config use it."""
-    path = storage.newest_complete(checkpoints_dir(run_dir), log)
+    path = storage.newest_complete(checkpoints_dir(run_dir), lambda text: events.add("damaged checkpoint", text))
     if path is None:
         if step_folders(checkpoints_dir(run_dir)):
             # Starting at step 0 as if nothing had been there would hide the loss.
@@ -216,21 +222,22 @@ def _find_checkpoint(run_dir: Path, shown_config: dict[str, Any], fingerprints: 
     return str(path)
 
 
-def _resume(checkpoint: Path, engine: Engine, source: Source, allow_changed: bool, log: Log) -> TrainState:
+def _resume_data(checkpoint: Path, source: Source, allow_changed: bool, ranks: Ranks, log: Log) -> TrainState:
     record = storage.read_record(checkpoint)
     state = TrainState.from_json(record.state["train"])
+    changed = ranks.together(lambda: restore(source, record.state["data"], state.step, allow_changed))
+    if changed:
+        names = ", ".join(name for name in changed if name) or "the training text"
+        log(f"warning: data.allow_changed=true: the tokens of {names} are others than before step {state.step}")
+    return state
 
-    def restore_position() -> None:
-        changed = restore(source, record.state["data"], state.step, allow_changed)
-        if changed:
-            names = ", ".join(name for name in changed if name) or "the training text"
-            log(f"warning: data.allow_changed=true: the tokens of {names} are others than before step {state.step}")
 
-    restore_tensors(checkpoint, engine, log, restore_position)
+def _resume(checkpoint: Path, engine: Engine, state: TrainState, log: Log) -> None:
+    record = storage.read_record(checkpoint)
+    restore_tensors(checkpoint, engine, log)
     if "forward_loss" in record.state:
         check_forward_loss(engine, record.state["forward_loss"], f"checkpoint {checkpoint}")
     log(f"resuming after step {state.step} ({state.tokens:,} tokens)")
-    return state
 
 
 def _describe(config: Config, engine: Engine, data: AnyOpened, source: Source, log: Log) -> None:

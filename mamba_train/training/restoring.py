@@ -7,13 +7,10 @@ from mamba_train.checkpoint import resume_policy, rng, storage
 from mamba_train.parallel.engine import Engine
 
 
-def restore_tensors(
-    checkpoint: Path, engine: Engine, log: Callable[[str], None], first: Callable[[], None] = lambda: None
-) -> None:
-    """Fill what each rank holds; called by all ranks. first: what must not raise before anything is loaded."""
+def restore_tensors(checkpoint: Path, engine: Engine, log: Callable[[str], None]) -> None:
+    """Fill what each rank holds; called by all ranks."""
 
     def load() -> None:
-        first()
         resume_policy.check_shapes(storage.model_shapes(checkpoint), engine.parameter_shapes())
         storage.load_pieces(checkpoint, engine.pieces())
         for name in rng.restore(storage.load_rng(checkpoint, engine.rank)):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mamba_train.checkpoint.storage import complete_steps, load
+from mamba_train.data.loader import BatchLoader
 from mamba_train.model.language_model import MambaLM
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.training import build, hook_list
@@ -258,3 +259,18 @@ def test_how_long_a_save_held_up_the_training_is_a_metric(tmp_path: Path, corpus
     }
     assert list(held_up) == [6, 11], "the steps after the saves"
     assert all(seconds > 0 for seconds in held_up.values())
+
+
+def test_the_data_is_looked_for_while_the_model_is_made(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a large compressed file that takes as long, also after a restart."""
+    build_trainer(make_config(tmp_path / "run", corpus, "training.total_steps=5")).run()
+    done: list[object] = []
+    monkeypatch.setattr(BatchLoader, "begin", lambda self, first_sample: done.append(first_sample))
+    prepare = NativeEngine.prepare
+    monkeypatch.setattr(NativeEngine, "prepare", lambda *arguments: (done.append("model"), prepare(*arguments))[1])
+    for name in ("run", "new"):
+        build_trainer(make_config(tmp_path / name, corpus, "training.total_steps=10"))
+    batch_size = 4
+    assert done == [5 * batch_size, "model", 0, "model"]
