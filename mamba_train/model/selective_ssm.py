@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-from kernels.mamba_step import mamba_step_
 from kernels.selective_scan import selective_scan, selective_scan_step
 from mamba_train.config import ModelConfig
 from mamba_train.model.fused_ssm import FusedSSM
@@ -95,10 +94,6 @@ class SelectiveSSM(nn.Module):
     def step(self, x: Tensor, z: Tensor, state: SSMState, in_place: bool = False) -> tuple[Tensor, SSMState]:
         """One token: x, z (batch, d_inner). Equal to forward at that position. in_place: overwrite `state`."""
         with torch.autocast(x.device.type, enabled=False):
-            if in_place and not self.time_invariant:
-                x_proj_weight, dt_proj_weight = self.x_proj_weight.to(x.dtype), self.dt_proj_weight.to(x.dtype)
-                weights = (self.conv_weight, self.conv_bias, x_proj_weight, dt_proj_weight, self.dt_bias)
-                return mamba_step_(state.conv, state.scan, x, z, *weights, self.A_log, self.D), state
             x, conv = causal_conv1d_step(
                 state.conv, x, self.conv_weight, self.conv_bias, activation="silu", in_place=in_place
             )

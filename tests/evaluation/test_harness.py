@@ -23,7 +23,8 @@ from tests.helpers import REPOSITORY, environment
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
 
-# Each fourth text takes several of the windows that the model is given, and one continuation has nothing before it.
+# Each fourth text takes several of the windows that the model is given, and one continuation has nothing before it. No
+# two windows are alike: the adapter of transformers takes such for one, also where other parts of them count.
 QUESTIONS = [
     {
         "text": text,
@@ -32,7 +33,7 @@ QUESTIONS = [
         "answer": i % 3,
     }
     for i in range(12)
-    for text in [" ".join([f"some text {i} to learn"] * (24 if i % 4 == 3 else 1))]
+    for text in [" ".join(f"some text {i + 12 * j} to learn" for j in range(24 if i % 4 == 3 else 1))]
 ]
 DATASET = {"dataset_path": "json", "test_split": "test"}
 CHOOSE = {

@@ -8,10 +8,8 @@ from torch import Tensor
 
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from kernels.dispatch import triton_unsupported
-from kernels.mamba_step import launch, mamba_step_, reference
 from kernels.selective_scan import selective_scan, selective_scan_step
 from kernels.ssd import ssd_step
-from tests.kernels.mamba_step.inputs import draw
 
 pytestmark = [
     pytest.mark.gpu,
@@ -158,32 +156,6 @@ def test_small_steps_keep_their_relative_accuracy() -> None:
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_conv(width: int, dtype: torch.dtype, activation: str | None) -> None:
     check(causal_conv1d_step, conv_inputs(3, 300, width, dtype, strided=True), activation=activation)
-
-
-@pytest.mark.parametrize("dtype", list(ROUNDING))
-@pytest.mark.parametrize(
-    ("batch", "channels", "rank", "states", "width"),
-    [(1, 4096, 128, 16, 4), (8, 1536, 48, 16, 4), (3, 130, 7, 3, 2), (2, 5120, 160, 16, 4), (1, 1, 1, 1, 1)],
-)
-def test_mamba_step(batch: int, channels: int, rank: int, states: int, width: int, dtype: torch.dtype) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
-    inputs = draw(batch, channels, rank, states, width, dtype, "cuda")
-    assert launch.fits(inputs["x"], inputs["A_log"], inputs["conv_weight"], inputs["dt_proj_weight"])
-    again, plain, exact = ({k: v.clone() for k, v in inputs.items()} for _ in range(3))
-    exact = {name: value.double() for name, value in exact.items()}
-    found, repeated, wanted = mamba_step_(**inputs), mamba_step_(**again), reference.step_(**exact)
-    by_operators = reference.step_(**plain)
-    assert torch.equal(found, repeated)
-    # Rounded in the same places as the separate operators, so about as far from the exact result.
-    error, usual = (float((y.double() - wanted).norm() / wanted.norm()) for y in (found, by_operators))
-    assert error < 1.5 * usual + 2 * ROUNDING[torch.float32]
-    for name in ("conv_state", "scan_state"):
-        assert torch.equal(inputs[name], again[name])
-        error, usual = (
-            float((y[name].double() - exact[name]).norm()) / max(1e-9, float(exact[name].norm()))
-            for y in (inputs, plain)
-        )
-        assert error < 1.5 * usual + 2 * ROUNDING[torch.float32]
 
 
 def test_steps_equal_the_operators_on_the_sequence() -> None:
