@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.dispatch import alignment, has_large_shared_memory, processors, triton_unsupported
 
 MAX_HEAD_DIM, MAX_STATES = 128, 128
+MAX_ROW_STRIDE = 2**24
 DECAY_HEADS = 8  # of a program of the kernel that computes the decays
 DECAY_WARPS = 4
 GATE_BLOCK = 1024
@@ -225,10 +226,9 @@ def backward(
         )
         small_parts = buffer(batch * chunks, 3, heads)
         delta_kernel[(batch * chunks, -(-heads // DECAY_HEADS))](
-            *(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays, sums, through),
+            *(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), decays, sums, through),
             *(outputs.dt, small_parts, *outputs.dt.stride()[:2]),
             *dt.stride(),
-            *((0, 0) if seq_idx is None else seq_idx.stride()),
             *(dt_min, dt_max, length, heads, chunks),
             *(dt_softplus, chunk, DECAY_HEADS),
             num_warps=DECAY_WARPS,
@@ -378,11 +378,14 @@ def _decays(
 
 
 def _unit(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The tensor in that dtype with neighbouring elements of its last axis side by side: a copy only if it must be."""
+    """The tensor in that dtype with neighbouring elements of its last axis side by side: a copy only if it must be.
+
+    Also with rows near enough to each other for offsets in a chunk to fit in 32 bits.
+    """
     if tensor is None:
         return None
     tensor = tensor.to(dtype)
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(3) == 1 and tensor.stride(1) < MAX_ROW_STRIDE else tensor.contiguous()
 
 
 def _block(size: int) -> int:

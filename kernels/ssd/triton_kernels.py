@@ -180,13 +180,13 @@ def forward_kernel(
     group = head // group_heads
     q, n = tl.arange(0, Q), tl.arange(0, N)
     p = pid % parts * P + tl.arange(0, P)
-    x += batch * (x_batch * ALIGN) + head.to(tl.int64) * (x_head * ALIGN)
-    B += batch * (B_batch * ALIGN) + group.to(tl.int64) * (B_group * ALIGN)
-    C += batch * (C_batch * ALIGN) + group.to(tl.int64) * (C_group * ALIGN)
+    x += batch * x_batch * ALIGN + head.to(tl.int64) * x_head * ALIGN
+    B += batch * B_batch * ALIGN + group.to(tl.int64) * B_group * ALIGN
+    C += batch * C_batch * ALIGN + group.to(tl.int64) * C_group * ALIGN
     x_row, B_row, C_row, y_row = x_row * ALIGN, B_row * ALIGN, C_row * ALIGN, heads * head_dim
     y += batch * length * y_row + head * head_dim
     if z is not None:
-        z += batch * (z_batch * ALIGN) + head.to(tl.int64) * (z_head * ALIGN)
+        z += batch * z_batch * ALIGN + head.to(tl.int64) * z_head * ALIGN
         z_row = z_row * ALIGN
     if ungated is not None:
         ungated += batch * length * y_row + head * head_dim
@@ -308,8 +308,8 @@ def states_kernel(
     q = tl.arange(0, Q)
     n = pid // p_parts % n_parts * N + tl.arange(0, N)
     p = pid % p_parts * P + tl.arange(0, P)
-    rows += batch * (rows_batch * ALIGN) + head.to(tl.int64) * (rows_head * ALIGN)
-    columns += batch * (columns_batch * ALIGN) + group.to(tl.int64) * (columns_group * ALIGN)
+    rows += batch * rows_batch * ALIGN + head.to(tl.int64) * rows_head * ALIGN
+    columns += batch * columns_batch * ALIGN + group.to(tl.int64) * columns_group * ALIGN
     rows_row, columns_row = rows_row * ALIGN, columns_row * ALIGN
     padded = chunks.to(tl.int64) * Q
     plane = tl.num_programs(0) // (p_parts * n_parts * segments) * padded
@@ -464,8 +464,8 @@ def gradients_kernel(
     rows = length - chunk * Q
     x_row, y_grad_row, x_grad_row = x_row * ALIGN, y_grad_row * ALIGN, x_grad_row * ALIGN
     B_row, C_row = B_row * ALIGN, C_row * ALIGN
-    B += batch * (B_batch * ALIGN) + group.to(tl.int64) * (B_group * ALIGN) + begin * B_row
-    C += batch * (C_batch * ALIGN) + group.to(tl.int64) * (C_group * ALIGN) + begin * C_row
+    B += batch * B_batch * ALIGN + group.to(tl.int64) * B_group * ALIGN + begin * B_row
+    C += batch * C_batch * ALIGN + group.to(tl.int64) * C_group * ALIGN + begin * C_row
     B_tile = tile(B, s, B_row, rows, n, states, WHOLE)
     C_tile = tile(C, t, C_row, rows, n, states, WHOLE)
     # (s, t), by way of memory: a product that others are computed from is given a layout that suits none of them.
@@ -478,9 +478,9 @@ def gradients_kernel(
 
     first = group * group_heads + part * part_heads
     last = min(first + part_heads, (group + 1) * group_heads)
-    x += batch * (x_batch * ALIGN) + begin * x_row
-    y_grad += batch * (y_grad_batch * ALIGN) + begin * y_grad_row
-    x_grad += batch * (x_grad_batch * ALIGN) + begin * x_grad_row
+    x += batch * x_batch * ALIGN + begin * x_row
+    y_grad += batch * y_grad_batch * ALIGN + begin * y_grad_row
+    x_grad += batch * x_grad_batch * ALIGN + begin * x_grad_row
     padded = chunks.to(tl.int64) * Q
     plane = batches * heads * padded
     decays += batch * heads * padded + begin
@@ -498,8 +498,8 @@ def gradients_kernel(
     products_grad = tl.zeros([Q, Q], tl.float32)
     own_product_grad = tl.zeros([Q], tl.float32)
     for head in tl.range(first, last, num_stages=STAGES):
-        x_tile = tile(x + head * (x_head * ALIGN), s, x_row, rows, p, head_dim, WHOLE)
-        grad = tile(y_grad + head * (y_grad_head * ALIGN), t, y_grad_row, rows, p, head_dim, WHOLE)
+        x_tile = tile(x + x_head.to(tl.int64) * ALIGN * head, s, x_row, rows, p, head_dim, WHOLE)
+        grad = tile(y_grad + y_grad_head.to(tl.int64) * ALIGN * head, t, y_grad_row, rows, p, head_dim, WHOLE)
         if WHOLE:
             end_grad = tl.load(end_grads + head * size + state_place)
         else:
@@ -564,7 +564,7 @@ def gradients_kernel(
     rounded = products_grad.to(B_tile.dtype)
     B_sum = product(rounded, C_tile, B_sum, EXACT)
     BC_grad_row *= ALIGN
-    place = part.to(tl.int64) * (BC_grad_part * ALIGN) + batch * (BC_grad_batch * ALIGN) + begin * BC_grad_row
+    place = part.to(tl.int64) * BC_grad_part * ALIGN + batch * BC_grad_batch * ALIGN + begin * BC_grad_row
     place += group * states + (s[:, None] * BC_grad_row + n[None, :])
     mask = (s < rows)[:, None] & (n < states)[None, :]
     tl.store(B_grad + place, B_sum.to(B_grad.dtype.element_ty), mask=mask)
@@ -572,7 +572,7 @@ def gradients_kernel(
     # What they read of the state before the chunk, and what of it was left after the chunk.
     C_sum = product(tl.trans(rounded), B_tile, None, EXACT)
     for head in tl.range(first, last, num_stages=STAGES):
-        grad = tile(y_grad + head * (y_grad_head * ALIGN), t, y_grad_row, rows, p, head_dim, WHOLE)
+        grad = tile(y_grad + y_grad_head.to(tl.int64) * ALIGN * head, t, y_grad_row, rows, p, head_dim, WHOLE)
         if WHOLE:
             start = tl.load(starts + head * size + state_place)
             end_grad = tl.load(end_grads + head * size + state_place)
@@ -595,7 +595,7 @@ def gradients_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head", "seq_batch", "seq_row"),
+        *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head"),
         *("length", "heads", "chunks"),
     ]
 )
@@ -603,7 +603,6 @@ def delta_kernel(
     dt,
     A,
     dt_bias,
-    seq_idx,
     decays,
     sums,
     through,
@@ -614,8 +613,6 @@ def delta_kernel(
     dt_batch,
     dt_row,
     dt_head,
-    seq_batch,
-    seq_row,
     dt_min,
     dt_max,
     length,
@@ -651,9 +648,6 @@ def delta_kernel(
     from_here = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
     until_here = tl.cumsum(to_state, axis=0) - to_state
     power_grad = (from_here + until_here + passed.to(tl.float64)[None, :]).to(tl.float32)
-    if seq_idx is not None:
-        begins = begins_document(seq_idx + batch * seq_batch, t, seq_row, length)
-        power_grad = tl.where(begins[:, None], 0.0, power_grad)
     rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32)
     raw = raw_delta(dt + batch * dt_batch, dt_bias, t, head, mask, dt_row, dt_head)
     grad = delta_grad + power_grad * rate[None, :]

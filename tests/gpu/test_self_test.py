@@ -18,5 +18,5 @@ def test_every_operator_is_right_and_the_fast_ones_run(dtype: torch.dtype) -> No
         print(f"{test.operator:<22} {test.kernel:<40} {test.error:.1e} ({test.worst})")
     assert all(test.passed for test in found.values())
     assert found["selective_scan"].kernel == "CUDA C++"
-    for operator in ("linear_cross_entropy", "causal_conv1d_step", "selective_scan_step"):
+    for operator in ("ssd", "linear_cross_entropy", "causal_conv1d_step", "selective_scan_step"):
         assert found[operator].kernel == "Triton"

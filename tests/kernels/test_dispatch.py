@@ -14,6 +14,7 @@ from torch.library import custom_op
 from kernels import dispatch
 from kernels.causal_conv1d import launch as conv
 from kernels.rms_norm import launch as norm
+from kernels.ssd import launch as ssd
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,27 @@ def test_what_is_computed_elsewhere() -> None:
     assert dispatch.triton_unsupported(x.double()) == "the Triton kernels do not compute in torch.float64"
     assert "width 5" in str(conv.unsupported(x, torch.zeros(3, 5)))
     assert "16385 channels are more than 16384" in str(norm.unsupported(x, 16385))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "states", "dt_min", "reason"),
+    [
+        (torch.bfloat16, 128, 128, 0.0, None),
+        (torch.float32, 64, 128, 0.0, None),
+        (torch.float32, 128, 128, 0.0, "states of 128 x 128 numbers in fp32 are too large"),
+        (torch.bfloat16, 129, 16, 0.0, "heads of 129 channels are wider than 128"),
+        (torch.bfloat16, 64, 129, 0.0, "129 states are more than 128"),
+        (torch.bfloat16, 64, 128, -1.0, "dt_limit lets Δ be negative"),
+        (torch.float64, 64, 128, 0.0, "do not compute in torch.float64"),
+    ],
+    ids=str,
+)
+def test_what_ssd_computes_elsewhere(
+    dtype: torch.dtype, head_dim: int, states: int, dt_min: float, reason: str | None
+) -> None:
+    x, B = torch.zeros(1, 2, 1, head_dim, dtype=dtype), torch.zeros(1, 2, 1, states, dtype=dtype)
+    found = ssd.unsupported(x, B, dt_min)
+    assert found is None if reason is None else reason in str(found)
 
 
 def test_one_line_of_the_log_for_each_reason(caplog: pytest.LogCaptureFixture) -> None:

@@ -169,3 +169,15 @@ def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     check(ssd_inputs(1, 90, 2, 16, 1, 16, packed=False))
     check(ssd_inputs(2, 90, 2, 16, 1, 16, packed=True), torch.float16)
     assert set(cut) == {3}
+
+
+@pytest.mark.parametrize("for_backward", [False, True])
+@pytest.mark.parametrize("absent", [(), ("z",), ("initial_state",)], ids=str)
+def test_fake_promises_what_is_returned(absent: tuple[str, ...], for_backward: bool) -> None:
+    inputs = {k: v.detach().bfloat16() for k, v in ssd_inputs(1, 5, 2, 8, 1, 8).items() if k not in absent}
+    arguments = [inputs.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    state = inputs.get("initial_state")
+    found = launch.forward(*arguments, True, 0.0, 1.0, 16, None, state, for_backward)  # type: ignore[arg-type]
+    fake = launch.fake(inputs["x"], inputs["B"], inputs.get("z"), state, for_backward)
+    for actual, promised in zip(found, fake, strict=True):
+        assert (actual.shape, actual.dtype, actual.stride()) == (promised.shape, promised.dtype, promised.stride())

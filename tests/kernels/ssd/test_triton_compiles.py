@@ -53,7 +53,9 @@ def resources(
     return compile_kernel(kernel, arguments, capability, shape.warps, folder)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "capability", [pytest.param(c, marks=() if c == 90 else pytest.mark.slow) for c in CAPABILITIES]
+)
 def test_table(capability: int, tmp_path: Path) -> None:
     for kernel, shape, constants in (
         (kernels.forward_kernel, launch.FORWARD, {}),
@@ -67,6 +69,7 @@ def test_table(capability: int, tmp_path: Path) -> None:
         assert found.widest_store >= 8
 
 
+@pytest.mark.slow
 def test_every_option(tmp_path: Path) -> None:
     resources(kernels.forward_kernel, launch.FORWARD, tmp_path, everything=True)
     resources(kernels.states_kernel, launch.STATES, tmp_path, everything=True, REVERSE=True, carries=None)
