@@ -1,6 +1,6 @@
 """The causal convolution beside the official one and PyTorch's own, with the floor that bytes set.
 
-    python -m benchmarks.causal_conv1d [--quick]
+    python -m benchmarks.causal_conv1d [--quick | --sweep]
 
 One process, one GPU: each row times the same inputs, channel last, bf16, with bias and SiLU. GPU times are medians over
 replays of a CUDA graph of several calls, with the middle half's spread; eager times are what a user sees who calls it
@@ -10,6 +10,7 @@ from Python. The package causal-conv1d may be absent; its column is then empty.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from collections.abc import Callable
 
@@ -18,10 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.selective_scan import Time, ask_device, calls, copy_bytes_per_second, eager_time, graph_time
-from kernels.causal_conv1d import causal_conv1d
+from kernels.causal_conv1d import causal_conv1d, launch
 
 ROWS = [(8, 2048, 5120), (1, 131072, 5376), (8, 2048, 5376), (8, 2048, 1536), (8, 2048, 4096), (1, 2048, 5120)]
 WIDTH = 4
+LAUNCHES = {  # channels of a program, its warps, steps at once
+    "forward_shape": [(128, 1, 4), (256, 1, 4), (256, 2, 4), (256, 2, 8), (512, 4, 4)],
+    "backward_shape": [(128, 1, 4), (128, 2, 4), (256, 2, 4), (256, 4, 4), (256, 4, 8)],
+}
+STEPS = {"forward_shape": (16, 32, 64), "backward_shape": (32, 64, 128)}
 FORWARD_TENSORS, BOTH_TENSORS = 2, 5  # that must be read or written once: x, y; and x, dy, dx
 
 
@@ -64,11 +70,35 @@ def shown(time: Time | None) -> str:
     return " " * 14 + "-" if time is None else str(time)
 
 
+def sweep(shape: tuple[int, int, int], best: int = 6) -> None:
+    """Forward and backward alone, with other launch shapes: the best few and their milliseconds."""
+    x = torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    weight, bias, grad = torch.randn(shape[2], WIDTH, device="cuda"), torch.randn(shape[2], device="cuda"), x.clone()
+    passes: dict[str, Callable[[], object]] = {
+        "forward_shape": lambda: launch.forward(x, weight, bias, True, None, None),
+        "backward_shape": lambda: launch.backward(grad, None, x, weight, bias, True, None, None),
+    }
+    for name, call in passes.items():
+        chosen, times = getattr(launch, name), []
+        for (block, warps, unroll), steps in itertools.product(LAUNCHES[name], STEPS[name]):
+            candidate = launch.Shape(block, warps, unroll, steps)
+            setattr(launch, name, lambda *_, candidate=candidate: candidate)
+            times.append((graph_time(call, replays=3).median, tuple(candidate)))
+        setattr(launch, name, chosen)
+        print(shape, name, "; ".join(f"{time:.4f} {candidate}" for time, candidate in sorted(times)[:best]), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="only the table's rows")
-    quick = parser.parse_args().quick
+    parser.add_argument("--sweep", action="store_true", help="launch shapes instead")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     print(ask_device("name,driver_version,clocks.max.sm,clocks.max.mem"))
+    if arguments.sweep:
+        for shape in ROWS:
+            sweep(shape)
+        return
     peers, rate = [official(), pytorch], copy_bytes_per_second()
     print(f"torch {torch.__version__}; bf16, width {WIDTH}, bias and SiLU, channel last; official: causal-conv1d")
     print(f"copy {rate / 1e12:.2f} TB/s; times in ms; floor: every activation and gradient once at that rate")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.train_step [--models 130m 370m] [--batch 16] [--length 2048] [--steps 12]
 
-One process, one GPU, one optimiser for both: fp32 weights under bf16 autocast, forward, loss, backward, the gradient's
-norm clipped, fused AdamW. The peer has its fused path (asserted), its fused add and norm with an fp32 residual, and
-PyTorch's cross-entropy of fp32 logits. Ours computes as engine.recompute says: "scan", the default on a GPU, and
-"none". Called from Python without graphs. Medians over the steps after three, with the quartiles.
+One process, one GPU; fp32 weights under bf16 autocast, forward, loss, backward, the gradient's norm clipped, fused
+AdamW. The peer has its fused path (asserted), its fused add and norm with an fp32 residual, and PyTorch's
+cross-entropy of fp32 logits. Ours is the engine that train.py takes for one GPU, with its CUDA graphs, and
+engine.recompute "scan", the default, and "none". Medians over the steps after three, with the quartiles.
 """
 
 from __future__ import annotations
@@ -22,64 +22,64 @@ from torch.nn import functional as F
 
 from benchmarks.mixer import peer as assert_fused_path
 from benchmarks.selective_scan import ask_device
-from mamba_train.config import ModelConfig, Recompute
-from mamba_train.model.initialise import initialise_
-from mamba_train.model.language_model import MambaLM, resolve_model_config
-from mamba_train.parallel.recompute import recompute_activations
+from mamba_train.config import EngineConfig, ModelConfig, OptimConfig, Recompute
+from mamba_train.model.language_model import resolve_model_config
+from mamba_train.parallel.native import NativeEngine
+from mamba_train.ranks import join
 
 DEPTH_AND_WIDTH = {"130m": (24, 768), "370m": (48, 1024)}
-VOCABULARY, WARM_UP = 50280, 3
+VOCABULARY, LEARNING_RATE, WARM_UP = 50280, 1e-4, 3
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor], None]
 
 
-def ours(size: str, policy: Recompute) -> tuple[nn.Module, Loss]:
+def ours(size: str, policy: Recompute) -> Step:
     depth, width = DEPTH_AND_WIDTH[size]
     config = resolve_model_config(ModelConfig(name=size, n_layer=depth, d_model=width), VOCABULARY)
-    model = MambaLM(config).cuda()
-    initialise_(model, config, seed=0)
-    recompute_activations(model, policy, torch.device("cuda"))
-    return model, lambda tokens, targets: model(tokens, targets) / targets.numel()
+    engine = NativeEngine(EngineConfig(recompute=policy), join())
+    engine.prepare(config, OptimConfig(lr=LEARNING_RATE), seed=0)
+
+    def step(tokens: Tensor, targets: Tensor) -> None:
+        engine.accumulate(tokens, targets, None, torch.tensor(float(targets.numel()), device="cuda"))
+        engine.step(LEARNING_RATE)
+
+    return step
 
 
-def official(size: str) -> tuple[nn.Module, Loss]:
+def official(size: str) -> Step:
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
     depth, width = DEPTH_AND_WIDTH[size]
     assert_fused_path(width)
     model = MambaLMHeadModel(MambaConfig(d_model=width, n_layer=depth, vocab_size=VOCABULARY), device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
-    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model(tokens).logits.float().flatten(0, 1), targets.flatten())
+    def step(tokens: Tensor, targets: Tensor) -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = F.cross_entropy(model(tokens).logits.float().flatten(0, 1), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    return model, loss
+    return step
 
 
-def step_seconds(model: nn.Module, loss: Loss, batch: int, length: int, steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    seconds = []
+def row(name: str, step: Step, batch: int, length: int, steps: int) -> float:
+    """Print and return the median rate."""
+    torch.cuda.reset_peak_memory_stats()
+    rates = []
     for _ in range(WARM_UP + steps):
         tokens = torch.randint(0, VOCABULARY, (batch, length + 1), device="cuda")
         torch.cuda.synchronize()
         start = time.perf_counter()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            value = loss(tokens[:, :-1], tokens[:, 1:])
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        step(tokens[:, :-1], tokens[:, 1:])
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds[WARM_UP:]
-
-
-def row(name: str, made: tuple[nn.Module, Loss], batch: int, length: int, steps: int) -> float:
-    torch.cuda.reset_peak_memory_stats()
-    rates = [batch * length / s for s in step_seconds(*made, batch, length, steps)]
-    low, median, high = statistics.quantiles(rates, n=4)
+        rates.append(batch * length / (time.perf_counter() - start))
+    low, median, high = statistics.quantiles(rates[WARM_UP:], n=4)
     peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"  {name:12s} {median:9,.0f} ({low:,.0f} to {high:,.0f}) tokens/s, {peak:.1f} GiB", flush=True)
+    print(f"  {name:10s} {median:9,.0f} ({low:,.0f} to {high:,.0f}) tokens/s, {peak:.1f} GiB", end="", flush=True)
     return median
 
 
@@ -98,10 +98,11 @@ def main() -> None:
     for size in arguments.models:
         print(f"mamba_{size}, {arguments.batch} sequences of {arguments.length} tokens")
         theirs = row("mamba_ssm", official(size), *sizes)
+        print()
         for policy in (Recompute.scan, Recompute.none):
             gc.collect()
             torch.cuda.empty_cache()
-            print(f"  {row(policy.value, ours(size, policy), *sizes) / theirs:.2f}x")
+            print(f", {row(policy.value, ours(size, policy), *sizes) / theirs:.2f}x")
 
 
 if __name__ == "__main__":

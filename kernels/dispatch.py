@@ -78,6 +78,19 @@ def processors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index or 0).multi_processor_count
 
 
+@functools.cache
+def shared_bytes(index: int | None) -> int:
+    """Shared memory that a program may have on a CUDA device, but for a few KiB of the compiler's own."""
+    properties = torch.cuda.get_device_properties(index or 0)
+    return properties.shared_memory_per_block_optin - 8192  # type: ignore[attr-defined]
+
+
+@functools.cache
+def has_large_shared_memory(index: int | None) -> bool:
+    """Whether a program may have some 150 KiB of it, as on A100, H100 and B200; others have 99."""
+    return shared_bytes(index) > 150 * 1024
+
+
 def alignment(*sizes: int) -> int:
     """Elements that rows can be read in at a time: the largest power of two up to 8 that divides all sizes."""
     return math.gcd(8, *sizes)

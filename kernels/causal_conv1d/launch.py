@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.dispatch import alignment, triton_unsupported
 
 WIDTHS = (2, 3, 4)
+PROGRAMS = 2048  # enough to keep a large GPU busy
 
 
 class Shape(NamedTuple):
@@ -21,9 +22,21 @@ class Shape(NamedTuple):
     steps: int  # of a program, a multiple of `unroll`
 
 
-# First guesses, measured as they are (docs/kernels.md) and compared with no others.
-FORWARD = Shape(block=256, warps=1, unroll=4, steps=64)
-BACKWARD = Shape(block=256, warps=2, unroll=4, steps=128)
+def forward_shape(batch: int, length: int, channels: int) -> Shape:
+    """The forward kernel for a shape; with fewer steps where there are few programs for a GPU's multiprocessors."""
+    return Shape(block=256, warps=1, unroll=4, steps=_steps(64, 16, batch, length, channels))
+
+
+def backward_shape(batch: int, length: int, channels: int) -> Shape:
+    """The backward kernel for a shape."""
+    return Shape(block=256, warps=2, unroll=4, steps=_steps(128, 32, batch, length, channels))
+
+
+def _steps(most: int, least: int, batch: int, length: int, channels: int) -> int:
+    """Between both, so many that there are `PROGRAMS` programs of 256 channels, where there can be."""
+    while most > least and batch * (length // most) * (channels // 256) < PROGRAMS:
+        most //= 2
+    return most
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -48,7 +61,8 @@ def forward(
     x, initial_state, bias = _unit(x), _contiguous(initial_state), _contiguous(bias)
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     final_state = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
-    shape, chunks = FORWARD, -(-length // FORWARD.steps)
+    shape = forward_shape(batch, length, channels)
+    chunks = -(-length // shape.steps)
     align = alignment(channels, x.stride(0), x.stride(1))
     with torch.cuda.device_of(x):
         forward_kernel[(batch * chunks * -(-channels // shape.block),)](
@@ -89,7 +103,7 @@ def backward(
     state_grad = x.new_empty((0,) if initial_state is None else initial_state.shape)
     weight_grad = weight.new_empty(weight.shape)
     bias_grad = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
-    shape, kinds = BACKWARD, width + (bias is not None)
+    shape, kinds = backward_shape(batch, length, channels), width + (bias is not None)
     chunks = -(-length // (shape.steps - (width - 1)))
     parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
     strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]

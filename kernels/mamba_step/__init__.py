@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.causal_conv1d import causal_conv1d_step
 from kernels.checks import check_in_place, check_tensor
 from kernels.dispatch import triton_unsupported
-from kernels.mamba_step import launch
-from kernels.selective_scan import selective_scan_step
+from kernels.mamba_step import launch, reference
 
 __all__ = ["mamba_step_"]
 
@@ -40,7 +37,7 @@ def mamba_step_(
     _check(*tensors)
     if x.is_cuda and launch.fits(x, A_log, conv_weight, dt_proj_weight) and triton_unsupported(x) is None:
         return torch.ops.mamba_train.mamba_step_.default(*tensors)
-    return _reference(*tensors)
+    return reference.step_(*tensors)
 
 
 def _check(
@@ -75,29 +72,7 @@ def _check(
     check_in_place(name, scan_state, *others)
 
 
-def _reference(
-    conv_state: Tensor,
-    scan_state: Tensor,
-    x: Tensor,
-    z: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj_weight: Tensor,
-    dt_proj_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-) -> Tensor:
-    """The same by the operators that it is made of, for any batch on any device."""
-    rank, states = dt_proj_weight.shape[1], A_log.shape[1]
-    x, _ = causal_conv1d_step(conv_state, x, conv_weight, conv_bias, activation="silu", in_place=True)
-    dt, B, C = F.linear(x, x_proj_weight).split([rank, states, states], dim=-1)
-    dt = F.linear(dt, dt_proj_weight)
-    y, _ = selective_scan_step(scan_state, x, dt, A_log, B, C, D, z, dt_bias, A_is_log=True, in_place=True)
-    return y
-
-
-_op = torch.library.custom_op("mamba_train::mamba_step_", _reference, mutates_args=("conv_state", "scan_state"))
+_op = torch.library.custom_op("mamba_train::mamba_step_", reference.step_, mutates_args=("conv_state", "scan_state"))
 _op.register_kernel("cuda")(launch.step_)
 
 

@@ -58,6 +58,8 @@ def project_kernel(
     rounded = (out / (1.0 + tl.exp(-out))).to(mixed.dtype.element_ty)
     part = tl.sum(matrix.to(tl.float32) * rounded.to(tl.float32)[None, :], axis=1)
 
+    # The same few channels are loaded by several warps, of which one may still be on its way when another one stores.
+    tl.debug_barrier()
     tl.store(mixed + sequence * channels + channel, rounded, mask=column)
     tl.store(parts + (sequence * tl.num_programs(1) + split) * outputs + output, part, mask=row)
     for tap in tl.static_range(1, WIDTH - 1):
@@ -128,5 +130,6 @@ def scan_kernel(
     delta = softplus(delta.to(y.dtype.element_ty).to(tl.float32) + bias)
     h = tl.exp(delta[:, None] * rate) * h + (delta * value)[:, None] * read[None, :]
     out = (tl.sum(h * written[None, :], axis=1) + skip * value) * (gate / (1.0 + tl.exp(-gate)))
+    tl.debug_barrier()  # as above, where there are few states
     tl.store(place, h.to(state.dtype.element_ty), mask=both)
     tl.store(y + place_of_y, out.to(y.dtype.element_ty), mask=row)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import alignment, processors, triton_unsupported
+from kernels.dispatch import alignment, processors, shared_bytes, triton_unsupported
 
 MAX_SIZE = 16384  # channels that a program holds in registers
 MANY = 2**20  # programs, when each is to do its rows once
@@ -23,37 +23,55 @@ class Shape(NamedTuple):
     stages: int  # rows that are on their way from memory at once
 
 
+# Milliseconds on an H100, bf16, 16,384 rows, of the best shapes and a few near them; shapes as (block, warps, programs,
+# stages), one row at a time.
+#
+#   add, forward     768  (1024, 2) .0534   (512, 1) .0539   (256, 2) .0551
+#                   2560  (1024, 4) .1719   (512, 4) .1733   (1024, 2) .1738   with 16 programs .1834
+#   gated, forward  5120  (2048, 4) .1668   (512, 8) .1785   (1024, 4) .1808   with 16 programs .1747
+#   add, backward    768  (1024, 8, 2, 3) .0837   4 rows of (256, 16, 1, 3) .0791
+#                   2560  (1024, 4, 2, 2) .2444   (1024, 4, 1, 3) .2455   (512, 8, 2, 2) .2456
+#   gated, backward 5120  (1024, 8, 1, 3) .3090   (2048, 8, 2, 3) .3104   (1024, 8, 3, 3) .3223
+
+
 def forward_shape(size: int, gated: bool) -> Shape:
-    """The forward kernel for groups of `size` channels."""
+    """The forward kernel for groups of `size` channels: each program has its rows once."""
     block = piece(size)
-    rows = max(1, 512 // _padded(size, block))
-    return Shape(rows, block, warps=_warps(rows, block, 4), programs=MANY, stages=1)
+    rows = max(1, 512 // block)
+    each = 32 if gated else 16  # channels of a thread, about
+    return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each), programs=MANY, stages=1)
 
 
-def backward_shape(size: int, gated: bool) -> Shape:
-    """The backward kernel for groups of `size` channels."""
-    block = piece(size)
-    rows = max(1, 512 // _padded(size, block))
-    warps = _warps(rows, block, 4)
-    return Shape(rows, block, warps, programs=max(1, 16 // warps), stages=2)
+def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) -> Shape:
+    """The backward kernel for groups of `size` channels, which reads `row_bytes` for each channel of a row.
+
+    shared_bytes: what a program may have of shared memory, where rows wait for their turn.
+    """
+    block = piece(size) if size > 8192 else min(piece(size), 1024)
+    rows = max(1, 512 // block)
+    row = rows * _padded(size, block)
+    alone = size > (2048 if gated else 4096)  # one program has most of a multiprocessor's registers
+    stages = 3 if gated or alone or size <= 1024 else 2
+    stages = max(1, min(stages, 1 + shared_bytes // (row * row_bytes)))
+    warps = 16 if size > 8192 else min(8, _warps(row // 256))
+    return Shape(rows, block, warps, programs=1 if alone else 2, stages=stages)
 
 
 def piece(size: int) -> int:
-    """Channels of a piece: as many as possible with few lanes idle in the last one."""
-    largest = _power_of_two(size)
-    if largest <= 256:
-        return largest
-    limit = max(1024, largest // 8)
-    return next(b for b in (limit, limit // 2, 256) if b == 256 or (b <= largest and 8 * _padded(size, b) <= 9 * size))
+    """Channels of a piece: as many as possible where the last one leaves no more than a quarter of the lanes idle."""
+    block = _power_of_two(size)
+    while block > 256 and 3 * _padded(size, block) > 4 * size:
+        block //= 2
+    return block
 
 
 def _padded(size: int, block: int) -> int:
     return -(-size // block) * block
 
 
-def _warps(rows: int, block: int, elements: int) -> int:
-    """So many that a thread has this many elements of each piece."""
-    return max(1, min(16, rows * block // 32 // elements))
+def _warps(wanted: int) -> int:
+    """A power of two, at most 16."""
+    return min(16, 1 << max(0, wanted.bit_length() - 1))
 
 
 def unsupported(x: Tensor, size: int) -> str | None:
@@ -155,7 +173,9 @@ def _backward(
     dtype: torch.dtype,
     norm_before_gate: bool = False,
     with_total: bool = False,
+    z_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """z_grad: where that gradient goes, rows at equal distances."""
     from kernels.rms_norm.triton_kernels import backward_kernel
     from kernels.sum_parts import COLUMNS, ROWS, sum_parts
 
@@ -163,12 +183,15 @@ def _backward(
     groups = channels // size
     x_grad = torch.empty(shape, dtype=dtype, device=device)
     total_grad = torch.empty(shape, dtype=torch.float32, device=device) if with_total else None
-    z_grad = None if z is None else torch.empty(shape, dtype=z.dtype, device=device)
+    if z is not None and z_grad is None:
+        z_grad = torch.empty(shape, dtype=z.dtype, device=device)
     weight_grad = torch.empty((channels,), dtype=weight.dtype, device=device)
     tensors = y_grad, through, x, z = [_rows(t) for t in (y_grad, through, x, z)]  # type: ignore[assignment]
-    strides = [0 if t is None else t.stride(0) for t in tensors]
+    z_grad_rows = None if z_grad is None else z_grad.view(-1, channels)
+    strides = [0 if t is None else t.stride(0) for t in (*tensors, z_grad_rows)]
     align = _alignment(size, strides, (y_grad, through, x, z))
-    launch = backward_shape(size, z is not None)
+    row_bytes = sum(t.element_size() for t in tensors if t is not None)
+    launch = backward_shape(size, z is not None, row_bytes, shared_bytes(device.index) if x.is_cuda else MANY)
     programs, span = _programs(x, groups, launch)
     if not programs:
         return x_grad, total_grad, z_grad, weight_grad.zero_()

@@ -98,7 +98,11 @@ def forward_kernel(
             _store(y, row, y_row, first_channel + c, (row < rows)[:, None] & (c < size), values)
 
 
-@triton.jit(do_not_specialize=["grad_row", "through_row", "x_row", "z_row", "rows", "size", "groups", "span"])
+@triton.jit(
+    do_not_specialize=[
+        *("grad_row", "through_row", "x_row", "z_row", "z_grad_row", "rows", "size", "groups", "span"),
+    ]
+)
 def backward_kernel(
     y_grad,
     through,
@@ -114,6 +118,7 @@ def backward_kernel(
     through_row,
     x_row,
     z_row,
+    z_grad_row,
     rows,
     size,
     groups,
@@ -183,11 +188,18 @@ def backward_kernel(
                 gate = z_given * of_z
                 gate_slope = of_z * (1.0 + z_given * (1.0 - of_z))
                 if NORM_FIRST:
-                    _store(z_grad, row, out_row, channel, is_inside, y_slope * normalised * w * gate_slope)
+                    _store(
+                        z_grad,
+                        row,
+                        z_grad_row.to(tl.int64) * ALIGN,
+                        channel,
+                        is_inside,
+                        y_slope * normalised * w * gate_slope,
+                    )
                     slope = (y_slope * gate * w - normalised * along) * scale
                 else:
                     slope = (y_slope * w - normalised * gate * along) * scale
-                    _store(z_grad, row, out_row, channel, is_inside, slope * given * gate_slope)
+                    _store(z_grad, row, z_grad_row.to(tl.int64) * ALIGN, channel, is_inside, slope * given * gate_slope)
                     slope *= gate
             else:
                 slope = (y_slope * w - normalised * along) * scale

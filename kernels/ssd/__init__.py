@@ -16,7 +16,7 @@ from kernels.checks import (
     check_tensor,
     needs_gradient,
 )
-from kernels.ssd import reference  # noqa: F401  registers torch.ops.mamba_train.ssd
+from kernels.ssd import dispatch  # noqa: F401  registers torch.ops.mamba_train.ssd
 from kernels.ssd.arguments import check_groups, check_skip
 from kernels.ssd.step import ssd_step
 

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.checks import compute_dtype
+from kernels.operator import operator
 
 
-@torch.library.custom_op("mamba_train::ssd", mutates_args=())
+@operator("mamba_train::ssd")
 def ssd_op(
     x: Tensor,
     dt: Tensor,
@@ -86,7 +87,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(_state_shape(x, B), dtype=dtype), starts, ungated
 
 
-@torch.library.custom_op("mamba_train::ssd_backward", mutates_args=())
+@operator("mamba_train::ssd_backward")
 def ssd_backward_op(
     y_grad: Tensor | None,
     final_state_grad: Tensor | None,

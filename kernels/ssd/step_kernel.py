@@ -52,7 +52,7 @@ def step_kernel(
 ):
     """Program (b * heads + h, r): ROWS of the head_dim rows of a head's state. y and new_state are contiguous.
 
-    new_state may be state itself: each element is read and written by the same thread, in this order.
+    new_state may be state itself.
     """
     sequence = tl.program_id(0).to(tl.int64) // heads
     head = tl.program_id(0).to(tl.int64) % heads
@@ -84,6 +84,8 @@ def step_kernel(
     delta = tl.minimum(tl.maximum(delta, dt_min), dt_max)
     h = tl.exp(delta * rate) * h + (delta * value)[:, None] * read[None, :]
     first = tl.program_id(0).to(tl.int64) * head_dim
+    # A small block is loaded by several warps, of which one may still be on its way when another one stores.
+    tl.debug_barrier()
     tl.store(new_state + (first + row[:, None]) * states + n[None, :], h.to(new_state.dtype.element_ty), mask=both)
     out = tl.sum(h * written[None, :], axis=1)
     if D is not None:

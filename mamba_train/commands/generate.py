@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws; the second prompt draws with SEED + 1")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="of matrices (default: bf16 on a GPU, else fp32)")
+    parser.add_argument(
+        "--state-precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="of what is remembered between tokens; bf16 takes half of the memory and rounds it at each token",
+    )
     parser.add_argument("--save", action="store_true", help=f"also write the text to RUN/{SAMPLE}")
 
 
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         stop_strings=args.stop,
         on_text=show,
+        state_dtype=torch.bfloat16 if args.state_precision == "bf16" else torch.float32,
     )
     whole = [prompt + text for prompt, text in zip(texts, continued, strict=True)]
     if alone:

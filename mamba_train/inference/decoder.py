@@ -1,6 +1,6 @@
 """A batch of texts being continued: prompts by the parallel form, then one token after the other by recurrence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ WARM_UP_STEPS = 2  # kernels are compiled at their first call, which a graph mus
 
 class Decoder:
     """Holds the state of each text; for models without attention its size does not depend on their lengths.
+
+    Attributes: `logits` of what comes next; `replays`, whether steps are a CUDA graph.
 
     cuda_graph: replay the step as a CUDA graph instead of launching its kernels one by one, which at small batches
     takes longer than computing them; None: wherever that is possible. state_dtype: in which the state of the scans is
@@ -40,7 +42,7 @@ class Decoder:
         if cuda_graph and not can_replay:
             raise ValueError("cuda_graph=True: needs a model without attention layers on a CUDA device")
         self._model = model
-        self._replays = can_replay if cuda_graph is None else cuda_graph
+        self.replays = can_replay if cuda_graph is None else cuda_graph
         self._step: _GraphedStep | None = None
         tokens, seq_idx = _pad_left(prompts, weight.device)
         self.logits, state = model.prefill(tokens, model.initial_state(len(prompts), weight.dtype), seq_idx)
@@ -54,7 +56,7 @@ class Decoder:
 
         The logits are overwritten by the next call.
         """
-        if self._replays:
+        if self.replays:
             if self._step is None:
                 self._step = _GraphedStep(self._model, self._state)
             self.logits = self._step(tokens)
@@ -68,21 +70,37 @@ class _GraphedStep:
 
     def __init__(self, model: MambaLM, state: list[LayerState]) -> None:
         self._token = torch.zeros(_batch_size(state), dtype=torch.int64, device=model.embedding.weight.device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            scratch = [_zeros_like(layer) for layer in state]
-            for _ in range(WARM_UP_STEPS):
-                model.step(self._token, scratch, in_place=True)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits, _ = model.step(self._token, state, in_place=True)
+        scratch = [_zeros_like(layer) for layer in state]
+        self._replay = record(
+            lambda: model.step(self._token, state, in_place=True)[0],
+            warm_up=lambda: model.step(self._token, scratch, in_place=True),
+        )
 
     def __call__(self, tokens: Tensor) -> Tensor:
         self._token.copy_(tokens)
-        self._graph.replay()
-        return self._logits
+        return self._replay()
+
+
+def record(function: Callable[[], Tensor], warm_up: Callable[[], object]) -> Callable[[], Tensor]:
+    """`function` as a CUDA graph, which does the same once more with the same tensors at each call.
+
+    What it returns is overwritten by the next call. warm_up: called before, to compile what `function` launches.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_STEPS):
+            warm_up()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def _zeros_like(state: LayerState) -> LayerState:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from mamba_train.data.tokenizer import TextTokenizer
 from mamba_train.inference.generate import generate
 from mamba_train.inference.sampling import Sampling
@@ -76,10 +78,12 @@ def generate_text(
     max_new_tokens: int,
     stop_strings: Sequence[str] = (),
     on_text: Callable[[int, str], None] = lambda row, text: None,
+    state_dtype: torch.dtype = torch.float32,
 ) -> list[str]:
     """The text that continues each of the prompts (tokens); on_text(row, new characters) is called as it grows.
 
     A text ends before the token that ends a document, before the first stop string, or after `max_new_tokens`.
+    state_dtype: see `Decoder`.
     """
     streams = [TextStream(tokenizer, prompt, stop_strings) for prompt in prompts]
 
@@ -95,6 +99,7 @@ def generate_text(
         vocab_size=tokenizer.vocab_size,
         stop_token=tokenizer.eos_id,
         on_token=on_token,
+        state_dtype=state_dtype,
     )
     for row, stream in enumerate(streams):
         on_text(row, stream.finish())

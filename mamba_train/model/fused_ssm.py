@@ -67,7 +67,7 @@ class FusedSSM(torch.autograd.Function):
         else:
             dt, starts, ungated = saved
         # The scan's backward reads these once, each value before its gradient is there.
-        x_grad, dt_grad = (ungated, dt) if ctx.recompute or _last_walk() else (torch.empty_like(dt) for _ in range(2))
+        x_grad, dt_grad = (ungated, dt) if ctx.recompute or last_walk() else (torch.empty_like(dt) for _ in range(2))
         with torch.autocast(xz.device.type, enabled=False):
             (x_given, z), rank, states = xz.chunk(2, dim=-1), dt_proj.shape[1], A.shape[1]
             dt_low, B, C = projected.split((rank, states, states), dim=-1)
@@ -117,7 +117,7 @@ def forgetting(y: Tensor) -> AbstractContextManager[object]:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _last_walk() -> bool:
+def last_walk() -> bool:
     """Whether the backward at work frees its graph, so that what was saved for it may be overwritten."""
     return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
 

@@ -5,6 +5,8 @@ forward pass, so that an engine can wrap it with an fp32 policy and the small pa
 operator as they are stored (contract C1).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from kernels.rms_norm import gated_rms_norm
 from kernels.ssd import ssd, ssd_step
 from mamba_train.config import ModelConfig
+from mamba_train.model.fused_mamba2 import FusedMamba2
 from mamba_train.model.selective_ssm import SSMState
 
 
@@ -36,17 +39,27 @@ class Mamba2SSM(nn.Module):
         self.D = nn.Parameter(torch.empty(n_heads, dtype=torch.float32))
         self.norm_weight = nn.Parameter(torch.empty(d_inner))
 
-    def forward(self, xBC: Tensor, dt: Tensor, z: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        """xBC: (batch, length, channels of the convolution); dt: (batch, length, head); z: (batch, length, d_inner).
+    def forward(self, projected: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """projected: (batch, length, z, channels of the convolution and dt); seq_idx: (batch, length) int32.
 
-        seq_idx: (batch, length) int32. Returns the shape of z in the dtype of xBC.
+        Returns (batch, length, d_inner) in the dtype of `projected`.
         """
         # No autocast: it would round what must stay fp32.
-        with torch.autocast(xBC.device.type, enabled=False):
+        with torch.autocast(projected.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                weights = (self.conv_weight, self.conv_bias, self._A(), self.D, self.dt_bias, self.norm_weight)
+                sizes = (self.head_shape[1], self.group_shape[0], self.chunk_size, self.norm_eps)
+                return FusedMamba2.apply(projected, *weights, seq_idx, *sizes)
+            z, xBC, dt = self.parts(projected)
             xBC = causal_conv1d(xBC, self.conv_weight, self.conv_bias, activation="silu", seq_idx=seq_idx)
             x, B, C = self._split(xBC)
             y = ssd(x, dt, self._A(), B, C, self.D, dt_bias=self.dt_bias, chunk_size=self.chunk_size, seq_idx=seq_idx)
             return self._norm(y, z)
+
+    def parts(self, projected: Tensor) -> Sequence[Tensor]:
+        """Views: z, what the convolution gets, dt."""
+        d_inner, conv_channels = self.split_sizes[0], sum(self.split_sizes)
+        return projected.split([d_inner, conv_channels, self.head_shape[0]], dim=-1)
 
     def prefill(
         self, xBC: Tensor, dt: Tensor, z: Tensor, state: SSMState, seq_idx: Tensor | None = None

@@ -65,21 +65,20 @@ class Mamba2Mixer(nn.Module):
         super().__init__()
         d_inner = config.expand * config.d_model
         self.ssm = Mamba2SSM(config)
-        self.split_sizes = [d_inner, sum(self.ssm.split_sizes), self.ssm.head_shape[0]]
-        self.in_proj = nn.Linear(config.d_model, sum(self.split_sizes), bias=False)
+        width = d_inner + sum(self.ssm.split_sizes) + self.ssm.head_shape[0]
+        self.in_proj = nn.Linear(config.d_model, width, bias=False)
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
 
     def forward(self, hidden: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        z, xBC, dt = self.in_proj(hidden).split(self.split_sizes, dim=-1)
-        return self.out_proj(self.ssm(xBC, dt, z, seq_idx))
+        return self.out_proj(self.ssm(self.in_proj(hidden), seq_idx))
 
     def prefill(self, hidden: Tensor, state: SSMState, seq_idx: Tensor | None = None) -> tuple[Tensor, SSMState]:
-        z, xBC, dt = self.in_proj(hidden).split(self.split_sizes, dim=-1)
+        z, xBC, dt = self.ssm.parts(self.in_proj(hidden))
         y, state = self.ssm.prefill(xBC, dt, z, state, seq_idx)
         return self.out_proj(y), state
 
     def step(self, hidden: Tensor, state: SSMState, in_place: bool = False) -> tuple[Tensor, SSMState]:
-        z, xBC, dt = self.in_proj(hidden).split(self.split_sizes, dim=-1)
+        z, xBC, dt = self.ssm.parts(self.in_proj(hidden))
         y, state = self.ssm.step(xBC, dt, z, state, in_place)
         return self.out_proj(y), state
 

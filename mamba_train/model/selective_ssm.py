@@ -24,7 +24,7 @@ class SSMState:
     """What a mixer remembers between tokens.
 
     conv: (batch, d_conv - 1, d_inner), the last inputs of the convolution.
-    scan: (batch, d_inner, d_state), fp32.
+    scan: (batch, d_inner, d_state), fp32; narrower only where a decoder keeps it so.
     """
 
     conv: Tensor

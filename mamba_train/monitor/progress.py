@@ -127,8 +127,9 @@ def _fields(metrics: Mapping[str, Any]) -> list[str]:
 def _validation_text(metrics: Mapping[str, Any]) -> str:
     if metrics.get("validation/loss") is None:
         return ""
-    bits = metrics.get("validation/bits_per_byte")
-    return f"  validation loss {metrics['validation/loss']:.3f}" + ("" if bits is None else f" bpb {bits:.3f}")
+    bits, accuracy = metrics.get("validation/bits_per_byte"), metrics.get("task/accuracy")
+    text = f"  validation loss {metrics['validation/loss']:.3f}" + ("" if bits is None else f" bpb {bits:.3f}")
+    return text + ("" if accuracy is None else f" accuracy {accuracy:.1%}")
 
 
 def _force_terminal(mode: ProgressMode) -> bool | None:

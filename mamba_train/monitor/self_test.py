@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from kernels.dispatch import triton_unsupported
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.mamba_step import mamba_step_
 from kernels.rms_norm import add_rms_norm, gated_rms_norm
 from kernels.selective_scan import selective_scan, selective_scan_step
 from kernels.selective_scan.cuda import scan
@@ -97,7 +98,8 @@ def _outputs_and_gradients(call: Callable[[Inputs], Tensor], inputs: Inputs) -> 
 
 def _stored(name: str, dtype: torch.dtype) -> torch.dtype:
     """Parameters and states are fp32 whatever the activations are."""
-    return torch.float32 if name in ("A", "D", "dt_bias", "weight", "bias", "residual", "state") else dtype
+    single = ("A", "A_log", "D", "dt_bias", "weight", "bias", "conv_weight", "conv_bias", "residual")
+    return torch.float32 if name in (*single, "state", "scan_state") else dtype
 
 
 def _draw(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
@@ -155,6 +157,31 @@ def _conv_step_inputs(g: torch.Generator) -> Inputs:
     return whole | {"x": whole["x"][:, 3], "state": whole["x"][:, :3]}
 
 
+def _mamba_step_inputs(g: torch.Generator) -> Inputs:
+    rank = 4
+    return {
+        "conv_state": _draw(g, BATCH, 3, CHANNELS),
+        "scan_state": _draw(g, BATCH, CHANNELS, STATES),
+        **{name: _draw(g, BATCH, CHANNELS) for name in ("x", "z")},
+        "conv_weight": _draw(g, CHANNELS, 4),
+        "conv_bias": _draw(g, CHANNELS),
+        "x_proj_weight": _draw(g, rank + 2 * STATES, CHANNELS, scale=0.1),
+        "dt_proj_weight": _draw(g, CHANNELS, rank, scale=0.5),
+        **{name: _draw(g, CHANNELS) for name in ("dt_bias", "D")},
+        "A_log": _draw(g, CHANNELS, STATES),
+    }
+
+
+@torch.no_grad()
+def _mamba_step(i: Inputs) -> Tensor:
+    """y and the states, which are overwritten, as one tensor."""
+    states = {name: i[name].clone() for name in ("conv_state", "scan_state")}
+    y = mamba_step_(**(i | states))
+    return torch.cat(
+        [part.flatten().to(torch.promote_types(part.dtype, torch.float32)) for part in (y, *states.values())]
+    )
+
+
 def _scan(i: Inputs) -> Tensor:
     return selective_scan(i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["z"], i["dt_bias"])
 
@@ -187,6 +214,7 @@ OPERATORS: dict[str, tuple[Callable[[torch.Generator], Inputs], Callable[[Inputs
     "causal_conv1d_step": (_conv_step_inputs, lambda i: _step(causal_conv1d_step, i | {"activation": "silu"})),
     "selective_scan_step": (_scan_step_inputs, lambda i: _step(selective_scan_step, i)),
     "ssd_step": (_ssd_step_inputs, lambda i: _step(ssd_step, i)),
+    "mamba_step_": (_mamba_step_inputs, _mamba_step),
 }
 
 

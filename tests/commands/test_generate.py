@@ -38,6 +38,7 @@ def test_generate_continues_the_prompt_and_saves(run_dir: Path) -> None:
     assert "after step 10" in result.stderr
     assert mamba_train(*arguments).stdout == result.stdout
     assert mamba_train(*arguments, "--seed", "1").stdout != result.stdout
+    assert mamba_train(*arguments, "--state-precision", "bf16").returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from kernels.dispatch import triton_unsupported
-from kernels.mamba_step import _reference, launch, mamba_step_
+from kernels.mamba_step import launch, mamba_step_, reference
 from kernels.selective_scan import selective_scan, selective_scan_step
 from kernels.ssd import ssd_step
 from tests.kernels.mamba_step.inputs import draw
@@ -171,8 +171,8 @@ def test_mamba_step(batch: int, channels: int, rank: int, states: int, width: in
     assert launch.fits(inputs["x"], inputs["A_log"], inputs["conv_weight"], inputs["dt_proj_weight"])
     again, plain, exact = ({k: v.clone() for k, v in inputs.items()} for _ in range(3))
     exact = {name: value.double() for name, value in exact.items()}
-    found, repeated, wanted = mamba_step_(**inputs), mamba_step_(**again), _reference(**exact)
-    by_operators = _reference(**plain)
+    found, repeated, wanted = mamba_step_(**inputs), mamba_step_(**again), reference.step_(**exact)
+    by_operators = reference.step_(**plain)
     assert torch.equal(found, repeated)
     # Rounded in the same places as the separate operators, so about as far from the exact result.
     error, usual = (float((y.double() - wanted).norm() / wanted.norm()) for y in (found, by_operators))

@@ -1,6 +1,7 @@
 """Characters come when they are certain, and all of them come."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,11 @@ def test_texts_of_a_batch_are_told_as_they_grow_and_end_at_the_stop_string(token
     greedy = Sampling(temperature=0)
     texts = generate_text(model, tokenizer, prompts, greedy, max_new_tokens=30, on_text=on_text)
     assert texts == told
+    exact, rounded = (
+        generate_text(model, tokenizer, [[7]] * 20, Sampling(temperature=2.0), max_new_tokens=100, state_dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert exact != rounded
     stop = texts[1][2:4]
     short = generate_text(model, tokenizer, prompts, greedy, max_new_tokens=30, stop_strings=[stop])
     assert short == [text.split(stop)[0] for text in texts]

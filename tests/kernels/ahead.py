@@ -11,12 +11,16 @@ CAPABILITIES = [80, 90, 100, 120]
 
 
 class Resources(NamedTuple):
-    """Of one thread; stack: bytes, where spilled registers go. widest_*: bytes of its largest loads and stores."""
+    """Of one thread; stack: bytes, where spilled registers go. widest_*: bytes of its largest loads and stores.
+
+    shared: bytes of shared memory of a program.
+    """
 
     registers: int
     stack: int
     widest_load: int
     widest_store: int
+    shared: int
 
 
 def compile_kernel(
@@ -47,7 +51,8 @@ def compile_kernel(
     report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     assert found, report
-    return Resources(int(found[1]), int(found[2]), _widest("ld", compiled), _widest("st", compiled))
+    widest = _widest("ld", compiled), _widest("st", compiled)
+    return Resources(int(found[1]), int(found[2]), *widest, compiled.metadata.shared)
 
 
 def _widest(instruction: str, compiled: Any) -> int:

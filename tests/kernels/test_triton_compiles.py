@@ -15,6 +15,11 @@ from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
 
 SPILLED_BYTES = 160  # the gated backward of 5,120 channels
 SIZES = [768, 5120]
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # that a program may have
+CONVOLUTIONS = (
+    (conv_kernels.forward_kernel, conv.forward_shape(8, 2048, 5120)),
+    (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120)),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +47,24 @@ def conv_resources(
 
 
 def norm_resources(
-    kernel: Any, size: int, gated: bool, folder: Path, capability: int = 90, before: bool = False, align: int = 4
+    kernel: Any,
+    size: int,
+    gated: bool,
+    folder: Path,
+    capability: int = 90,
+    before: bool = False,
+    align: int = 4,
+    activations: str = "*bf16",
 ) -> Resources:
     is_forward = kernel is norm_kernels.forward_kernel
-    shape = (norm.forward_shape if is_forward else norm.backward_shape)(size, gated)
+    value_bytes = 4 if activations == "*fp32" else 2
+    row_bytes = 3 * value_bytes if gated else value_bytes + 8
+    shared = SHARED_BYTES[capability] - 8192
+    shape = norm.forward_shape(size, gated) if is_forward else norm.backward_shape(size, gated, row_bytes, shared)
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
-    arguments |= dict.fromkeys(("x", "y", "y_grad", "x_grad"), "*bf16")
+    arguments |= dict.fromkeys(("x", "y", "y_grad", "x_grad"), activations)
     arguments |= dict.fromkeys(("weight", "inverse_rms", "parts"), "*fp32")
-    arguments |= dict.fromkeys(("z", "z_grad"), "*bf16" if gated else None)
+    arguments |= dict.fromkeys(("z", "z_grad"), activations if gated else None)
     arguments |= dict.fromkeys(("residual", "total", "through", "total_grad"), None if gated else "*fp32")
     if not (gated or is_forward):
         arguments["x"] = "*fp32"
@@ -60,7 +75,7 @@ def norm_resources(
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_convolution(capability: int, tmp_path: Path) -> None:
-    for kernel, shape in ((conv_kernels.forward_kernel, conv.FORWARD), (conv_kernels.backward_kernel, conv.BACKWARD)):
+    for kernel, shape in CONVOLUTIONS:
         found = conv_resources(kernel, shape, tmp_path, capability)
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack == 0
@@ -70,7 +85,7 @@ def test_convolution(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "width", "align"), [("*bf16", 4, 8), ("*fp16", 3, 4), ("*fp32", 2, 1)])
 def test_options_of_the_convolution(dtype: str, width: int, align: int, tmp_path: Path) -> None:
-    for kernel, shape in ((conv_kernels.forward_kernel, conv.FORWARD), (conv_kernels.backward_kernel, conv.BACKWARD)):
+    for kernel, shape in CONVOLUTIONS:
         found = conv_resources(kernel, shape, tmp_path, dtype=dtype, width=width, everything=True, align=align)
         assert found.stack <= SPILLED_BYTES
 
@@ -91,3 +106,13 @@ def test_sizes_of_norms(size: int, tmp_path: Path) -> None:
     for kernel in (norm_kernels.forward_kernel, norm_kernels.backward_kernel):
         norm_resources(kernel, size, True, tmp_path, before=True, align=1)
         norm_resources(kernel, size, False, tmp_path, align=1)
+
+
+@pytest.mark.parametrize("capability", [90, 120])
+@pytest.mark.parametrize("activations", ["*bf16", "*fp32"])
+def test_rows_that_wait_fit_in_shared_memory(activations: str, capability: int, tmp_path: Path) -> None:
+    for size in (5120, norm.MAX_SIZE):
+        for gated in (False, True):
+            kernel = norm_kernels.backward_kernel
+            found = norm_resources(kernel, size, gated, tmp_path, capability, activations=activations)
+            assert found.shared <= SHARED_BYTES[capability], (size, gated)

@@ -61,6 +61,12 @@ def test_plain_lines_come_at_the_interval_first_last_validation_and_skipped_step
     assert "SKIPPED" not in lines[2]
 
 
+def test_a_synthetic_task_shows_how_often_the_model_is_right() -> None:
+    validated = {**METRICS, "validation/loss": 0.5, "task/accuracy": 0.98765}
+    assert format_line(validated, 500).endswith("validation loss 0.500 accuracy 98.8%")
+    assert "accuracy" not in format_line({**METRICS, "validation/loss": 0.5}, 500)
+
+
 @pytest.mark.parametrize(("terminal", "mode"), [(True, ProgressMode.bar), (False, ProgressMode.plain)])
 def test_auto_draws_a_bar_only_in_a_terminal(terminal: bool, mode: ProgressMode) -> None:
     console = Console(file=io.StringIO(), force_terminal=terminal)

@@ -20,8 +20,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs small enough for a few positions to need several."""
-    monkeypatch.setattr(launch, "FORWARD", launch.Shape(block=8, warps=1, unroll=4, steps=8))
-    monkeypatch.setattr(launch, "BACKWARD", launch.Shape(block=8, warps=1, unroll=4, steps=12))
+    monkeypatch.setattr(launch, "forward_shape", lambda *_: launch.Shape(block=8, warps=1, unroll=4, steps=8))
+    monkeypatch.setattr(launch, "backward_shape", lambda *_: launch.Shape(block=8, warps=1, unroll=4, steps=12))
 
 
 def check(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, silu: bool = True) -> None:

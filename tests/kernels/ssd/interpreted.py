@@ -1,0 +1,171 @@
+"""SSD's Triton kernels on the CPU, against the reference in fp64; test_triton.py runs this."""
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.ssd import launch, reference, ssd
+from tests.kernels.loops import gradients
+from tests.kernels.ssd.loops import ssd_inputs
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled, not interpreted"
+reference.ssd_op.register_kernel("cpu")(launch.forward)
+reference.ssd_backward_op.register_kernel("cpu")(launch.backward)
+# Triton's interpreter cuts numbers to bf16 where a GPU rounds them.
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+PARAMETERS = ("A", "D", "dt_bias", "initial_state")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks small enough for a few positions to need several."""
+    monkeypatch.setattr(launch, "processors", lambda index: 1)
+    monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: False)
+    monkeypatch.setattr(launch, "FORWARD", launch.Shape(chunk=16, head_dim=16, states=128, warps=4, stages=1))
+    monkeypatch.setattr(launch, "STATES", launch.Shape(chunk=16, head_dim=16, states=16, warps=4, stages=1))
+    monkeypatch.setattr(launch, "GRADIENTS", launch.Shape(chunk=16, head_dim=128, states=128, warps=4, stages=1))
+
+
+def typed(inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inputs in this dtype (parameters in fp32), and the same numbers in fp64."""
+    low = {
+        k: v if k == "seq_idx" else v.detach().to(torch.float32 if k in PARAMETERS else dtype).requires_grad_()
+        for k, v in inputs.items()
+    }
+    return low, {k: v if k == "seq_idx" else v.detach().double().requires_grad_() for k, v in low.items()}
+
+
+def exact_results(inputs: dict[str, Tensor], softplus: bool, limit: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """The reference, which the kernels stand in for here."""
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    arguments = [inputs.get(name) for name in names]
+    options = (softplus, *limit, 64, inputs.get("seq_idx"), inputs.get("initial_state"))
+
+    class Reference(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *values):  # type: ignore[no-untyped-def]
+            y, state, *ctx.saved = reference.ssd_op._init_fn(*arguments, *options, True)
+            return y, state
+
+        @staticmethod
+        def backward(ctx, y_grad, state_grad):  # type: ignore[no-untyped-def]
+            grads = reference.ssd_backward_op._init_fn(y_grad, state_grad, *arguments, *options[:-1], *ctx.saved)
+            named = dict(zip((*names, "initial_state"), grads, strict=True))
+            return tuple(named[name] for name in inputs if name != "seq_idx")
+
+    return Reference.apply(*(value for name, value in inputs.items() if name != "seq_idx"))
+
+
+def check(
+    inputs: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    softplus: bool = True,
+    limit: tuple[float, float] = (0.0, math.inf),
+) -> None:
+    low, exact = typed(inputs, dtype)
+    actual = ssd(**low, dt_softplus=softplus, dt_limit=limit, return_final_state=True)  # type: ignore[arg-type]
+    expected = exact_results(exact, softplus, limit)
+    found, wanted = gradients(actual, low), gradients(expected, exact)
+    for name, a, e in [
+        ("y", actual[0], expected[0]),
+        ("state", actual[1], expected[1]),
+        *((f"d{name}", found[name], wanted[name]) for name in found),
+    ]:
+        assert a.shape == e.shape
+        assert float((a.double() - e).abs().max()) <= TOLERANCE[dtype] * max(1e-6, float(e.abs().max())), name
+
+
+@pytest.mark.parametrize(("length", "packed"), [(1, False), (16, False), (17, True), (40, True)])
+def test_equals_the_reference(length: int, packed: bool) -> None:
+    check(ssd_inputs(2, length, packed=packed))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 3), (3, 24, 3, 16), (4, 32, 1, 40), (6, 16, 2, 16)], ids=str)
+def test_heads_groups_and_states(sizes: tuple[int, int, int, int]) -> None:
+    heads, head_dim, groups, states = sizes
+    check(ssd_inputs(2, 21, heads, head_dim, groups, states, packed=True, wide_skip=True))
+
+
+@pytest.mark.parametrize(
+    ("absent", "softplus"),
+    [(("D",), True), (("z",), False), (("dt_bias", "initial_state"), True), (("D", "z", "dt_bias"), False)],
+    ids=str,
+)
+def test_options_may_be_absent(absent: tuple[str, ...], softplus: bool) -> None:
+    inputs = {name: value for name, value in ssd_inputs(1, 20, packed=True).items() if name not in absent}
+    check(inputs, softplus=softplus, limit=(0.1, 0.6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    check(ssd_inputs(2, 37, 4, 16, 2, 16, packed=True), dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 30.0, 1e30])
+def test_extreme_decays(scale: float) -> None:
+    inputs = {k: v.detach() for k, v in ssd_inputs(2, 40, packed=True).items()}
+    inputs["A"] = inputs["A"] * scale
+    check(inputs)
+
+
+def test_a_strong_decay_does_not_blur_the_weak_ones_after_it() -> None:
+    inputs = {k: v.detach() for k, v in ssd_inputs(1, 32).items() if k in ("x", "dt", "A", "B", "C")}
+    inputs["dt"] = torch.full_like(inputs["dt"], 1e-3)
+    inputs["dt"][:, 5] = 1e5
+    inputs["A"] = torch.full_like(inputs["A"], -1.0)
+    low, exact = typed(inputs, torch.float32)
+    actual = ssd(**low, dt_softplus=False)[:, 6:]  # type: ignore[arg-type]
+    expected = exact_results(exact, False, (0.0, math.inf))[0][:, 6:]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0.1)
+
+
+@pytest.mark.parametrize("chunk", [32])
+def test_does_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    low, _ = typed(ssd_inputs(1, 50, 2, packed=True), torch.float16)
+    expected = ssd(**low, return_final_state=True)  # type: ignore[arg-type]
+    expected_grads = gradients(expected, low)
+    for table in ("FORWARD", "STATES", "GRADIENTS"):
+        monkeypatch.setattr(launch, table, getattr(launch, table)._replace(chunk=chunk))
+    actual = ssd(**low, return_final_state=True)  # type: ignore[arg-type]
+    torch.testing.assert_close(actual, expected, rtol=5e-3, atol=5e-3)
+    for name, grad in gradients(actual, low).items():
+        assert (grad - expected_grads[name]).norm() <= 3e-3 * expected_grads[name].norm(), name
+
+
+def test_views_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of a projection at odd offsets, batch and length exchanged: the activations are not copied."""
+    low, _ = typed(ssd_inputs(2, 17, 3, 8, 1, 8), torch.float32)
+    low = {k: v.detach() for k, v in low.items()}
+    expected = ssd(**low)  # type: ignore[arg-type]
+    flat = [low[k].flatten(2) for k in ("x", "z", "B", "C", "dt")]
+    fused = torch.cat([torch.zeros(2, 17, 3), *flat], dim=2).transpose(0, 1).contiguous().transpose(0, 1)
+    x, z, B, C, dt = fused[..., 3:].split([v.shape[2] for v in flat], dim=2)
+    x, z, B, C = (v.unflatten(2, low[k].shape[2:]) for k, v in {"x": x, "z": z, "B": B, "C": C}.items())
+    monkeypatch.setattr(
+        Tensor, "contiguous", lambda t: pytest.fail("a copy") if t.dim() == 4 and not t.is_contiguous() else t
+    )
+    assert torch.equal(ssd(**low | {"x": x, "z": z, "B": B, "C": C, "dt": dt}), expected)  # type: ignore[arg-type]
+
+
+def test_only_the_final_state_takes_part() -> None:
+    inputs = {k: v for k, v in ssd_inputs(2, 20, packed=True).items() if k != "z"}
+    low, exact = typed(inputs, torch.float32)
+    found = gradients((ssd(**low, return_final_state=True)[1],), low)  # type: ignore[arg-type]
+    wanted = gradients((exact_results(exact, True, (0.0, math.inf))[1],), exact)
+    for name, value in found.items():
+        assert (value.double() - wanted[name]).abs().max() <= 4e-6 * wanted[name].abs().max().clamp_min(1), name
+
+
+def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few sequences: the time is cut, where the parts begin is found first."""
+    monkeypatch.setattr(launch, "processors", lambda index: 16)
+    monkeypatch.setattr(launch, "MIN_SEGMENT_CHUNKS", 2)
+    cut = []
+    usual = launch._segments
+    monkeypatch.setattr(launch, "_segments", lambda *sizes: cut.append(usual(*sizes)) or cut[-1])
+    check(ssd_inputs(1, 90, 2, 16, 1, 16, packed=False))
+    check(ssd_inputs(2, 90, 2, 16, 1, 16, packed=True), torch.float16)
+    assert set(cut) == {3}

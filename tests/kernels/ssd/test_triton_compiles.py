@@ -1,0 +1,73 @@
+"""SSD's Triton kernels compile for every architecture without a GPU, and spill few registers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
+
+from kernels.ssd import launch
+from kernels.ssd import triton_kernels as kernels
+from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
+
+SPILLED_BYTES = {"forward_kernel": 600, "states_kernel": 100, "gradients_kernel": 480}
+FP32 = (
+    "decays",
+    "starts",
+    "final_state",
+    "first_carry",
+    "last_carry",
+    "sums",
+    "through",
+    "D_parts",
+    "scratch",
+    "D",
+    "powers",
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def resources(
+    kernel: Any, shape: launch.Shape, folder: Path, capability: int = 90, everything: bool = False, **constants: Any
+) -> Resources:
+    """everything: with a gate, states given and wanted, D for each channel."""
+    arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(FP32, "*fp32")
+    arguments |= dict.fromkeys(("x", "B", "C", "y", "y_grad", "rows", "columns", "carries", "end_grads"), "*bf16")
+    arguments |= dict.fromkeys(("x_grad", "B_grad", "C_grad"), "*bf16")
+    arguments |= dict.fromkeys(("z", "ungated"), "*bf16" if everything else None)
+    if kernel is kernels.gradients_kernel:
+        arguments["starts"] = "*bf16"
+    if not everything:
+        arguments |= {"starts": arguments["starts"] if kernel is kernels.gradients_kernel else None}
+        arguments |= {"first_carry": None, "D_parts": None, "powers": None}
+    arguments |= {"WIDE_SKIP": everything, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
+    arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
+    arguments |= constants
+    arguments = {name: arguments[name] for name in kernel.arg_names}
+    return compile_kernel(kernel, arguments, capability, shape.warps, folder)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_table(capability: int, tmp_path: Path) -> None:
+    for kernel, shape, constants in (
+        (kernels.forward_kernel, launch.FORWARD, {}),
+        (kernels.states_kernel, launch.STATES, {"REVERSE": False}),
+        (kernels.states_kernel, launch.STATES, {"REVERSE": True}),
+        (kernels.gradients_kernel, launch.GRADIENTS, {}),
+    ):
+        found = resources(kernel, shape, tmp_path, capability, **constants)
+        print(kernel.__name__, f"sm_{capability}", found)
+        assert found.stack <= SPILLED_BYTES[kernel.__name__]
+        assert found.widest_store >= 8
+
+
+def test_every_option(tmp_path: Path) -> None:
+    resources(kernels.forward_kernel, launch.FORWARD, tmp_path, everything=True)
+    resources(kernels.states_kernel, launch.STATES, tmp_path, everything=True, REVERSE=True, carries=None)
+    resources(kernels.gradients_kernel, launch.GRADIENTS, tmp_path, everything=True)
