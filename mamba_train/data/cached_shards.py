@@ -67,21 +67,25 @@ def begin(data: DataConfig, tokenizer: TextTokenizer, log: Log) -> Path:
     log(f"data: {len(job.groups) - len(todo):,} of {len(job.groups):,} groups of shards are finished in {folder}")
     fields = Fields(data.text_key)
     work = Work(folder, settings, fields, paths, {}, tokenizer.serialised, str(data.encoder), todo, threads=1)
-    threading.Thread(target=_make, args=(work, job, data.cache_workers, log), daemon=True).start()
+    began = threading.Event()
+    threading.Thread(target=_make, args=(work, job, data.cache_workers, began, log), daemon=True).start()
+    began.wait()  # the loader takes all processes for its own, and ends them, that begin while it starts some
     return folder
 
 
-def _make(work: Work, job: Job, n_workers: int, log: Log) -> None:
+def _make(work: Work, job: Job, n_workers: int, began: threading.Event, log: Log) -> None:
     # SLURM tells all processes of a job that its time is up. The run stops then as soon as it can; what is started here
     # would die of it at once, and the run of that.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         if work.groups:
-            run_pool(work, min(n_workers, len(work.groups)), lambda line: None, lambda counts: None)
+            run_pool(work, min(n_workers, len(work.groups)), lambda line: None, lambda counts: began.set())
         if assemble(work.folder, job) is not None:
             log(f"data: all shards are finished: data=shards data.path={work.folder}")
     except Exception as error:
         write_durably(work.folder / FAILURE_NAME, " ".join(str(error).split()).encode("utf-8"))
+    finally:
+        began.set()
 
 
 class CachedSource(BatchSource):

@@ -51,19 +51,24 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in metrics(run_dir)]
 
 
+def run_until_killed(text: Path, run_dir: Path, *overrides: str) -> None:
+    """Kill a run when its checkpoint of step 8 is there."""
+    process = subprocess.Popen(
+        command(text, run_dir, *overrides), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list(run_dir.glob("checkpoints/step_*8/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_losses(text: Path, tmp_path: Path) -> None:
     whole = run(text, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     assert "5 files of text" in whole.stdout + whole.stderr
-    process = subprocess.Popen(
-        command(text, tmp_path / "killed"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not list((tmp_path / "killed").glob("checkpoints/step_*8/manifest.json")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    run_until_killed(text, tmp_path / "killed")
     again = run(text, tmp_path / "killed", "engine=ddp", "engine.device=cpu", ranks=2)
     assert again.returncode == 0, again.stderr
     torch.testing.assert_close(losses(tmp_path / "killed"), losses(tmp_path / "whole"), rtol=2e-5, atol=0)
@@ -95,6 +100,20 @@ def test_a_server_that_is_gone_ends_the_run_at_its_last_checkpoint(text: Path, t
         server.faults = iter([])
         again = run(small, tmp_path / "run", place, *patience, "engine=ddp", "engine.device=cpu", ranks=2)
         assert again.returncode == 0, again.stderr
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=2e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_shards_that_are_made_meanwhile_give_the_same_losses_on_other_ranks(text: Path, tmp_path: Path) -> None:
+    cached = ["data.cache_shards=true", "data.cache_workers=1", "data.workers=1"]
+    whole = run(text, tmp_path / "whole", *cached, f"data.cache_dir={tmp_path / 'one'}")
+    assert whole.returncode == 0, whole.stderr
+    fresh = f"data.cache_dir={tmp_path / 'other'}"
+    run_until_killed(text, tmp_path / "run", *cached, fresh)
+    again = run(text, tmp_path / "run", *cached, fresh, "engine=ddp", "engine.device=cpu", ranks=2)
+    assert again.returncode == 0, again.stderr
+    assert "groups of shards are finished in" in again.stdout + again.stderr
+    assert len(losses(tmp_path / "run")) == 24
     torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=2e-5, atol=0)
 
 
