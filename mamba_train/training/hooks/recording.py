@@ -12,6 +12,9 @@ from mamba_train.monitor.wandb_sink import WandbSink
 from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.trainer import Trainer
 
+# Starts and ends it sees for itself, and its own failures it cannot be told.
+KNOWN_TO_WANDB = ("start", "stopped", "finished", "failed", "tracking")
+
 
 class RecordingHook(Hook):
     """Shows and records each step's metrics; stands behind the hooks that add to them.
@@ -82,7 +85,7 @@ class RecordingHook(Hook):
         self._events.add("tracking", text)
 
     def _on_event(self, event: Mapping[str, Any]) -> None:
-        if self._wandb is not None:
+        if self._wandb is not None and event["kind"] not in KNOWN_TO_WANDB:
             self._wandb.alert(event["kind"], event["text"])
 
     def close(self, failed: bool) -> None:
