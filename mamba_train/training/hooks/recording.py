@@ -69,7 +69,8 @@ class RecordingHook(Hook):
             first = records[0]["step"]
             assert first is not None
             cut = self._jsonl.cut_at(int(first) - 1)
-            self._log(f"metrics after step {int(first) - 1} were moved to {cut}")
+            if cut is not None:
+                self._log(f"metrics after step {int(first) - 1} were moved to {cut}")
             for record in records:
                 self._jsonl.log(record)
 
