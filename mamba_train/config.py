@@ -313,6 +313,27 @@ class GuardConfig:
 
 
 @dataclass
+class WatchdogConfig:
+    """When a run counts as hung or a rank as slow."""
+
+    enabled: bool = True  # end a run that hangs, so that it starts again
+    first_step_seconds: float = 1800.0  # of a start: something may have to be compiled
+    step_seconds: float = 300.0  # of the others
+    between_steps_seconds: float = 3600.0  # validation, evaluation, a save
+    heartbeat_seconds: float = 10.0  # between two signs of life of a rank
+    straggler_interval_steps: int = 50  # how often the ranks are compared; 0: never
+    straggler_ratio: float = 1.3  # of a rank's own time to the median over the ranks, from which on it is named
+
+
+@dataclass
+class AlertsConfig:
+    """A command that is run when a run goes back, stops or ends."""
+
+    command: str | None = None  # for the shell; the event is in MAMBA_TRAIN_EVENT and its like
+    timeout_seconds: float = 30.0
+
+
+@dataclass
 class EvaluationConfig:
     """What a model is tried on while it is trained, besides its loss on held-out text."""
 
@@ -370,6 +391,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = 0
     # Weights to begin with: a run, a checkpoint, published weights, a name on the Hub; null: drawn ones.

@@ -60,6 +60,8 @@ def _ranges(config: Config) -> Iterable[Problem]:
         "model.head_dim model.n_groups model.chunk_size model.A_init_min model.A_init_max "
         "data.sequence_length data.prefetch_batches data.task_items data.test_samples evaluation.batch_size "
         "guard.window_steps guard.deviations guard.loss_rise "
+        "watchdog.first_step_seconds watchdog.step_seconds watchdog.between_steps_seconds watchdog.heartbeat_seconds "
+        "alerts.timeout_seconds "
         "optim.lr optim.eps optim.max_grad_norm "
         "logging.progress_interval_steps checkpoint.interval_steps checkpoint.keep_last engine.replicas "
         "training.total_steps training.global_batch_size training.micro_batch_size "
@@ -71,7 +73,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected more than 0"
     not_negative = (
         "model.d_intermediate model.attention_d_conv "
-        "guard.min_steps guard.rollback_after guard.max_rollbacks "
+        "guard.min_steps guard.rollback_after guard.max_rollbacks watchdog.straggler_interval_steps "
         "evaluation.interval_steps evaluation.sample_tokens optim.weight_decay schedule.warmup_steps "
         "logging.ssm_health_interval_steps checkpoint.reserve_gib "
         "slurm.gpus_per_node slurm.signal_seconds"
@@ -80,6 +82,10 @@ def _ranges(config: Config) -> Iterable[Problem]:
         value = _get(config, key)
         if value < 0:
             yield key, value, "expected 0 or more"
+    for key in ("guard.norm_ratio", "watchdog.straggler_ratio"):
+        value = _get(config, key)
+        if not value > 1:
+            yield key, value, "expected more than 1"
     for key in ("optim.beta1", "optim.beta2"):
         value = _get(config, key)
         if not 0 <= value < 1:

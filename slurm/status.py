@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from mamba_train import run_folder
 from mamba_train.composition import user_errors_exit
+from mamba_train.monitor.heartbeat import read_heartbeats
 from mamba_train.monitor.jsonl import METRICS_NAME
 from mamba_train.monitor.progress import format_duration
 
@@ -27,6 +28,7 @@ DEFAULT_FOLDER = Path("runs")
 TAIL_BYTES = 2**16
 SHOWN_STARTS = 5
 FOLLOW_SECONDS = 5.0
+SILENT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Status:
     """What is known about one run. Times are seconds since 1970.
 
     job: the last one's id. queue: what squeue says of it, in words. events: what the batch script recorded.
-    metrics: the last record; recorded_at: when. saved: (step, when) of the newest complete checkpoint.
+    metrics: the last record; recorded_at: when. saved: (step, when) of the newest complete checkpoint. heartbeats: what
+    each rank last said, by rank.
     """
 
     run_dir: Path
@@ -46,6 +49,7 @@ class Status:
     total_steps: int | None
     saved: tuple[int, float] | None
     log: Path | None
+    heartbeats: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def starts(self) -> list[dict[str, Any]]:
@@ -113,6 +117,7 @@ def read_status(run_dir: Path) -> Status:
         total_steps=_total_steps(run_dir),
         saved=_newest_checkpoint(run_dir),
         log=log if log is not None and log.is_file() else None,
+        heartbeats=read_heartbeats(run_dir),
     )
 
 
@@ -150,7 +155,24 @@ def _figures(status: Status, now: float) -> list[tuple[str, str]]:
         found.append(("speed", f"{speed}, {format_duration(metrics.get('eta_seconds'))} to go"))
     if status.saved is not None:
         found.append(("saved", f"step {status.saved[0]:,}, {_ago(status.saved[1], now)}"))
+    if status.heartbeats:
+        found.append(("ranks", _signs_of_life(status.heartbeats, now)))
     return found
+
+
+def _signs_of_life(heartbeats: dict[int, dict[str, Any]], now: float) -> str:
+    """What the ranks do, and which of them are behind the others or have said nothing for a while."""
+    newest = max(of["time"] for of in heartbeats.values())
+    farthest = max((of["step"], of["activity"]) for of in heartbeats.values())
+    text = f"{len(heartbeats)}, {farthest[1]} {farthest[0]:,}, last sign of life {_ago(newest, now)}"
+    # Against the newest of them and not the clock here, which may differ.
+    silent = [rank for rank, of in heartbeats.items() if newest - of["time"] > SILENT_SECONDS]
+    behind = [rank for rank, of in heartbeats.items() if rank not in silent and of["step"] < farthest[0] - 1]
+    for what, ranks in (("silent", silent), ("behind", behind)):
+        if ranks:
+            named = ", ".join(f"rank {rank} on {heartbeats[rank]['host']}" for rank in ranks[:8])
+            text += f"; {what}: {named}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return text
 
 
 def _numbers(metrics: dict[str, Any], **forms: str) -> str:

@@ -106,6 +106,8 @@ RULES: tuple[Rule, ...] = (
         "validation losses before and after are of different text and decide together what is the best",
     ),
     Rule("guard.*", Action.warn, "steps to come are judged by other bounds"),
+    Rule("watchdog.*", Action.allow, "does not touch the training"),
+    Rule("alerts.*", Action.allow, "does not touch the training"),
     Rule("evaluation.*", Action.allow, "does not touch the training"),
     Rule("slurm.*", Action.allow, "where a run is planned for, not what it computes"),
     Rule("seed", Action.refuse, "the order of the data depends on it"),

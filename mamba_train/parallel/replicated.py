@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mamba_train.config import EngineConfig, Precision
+from mamba_train.config import EngineConfig, ModelConfig, OptimConfig, Precision
 from mamba_train.model.language_model import MambaLM
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.ranks import Ranks, lone_group
@@ -21,6 +21,26 @@ class ReplicatedEngine(NativeEngine):
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
         lone_group()
+
+    def prepare(self, model_config: ModelConfig, optim: OptimConfig, seed: int) -> None:
+        super().prepare(model_config, optim, seed)
+        self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Let DDP arrange its buckets before the first step.
+
+        It does so anew after the first backward pass of a process, in the order in which gradients came. Where an
+        element lies decides in which order the ranks' values are added: with three ranks or more a start would round
+        its first step otherwise than the run that was never stopped.
+        """
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with torch.compiler.set_stance("force_eager"):
+            for _ in self.micro_batches([tokens]):
+                with self.compute():
+                    loss = self.model(tokens, tokens, None)
+                self.backward(0.0 * loss)
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def _wrapped(self, model: MambaLM) -> nn.Module:
         self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)

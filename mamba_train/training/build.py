@@ -83,7 +83,9 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
 
     lock = _HoldLock()
     ranks.first(lambda: lock.claim(run_dir, config.checkpoint.resume, log))
-    found = ranks.first(lambda: _find_checkpoint(run_dir, shown_config, fingerprints, log))
+    events = EventLog(run_dir if is_first else None, log)
+    events.listeners.append(lambda event: log(event["text"]))
+    found = ranks.first(lambda: _find_checkpoint(run_dir, shown_config, fingerprints, events, log))
     checkpoint = None if found is None else Path(found)
     ranks.together(lambda: engine.prepare(config.model, config.optim, config.seed))
     state = TrainState()
@@ -98,8 +100,6 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     ranks.first(lambda: _write_run_files(run_dir, config, data, engine))
     manager = ranks.together(lambda: task_manager(config.evaluation)) if config.evaluation.tasks else None
-    events = EventLog(run_dir if is_first else None, log)
-    events.listeners.append(lambda event: log(event["text"]))
     hooks = hooks_of(config, engine, data, source.form, progress, shown_config, fingerprints, manager, events, log)
     return Trainer(config, engine, source, state, [*hooks, lock], stop, events)
 
@@ -191,9 +191,11 @@ def _set_aside(run_dir: Path, log: Log) -> None:
     log(f"checkpoint.resume=false: the earlier run was moved to {aside}")
 
 
-def _find_checkpoint(run_dir: Path, shown_config: dict[str, Any], fingerprints: dict[str, str], log: Log) -> str | None:
+def _find_checkpoint(
+    run_dir: Path, shown_config: dict[str, Any], fingerprints: dict[str, str], events: EventLog, log: Log
+) -> str | None:
     """The newest complete checkpoint, if the table of what may change lets this config use it."""
-    path = storage.newest_complete(checkpoints_dir(run_dir), log)
+    path = storage.newest_complete(checkpoints_dir(run_dir), lambda text: events.add("damaged checkpoint", text))
     if path is None:
         if step_folders(checkpoints_dir(run_dir)):
             # Starting at step 0 as if nothing had been there would hide the loss.

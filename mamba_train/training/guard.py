@@ -13,6 +13,7 @@ The decision is the same on all ranks because the two values are: they come out 
 import itertools
 import math
 import statistics
+import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -125,7 +126,7 @@ class Decision:
 
     One reduction and one transfer to the host for everything that the ranks have to agree on in a step. Attributes,
     when it has been asked: `loss`, the mean over the global batch; `cause`; `n_requests` of ranks that want to stop;
-    `others`, the sum over the ranks of what was given as `own`.
+    `others`, the sum over the ranks of what was given as `own`; `wait_seconds`, from the call to the answer.
     """
 
     def __init__(self, engine: Engine, guard: Guard, loss: Tensor, wants_stop: bool, own: Tensor | None = None) -> None:
@@ -135,6 +136,7 @@ class Decision:
         self.cause: Cause | None = None
         self.n_requests = 0.0
         self.others: list[float] = []
+        self.wait_seconds = 0.0
 
     def __call__(self, square: Tensor) -> Judgement:
         """square: this rank's share of the square of the gradient's norm, a scalar in fp64 on the device."""
@@ -142,8 +144,10 @@ class Decision:
         values = torch.stack([self._loss.double(), square, request])
         if self._own is not None:
             values = torch.cat([values, self._own])
+        begin = time.perf_counter()
         # Here the host waits for the backward pass: it must know before the update, as a skip may touch nothing.
         self.loss, whole_square, self.n_requests, *self.others = self._engine.sum_over_ranks(values).tolist()
+        self.wait_seconds = time.perf_counter() - begin
         self.grad_norm = math.sqrt(whole_square)
         self.cause = self._guard.judge(self.loss, self.grad_norm)
         return Judgement(self.grad_norm, skip=self.cause is not None)

@@ -16,6 +16,7 @@ from mamba_train.monitor.event_log import EventLog
 from mamba_train.monitor.flops import flops_per_token, peak_flops
 from mamba_train.monitor.progress import Progress
 from mamba_train.parallel.engine import Engine
+from mamba_train.training.hooks.alerts import Alerts, LifeHook
 from mamba_train.training.hooks.base import Hook
 from mamba_train.training.hooks.checkpointing import CheckpointHook
 from mamba_train.training.hooks.harness import HarnessHook
@@ -27,6 +28,7 @@ from mamba_train.training.hooks.samples import SamplesHook
 from mamba_train.training.hooks.synthetic import TaskAccuracyHook, TaskTestHook
 from mamba_train.training.hooks.utilisation import UtilisationHook
 from mamba_train.training.hooks.validation import HeldOut, ValidationHook
+from mamba_train.training.hooks.watchdog import WatchdogHook
 
 Log = Callable[[str], None]
 
@@ -62,7 +64,10 @@ def hooks_of(
     if logging.memory_snapshot:
         inspection.append(MemorySnapshotHook(run_dir, engine.rank, engine.device, log))
     task_at_steps, task_at_end = _task_hooks(config, data, log)
+    alerts = Alerts(config.alerts, run_dir, log)
+    watchdog = WatchdogHook(run_dir, config.watchdog, engine.ranks, alerts)
     return [
+        watchdog,
         *inspection,
         HealthHook(config.model, config.logging.ssm_health_interval_steps),
         ValidationHook(held_out, training.validation_interval_steps),
@@ -74,6 +79,8 @@ def hooks_of(
         checkpointing,
         RollbackHook(run_dir, checkpoints_dir(run_dir), config.guard, recording, checkpointing, log),
         *task_at_end,
+        LifeHook(events, alerts),
+        watchdog.at_end,
     ]
 
 

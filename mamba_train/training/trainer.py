@@ -27,6 +27,7 @@ from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.preemption import Stopped, StopRequest
 from mamba_train.training.schedule import learning_rate
 from mamba_train.training.state import TrainState
+from mamba_train.training.stragglers import Stragglers
 
 LN_2 = math.log(2)
 DEFAULT_GPU_WORKERS = 2
@@ -81,6 +82,7 @@ class Trainer:
         self.throughput = Throughput(config.training.total_steps)
         self.stop = stop or StopRequest()
         self.events = events or EventLog()
+        self.stragglers = Stragglers(config.watchdog, engine, self.events)
         self._all_stop = False  # agreed by all ranks
         self._step_seconds = 0.0
         # Set by a signal handler, on any rank. All ranks raise at the end of the step that they next begin together,
@@ -164,6 +166,7 @@ class Trainer:
     def _step(self) -> Metrics | None:
         """One global step: all micro-batches of this rank, then the update. None: there is nothing left to read."""
         self.throughput.start()
+        self.stragglers.begin()
         state, training = self.state, self.config.training
         batches = self.loader.step(state.samples)
         counts = [sum(batch.n_targets for batch in batches), int(self.interrupted), *self.loader.counts]
@@ -181,12 +184,14 @@ class Trainer:
         self.guard.begin([self.source.mixture.stage_at(state.samples), training.global_batch_size])
         lr = learning_rate(state.step + 1, self.config.optim.lr, self.config.schedule, training.total_steps)
         # The request to stop rides along with the loss: all ranks learn of it in the same step, at no cost.
-        decision = Decision(self.engine, self.guard, loss, self._wants_stop())
+        times = self.stragglers.own(state.step + 1)
+        decision = Decision(self.engine, self.guard, loss, self._wants_stop(), times)
         result = self.engine.step(lr, decision)
         self._all_stop = decision.n_requests > 0
         if decision.cause is not None:
             record_skip(self, decision, result)
         self.guard.note(decision.loss, decision.grad_norm, decision.cause)
+        self.stragglers.add(self.loader.wait_seconds, decision.wait_seconds)
         # One transfer, when all of this has been computed anyway.
         targets, n_interrupted, n_bytes, *of_stream = summed.tolist()
         self._stops = bool(n_interrupted)
@@ -213,6 +218,7 @@ class Trainer:
             "tokens_per_second": timing.tokens_per_second,
             "eta_seconds": timing.eta_seconds,
             "data_wait_seconds": self.loader.wait_seconds,
+            **self.stragglers.compare(state.step, decision.others),
             **self._stream_counts(*of_stream),
             **self._epochs(),
         }

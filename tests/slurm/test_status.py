@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mamba_train.monitor.heartbeat import Heartbeat
 from slurm import status
 from slurm.status import find_runs, show
 from tests.helpers import REPOSITORY
@@ -180,3 +181,12 @@ def test_follow_shows_it_again_and_again(run_dir: Path) -> None:
 def test_it_needs_no_torch(repository: Path) -> None:
     script = "import sys, slurm.status, slurm.submit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=repository).returncode == 0
+
+
+def test_ranks_that_are_silent_or_behind_are_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(monkeypatch, "RUNNING|1:00|23:59:00|node[1-2]|None\n")
+    for rank, (step, ago) in enumerate([(58, 4), (58, 5), (58, 300), (50, 5)]):
+        heartbeat = {"rank": rank, "host": f"node{rank}", "pid": 1, "activity": "step", "step": step, "time": NOW - ago}
+        Heartbeat(run_dir, rank).write(heartbeat)
+    line = next(line for line in show([run_dir], 0).splitlines() if line.startswith("ranks"))
+    assert line == ("ranks   4, step 58, last sign of life 0:04 ago; silent: rank 2 on node2; behind: rank 3 on node3")

@@ -33,6 +33,7 @@ class RecordingHook(Hook):
         self._logging = logging
         self._shown_config = shown_config
         self._log = log
+        self._events = events
         events.listeners.append(self._on_event)
         self._wandb: WandbSink | None = None
         self._jsonl: JsonlSink | None = None
@@ -46,7 +47,7 @@ class RecordingHook(Hook):
             if cut is not None:
                 self._log(f"metrics after step {recorded} were moved to {cut}")
             self._wandb = WandbSink(
-                self._run_dir, self._logging, self._shown_config, trainer.state.wandb_run_id, self._log
+                self._run_dir, self._logging, self._shown_config, trainer.state.wandb_run_id, self._on_failure
             )
             trainer.state.wandb_run_id = self._wandb.run_id
         self._progress.__enter__()
@@ -76,6 +77,9 @@ class RecordingHook(Hook):
                 f"warning: {len(skipped)} of {trainer.state.step} steps made no update, the last one step "
                 f"{skipped[-1]}; {LEDGER_NAME} in the run folder says why"
             )
+
+    def _on_failure(self, text: str) -> None:
+        self._events.add("tracking", text)
 
     def _on_event(self, event: Mapping[str, Any]) -> None:
         if self._wandb is not None:

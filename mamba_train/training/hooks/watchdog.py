@@ -1,0 +1,208 @@
+"""A step that hangs: found out, described, and ended so that the run can start again.
+
+A thread of each rank writes a sign of life every few seconds and looks at the clock. A collective operation that waits
+for a rank that does not come hangs on all ranks, so each of them finds out by itself: it writes the Python stacks of
+all its threads and, where there is one, NCCL's flight record into the run folder, names the ranks that give no sign of
+life, and leaves with EXIT_RESTART. Whoever started the processes (torchrun, srun) ends the others.
+"""
+
+import contextlib
+import faulthandler
+import os
+import platform
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from mamba_train.config import WatchdogConfig
+from mamba_train.monitor.event_log import EventLog
+from mamba_train.monitor.heartbeat import Heartbeat, forget_ranks, read_heartbeats
+from mamba_train.ranks import Ranks
+from mamba_train.training.hooks.alerts import Alerts
+from mamba_train.training.hooks.base import Hook, Metrics
+from mamba_train.training.preemption import EXIT_RESTART
+from mamba_train.training.trainer import Trainer
+
+FOLDER = "hangs"
+# A thread that cannot run, as the interpreter's lock is held in a call that hangs, is noticed so much later.
+BACKSTOP_SECONDS = 60.0
+# Signs of life are compared over so many intervals.
+SILENT_INTERVALS = 3
+
+
+@dataclass(frozen=True)
+class _Activity:
+    name: str
+    step: int  # the one that is being made
+    since: float  # time.monotonic()
+    limit_seconds: float
+
+
+class _EndOfHooks(Hook):
+    def __init__(self, watchdog: "WatchdogHook") -> None:
+        self._watchdog = watchdog
+
+    def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
+        step = trainer.state.step + 1
+        self._watchdog.begin("step" if step > self._watchdog.first_step else "first step", step)
+
+
+class WatchdogHook(Hook):
+    """The first hook of the list; `at_end` is the last one.
+
+    The first step has a long limit, as there is something to compile and to open; so have the hooks between two steps,
+    which validate and save.
+    """
+
+    def __init__(self, run_dir: Path, config: WatchdogConfig, ranks: Ranks, alerts: Alerts) -> None:
+        self._run_dir, self._config, self._ranks, self._alerts = run_dir, config, ranks, alerts
+        self._host = platform.node()
+        self._heartbeat = Heartbeat(run_dir, ranks.rank)
+        self._activity = _Activity("start", 0, time.monotonic(), config.first_step_seconds)
+        self.first_step = 0  # of this start
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._backstop: IO[str] | None = None
+        self.at_end: Hook = _EndOfHooks(self)
+
+    def begin(self, name: str, step: int) -> None:
+        """Say what the main thread does from now on."""
+        config = self._config
+        limits = {"first step": config.first_step_seconds, "step": config.step_seconds}
+        limit = limits.get(name, config.between_steps_seconds)
+        self._activity = _Activity(name, step, time.monotonic(), limit)
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.first_step = trainer.state.step + 1
+        self.begin("first step", self.first_step)
+        if self._ranks.rank == 0:
+            forget_ranks(self._run_dir, self._ranks.world_size)
+        self._beat()
+        if self._config.enabled:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
+        self.begin("after the step", trainer.state.step)
+
+    def on_stop(self, trainer: Trainer) -> None:
+        self.begin("stopping", trainer.state.step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.begin("finishing", trainer.state.step)
+
+    def close(self, failed: bool) -> None:
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        if self._backstop is not None:
+            self._backstop.close()
+            with contextlib.suppress(OSError):
+                if not Path(self._backstop.name).stat().st_size:
+                    Path(self._backstop.name).unlink()
+        self._heartbeat.close()
+
+    def _watch(self) -> None:
+        pause = min(self._config.heartbeat_seconds, self._config.step_seconds / 4)
+        while True:
+            activity = self._activity
+            self._beat()
+            if time.monotonic() - activity.since > activity.limit_seconds:
+                self._end(activity)
+            self._set_backstop(activity)
+            if self._closed.wait(pause):
+                return
+
+    def _beat(self) -> None:
+        activity = self._activity
+        self._heartbeat.write(
+            {
+                "rank": self._ranks.rank,
+                "host": self._host,
+                "pid": os.getpid(),
+                "activity": activity.name,
+                "step": activity.step,
+                "for_seconds": round(time.monotonic() - activity.since, 1),
+                "time": round(time.time(), 2),
+            }
+        )
+
+    def _set_backstop(self, activity: _Activity) -> None:
+        """C code writes the stacks and ends the process when this thread does not come back in time."""
+        if self._backstop is None:
+            path = self._run_dir / FOLDER / f"rank_{self._ranks.rank:05d}_without_python.txt"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._backstop = path.open("w")
+            except OSError:
+                return
+        left = activity.limit_seconds - (time.monotonic() - activity.since)
+        faulthandler.dump_traceback_later(max(left, 0) + BACKSTOP_SECONDS, exit=True, file=self._backstop)
+
+    def _end(self, activity: _Activity) -> None:
+        files = self._write_evidence(activity)
+        before = read_heartbeats(self._run_dir)
+        for _ in range(SILENT_INTERVALS):
+            if self._closed.wait(self._config.heartbeat_seconds):
+                return
+            self._beat()
+        if self._activity is not activity:
+            return  # it was only slow, and has gone on meanwhile
+        now = read_heartbeats(self._run_dir)
+        silent = [rank for rank in before if rank != self._ranks.rank and before[rank] == now.get(rank)]
+        text = self._text(activity, now, silent)
+        speaker = min(rank for rank in range(self._ranks.world_size) if rank not in silent)
+        if self._ranks.rank == speaker:
+            log = EventLog(self._run_dir)
+            log.listeners.append(self._alerts.on_event)
+            log.add("hang", text, step=activity.step, silent=silent, files=files)
+            self._alerts.wait()
+        os.write(sys.stderr.fileno(), f"error: {text}\n".encode())
+        os._exit(EXIT_RESTART)
+
+    def _text(self, activity: _Activity, now: dict[int, dict[str, Any]], silent: list[int]) -> str:
+        what = f"{activity.name} {activity.step}" if "step" in activity.name else activity.name
+        text = f"{what} has not ended within {activity.limit_seconds:g} s"
+        if silent:
+            named = [f"rank {rank} (process {now[rank]['pid']} on {now[rank]['host']})" for rank in silent]
+            return f"{text}: no sign of life of {', '.join(named)}"
+        places = sorted({(of["activity"], of["step"]) for of in now.values()})
+        others = [rank for rank, of in now.items() if (of["activity"], of["step"]) != (activity.name, activity.step)]
+        if others and len(places) > 1:
+            named = [
+                f"rank {rank} on {now[rank]['host']} ({now[rank]['activity']} {now[rank]['step']})" for rank in others
+            ]
+            return f"{text}; elsewhere: {', '.join(named[:8])}"
+        return f"{text}; all ranks are alive and in it: {FOLDER}/ in the run folder says where each of them is"
+
+    def _write_evidence(self, activity: _Activity) -> list[str]:
+        """The Python stacks of this process, and NCCL's record of its last operations where it keeps one."""
+        written = []
+        stem = self._run_dir / FOLDER / f"step_{activity.step:08d}_rank_{self._ranks.rank:05d}"
+        with contextlib.suppress(OSError):
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            with stem.with_suffix(".txt").open("w") as file:
+                file.write(f"rank {self._ranks.rank}, process {os.getpid()} on {self._host}, {activity.name}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            written.append(stem.with_suffix(".txt").name)
+            if record := _nccl_record():
+                stem.with_suffix(".nccl.json").write_bytes(record)
+                written.append(stem.with_suffix(".nccl.json").name)
+        return written
+
+
+def _nccl_record() -> bytes | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:  # not a public interface: whatever it does must not keep the process from ending
+        record = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json")()  # noqa: B009 (mypy does not know it)
+    except Exception:
+        return None
+    return record if isinstance(record, bytes) else str(record).encode()

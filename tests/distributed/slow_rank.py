@@ -1,0 +1,27 @@
+"""train.py of which one rank is slow: `slow_rank.py WHERE RANK SECONDS OVERRIDE ...` under torchrun."""
+
+import runpy
+import sys
+import time
+from typing import Any
+
+from mamba_train.data.loader import BatchLoader
+from mamba_train.model.language_model import MambaLM
+from mamba_train.ranks import launch
+from tests.helpers import REPOSITORY
+
+where, rank, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+del sys.argv[1:4]
+owner: Any = MambaLM if where == "forward" else BatchLoader
+name = "forward" if where == "forward" else "_next"
+original = getattr(owner, name)
+
+
+def slow(*args: Any, **kwargs: Any) -> Any:
+    time.sleep(seconds)
+    return original(*args, **kwargs)
+
+
+if launch().rank == rank:
+    setattr(owner, name, slow)
+runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")

@@ -1,0 +1,87 @@
+"""The command of the user's: it hears of what matters, and whatever it does the training goes on."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from mamba_train.config import AlertsConfig
+from mamba_train.monitor.event_log import EventLog, append, read_events
+from mamba_train.training.build import build_trainer
+from mamba_train.training.hooks.alerts import Alerts
+from mamba_train.training.preemption import Stopped
+from tests.training.test_preemption import AskedAt
+from tests.training.test_rollback import GUARD
+from tests.training.test_trainer import Poison, make_config
+
+
+def test_a_command_hears_of_a_rollback_a_stop_and_the_end(tmp_path: Path, corpus: Path) -> None:
+    told = tmp_path / "told"
+    line = f"echo $MAMBA_TRAIN_EVENT $MAMBA_TRAIN_EVENT_STEP $MAMBA_TRAIN_EVENT_RUN_DIR >> {told}"
+    config = make_config(tmp_path / "run", corpus, *GUARD)
+    config.alerts.command = line
+    trainer = build_trainer(config, AskedAt(20))
+    trainer.hooks = [Poison({12, 13, 14}), *trainer.hooks]
+    with pytest.raises(Stopped):
+        trainer.run()
+    build_trainer(config).run()
+    run_dir = tmp_path / "run"
+    lines = told.read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["rollback", "stopped", "finished"]
+    assert (lines[0], lines[2]) == (f"rollback 14 {run_dir}", f"finished 30 {run_dir}")
+    kinds = [event["kind"] for event in read_events(run_dir)]
+    assert kinds == ["start", "skip", "skip", "skip", "rollback", "stopped", "start", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("sleep 30", "did not end within 0.5 s"),
+        ("sleep 30 & wait", "did not end within 0.5 s"),
+        ("echo the server says no >&2; exit 7", "ended with 7 (rollback): the server says no"),
+        ("no_such_command_anywhere", "ended with 127"),
+    ],
+)
+def test_a_command_that_fails_or_hangs_costs_a_line_in_the_log(tmp_path: Path, command: str, said: str) -> None:
+    log: list[str] = []
+    alerts = Alerts(AlertsConfig(command, timeout_seconds=0.5), tmp_path, log.append)
+    begin = time.monotonic()
+    alerts.on_event({"kind": "rollback", "text": "back", "step": 3})
+    assert time.monotonic() - begin < 0.4, "the training waits for nothing"
+    alerts.wait()
+    assert time.monotonic() - begin < 10
+    assert len(log) == 1
+    assert said in log[0]
+
+
+def test_what_nobody_needs_to_know_at_once_is_not_sent(tmp_path: Path) -> None:
+    alerts = Alerts(AlertsConfig(f"touch {tmp_path}/told"), tmp_path, print)
+    alerts.on_event({"kind": "skip", "text": "step 3 is skipped", "step": 3})
+    alerts.wait()
+    assert not (tmp_path / "told").exists()
+
+
+def test_a_torn_line_takes_no_other_with_it(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.add("start", "starts")
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"kind": "sk')
+    log.add("finished", "finished")
+    assert [event["kind"] for event in read_events(tmp_path)] == ["start", "finished"]
+
+
+def test_a_disk_that_is_full_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    heard: list[str] = []
+    log = EventLog(tmp_path, warnings.append)
+    log.listeners.append(lambda event: heard.append(event["kind"]))
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mamba_train.monitor.event_log.append", full)
+    log.add("skip", "a")
+    log.add("skip", "b")
+    assert len(warnings) == 1
+    assert heard == ["skip", "skip"]
+    assert append is not full

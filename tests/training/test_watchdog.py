@@ -1,0 +1,139 @@
+"""A step that hangs is noticed, described and ended; one that is slow within its limit is left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mamba_train.monitor.event_log import read_events
+from mamba_train.monitor.heartbeat import FOLDER, Heartbeat, forget_ranks, read_heartbeats
+from mamba_train.training.preemption import EXIT_RESTART
+from tests.distributed.launch import child_environment, overrides, torchrun
+from tests.helpers import REPOSITORY, metrics, train_command
+
+QUICK = ["watchdog.heartbeat_seconds=0.3", "watchdog.step_seconds=2", "alerts.timeout_seconds=5"]
+
+# Run by python -c: train.py whose step 5 sleeps in the place that is said, with or without the interpreter's lock.
+HANGING = """
+import ctypes, sys, time
+from mamba_train.training.trainer import Trainer
+step = Trainer._step
+where, seconds = sys.argv.pop(1), float(sys.argv.pop(1))
+def hang():
+    if where == "python":
+        time.sleep(seconds)
+    else:
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # PyDLL keeps the lock
+def hanging(trainer):
+    if trainer.state.step == 4:
+        time.sleep(1)  # the watchdog has seen this step
+        hang()
+    return step(trainer)
+Trainer._step = hanging
+from mamba_train.training.hooks import watchdog
+watchdog.BACKSTOP_SECONDS = 2.0
+import runpy
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def run_hanging(
+    where: str, seconds: float, run_dir: Path, corpus: Path, *more: str
+) -> subprocess.CompletedProcess[str]:
+    arguments = train_command(run_dir, corpus)[2:]
+    return subprocess.run(
+        [sys.executable, "-c", HANGING, where, str(seconds), *arguments, *QUICK, "training.total_steps=8", *more],
+        cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_a_step_that_hangs_ends_with_stacks_an_alert_and_a_restart(tmp_path: Path, corpus: Path) -> None:
+    told = tmp_path / "told"
+    alert = f"alerts.command='echo $MAMBA_TRAIN_EVENT $MAMBA_TRAIN_EVENT_STEP >> {told}'"
+    result = run_hanging("python", 60, tmp_path / "run", corpus, alert)
+    assert result.returncode == EXIT_RESTART, result.stderr
+    assert "error: step 5 has not ended within 2 s" in result.stderr
+    (hang,) = [event for event in read_events(tmp_path / "run") if event["kind"] == "hang"]
+    assert hang["step"] == 5
+    stacks = (tmp_path / "run" / "hangs" / "step_00000005_rank_00000.txt").read_text()
+    assert "in hang" in stacks
+    assert "in _watch" in stacks
+    assert told.read_text() == "hang 5\n"
+
+
+def test_a_call_that_keeps_the_interpreter_to_itself_is_ended_too(tmp_path: Path, corpus: Path) -> None:
+    result = run_hanging("lock", 30, tmp_path / "run", corpus)
+    assert result.returncode == 1, result.stderr
+    (stacks,) = (tmp_path / "run" / "hangs").iterdir()
+    assert "in hang" in stacks.read_text()
+
+
+def test_a_slow_step_is_left_alone_and_nothing_is_left_behind(tmp_path: Path, corpus: Path) -> None:
+    result = run_hanging("python", 0.5, tmp_path / "run", corpus)
+    assert result.returncode == 0, result.stderr
+    assert len(metrics(tmp_path / "run")) == 8
+    assert [event["kind"] for event in read_events(tmp_path / "run")] == ["start", "finished"]
+    assert list((tmp_path / "run" / "hangs").iterdir()) == []
+    assert list((tmp_path / "run" / FOLDER).iterdir()) == []
+
+
+def test_a_heartbeat_is_replaced_whole(tmp_path: Path) -> None:
+    heartbeats = [Heartbeat(tmp_path, rank) for rank in (0, 3)]
+    for number in (100_000, 7):
+        for rank, heartbeat in zip((0, 3), heartbeats, strict=True):
+            heartbeat.write({"rank": rank, "step": number})
+    assert read_heartbeats(tmp_path) == {0: {"rank": 0, "step": 7}, 3: {"rank": 3, "step": 7}}
+    forget_ranks(tmp_path, 2)
+    assert list(read_heartbeats(tmp_path)) == [0]
+    heartbeats[0].close()
+    assert read_heartbeats(tmp_path) == {}
+
+
+def wait_for(condition: Any, seconds: float = 90.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_the_run_starts_again_and_finishes(tmp_path: Path, corpus: Path) -> None:
+    """SIGSTOP to rank 1 of three: the others say so within the limit, torchrun starts all again."""
+    plain, run_dir = tmp_path / "plain", tmp_path / "run"
+    more = ["engine=ddp", "training.global_batch_size=6", "training.total_steps=60", "checkpoint.interval_steps=10"]
+
+    def command(folder: Path) -> list[str]:
+        launcher = torchrun(3, str(REPOSITORY / "train.py"), *overrides(corpus, folder, *more, *QUICK))
+        return [*launcher[:3], "--max-restarts=2", *launcher[3:]]
+
+    options: dict[str, Any] = {"cwd": REPOSITORY, "env": child_environment(), "text": True}
+    undisturbed = subprocess.run(command(plain), capture_output=True, timeout=300, **options)
+    assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command(run_dir), stdout=stream, stderr=subprocess.STDOUT, **options)
+    file = run_dir / "metrics.jsonl"
+    wait_for(lambda: file.is_file() and len(file.read_text().splitlines()) >= 12)
+    stopped = read_heartbeats(run_dir)[1]["pid"]
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    (hang,) = wait_for(lambda: [event for event in read_events(run_dir) if event["kind"] == "hang"])
+    assert hang["silent"] == [1]
+    assert f"no sign of life of rank 1 (process {stopped} on " in hang["text"]
+    assert time.monotonic() - began < 60
+    assert process.wait(240) == 0, log.read_text()[-3000:]
+    written = sorted(path.name for path in (run_dir / "hangs").glob("step_*.txt"))
+    assert [name.split("rank_")[1] for name in written] == ["00000.txt", "00002.txt"]
+    assert "in _step" in (run_dir / "hangs" / written[0]).read_text()
+    keys = ("step", "loss", "grad_norm", "lr")
+    ours, theirs = ([[r[key] for key in keys] for r in metrics(folder)] for folder in (run_dir, plain))
+    assert ours == theirs
+    assert json.loads((run_dir / "ledger.jsonl").read_text().splitlines()[0])["kind"] == "start"
