@@ -14,8 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 SCAN_OPERATORS = ("mamba_train::selective_scan", "mamba_train::ssd")
 
+FINAL_STATE = "final_state"
+
 ScanArguments = dict[str, Any]
-"""The arguments of one call by their name in the operator's schema, defaults filled in."""
+"""The arguments of one call by their name in the operator's schema, defaults filled in; and what FINAL_STATE names, the
+state after the last position."""
 
 
 @contextmanager
@@ -44,9 +47,12 @@ class _ScanRecorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if isinstance(func, torch._ops.OpOverload) and func._schema.name in SCAN_OPERATORS:
-            self._calls.append(_arguments_by_name(func, args, kwargs))
-        return func(*args, **kwargs)
+            # Both operators return y and the state after the last position first.
+            call = {**_arguments_by_name(func, args, kwargs), FINAL_STATE: result[1].detach()}
+            self._calls.append(call)
+        return result
 
 
 def _arguments_by_name(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScanArguments:

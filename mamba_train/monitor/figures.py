@@ -23,7 +23,7 @@ BASELINE_COLOUR = "#444444"
 MAX_POINTS = 3000
 MAX_LAYERS_WITH_BAND = 6
 CURVES_INCHES = (13.0, 7.6)
-HEALTH_INCHES = (13.0, 7.0)
+HEALTH_INCHES = (13.0, 10.0)
 
 
 def curves_figure(runs: Sequence[RunRecord]) -> Figure:
@@ -91,10 +91,17 @@ def draw_curves(figure: Figure | SubFigure, runs: Sequence[RunRecord]) -> None:
     loss.legend(handles=_legend(runs), loc="upper right", fontsize=9, framealpha=0.9)
 
 
+SIGNS_OF_TROUBLE = (
+    ("dt_floor_share", "Δ at its floor", "share of Δ below 0.0001"),
+    ("dt_saturated_share", "Δ that leaves no memory", "share of Δ"),
+    ("state_rms", "Size of the state", "root mean square"),
+)
+
+
 def draw_health(figure: Figure | SubFigure, run: RunRecord) -> None:
-    """Top row: over the steps, one line per layer. Bottom row: by layer at the last observed step."""
+    """Top row: over the steps, one line per layer. Middle: by layer at the last observed step. Bottom: early signs."""
     n_layers = run.n_layers_observed
-    axes = figure.subplots(2, 3)
+    axes = figure.subplots(3, 3)
     colours = colormaps["cividis"](np.linspace(0.0, 0.9, max(n_layers, 2)))
     panels = [
         ("dt_p05", "dt_p50", "dt_p95"),
@@ -119,11 +126,16 @@ def draw_health(figure: Figure | SubFigure, run: RunRecord) -> None:
         _finish(by_layer, "", units[column], "layer (bar: 5 % to 95 %)" if middle else "layer (bar: full range)")
         by_layer.set_xlim(-0.7, n_layers - 0.3)
     if run.sequence_length is not None:
-        for axis in axes[:, 2]:
+        for axis in axes[:2, 2]:
             axis.axhline(run.sequence_length, color=BASELINE_COLOUR, linestyle="--", linewidth=1)
             _note(axis, run.sequence_length, f"sequence length {run.sequence_length}")
-    for axis in axes.flat:
+    for axis in axes[:2].flat:
         _log_axis(axis)
+    for axis, (name, title, unit) in zip(axes[2], SIGNS_OF_TROUBLE, strict=True):
+        for layer in range(n_layers):
+            axis.plot(*_layer_series(run, layer, name), color=colours[layer], linewidth=1.6)
+        _finish(axis, title, unit)
+        axis.set_ylim(bottom=0)
     scale = ScalarMappable(Normalize(0, max(n_layers - 1, 1)), colormaps["cividis"])
     ticks = MaxNLocator(integer=True)
     figure.colorbar(scale, ax=axes, fraction=0.015, pad=0.01, ticks=ticks).set_label("layer")

@@ -46,8 +46,9 @@ def write_run(
         if health and step % 20 == 0:
             for layer in range(n_layer):
                 prefix = f"ssm/layer_{layer:02d}/"
-                values = (0.001, 0.01, 0.1, -16.0, -1.0 - layer, 1.0, 20.0, 500.0)
+                values = (0.001, 0.01, 0.1, -16.0, -1.0 - layer, 1.0, 20.0, 500.0, 0.01 * layer, 0.02, 0.5 + step / 50)
                 names = ("dt_p05", "dt_p50", "dt_p95", "a_min", "a_max", "memory_p05", "memory_p50", "memory_p95")
+                names += ("dt_floor_share", "dt_saturated_share", "state_rms")
                 record.update({prefix + name: value for name, value in zip(names, values, strict=True)})
         lines.append(json.dumps(record) + "\n")
     (run_dir / "metrics.jsonl").write_text("".join(lines))

@@ -165,6 +165,10 @@ def test_health_has_a_line_and_a_bar_per_layer(tmp_path: Path) -> None:
     bars = [line for line in by_layer.lines if len(line.get_xdata()) == 2]
     assert [line.get_xdata()[0] for line in bars] == [0, 1, 2]
     assert [sorted(line.get_ydata()) for line in decay_by_layer.lines] == [[1, 16], [2, 16], [3, 16]]
+    floor, saturated, state = figure.axes[6:9]
+    assert [line.get_ydata()[-1] for line in floor.lines] == [0.0, 0.01, 0.02]
+    assert [list(line.get_xdata()) for line in saturated.lines] == [[20, 40, 60]] * 3
+    assert [list(line.get_ydata()) for line in state.lines] == [[0.9, 1.3, 1.7]] * 3
 
 
 def test_a_run_may_have_any_name(tmp_path: Path) -> None:

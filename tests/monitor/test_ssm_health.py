@@ -12,6 +12,7 @@ from mamba_train.model.observe import observe_scans
 from mamba_train.monitor.ssm_health import ssm_health
 
 NAMES = ["dt_p05", "dt_p50", "dt_p95", "a_min", "a_max", "memory_p05", "memory_p50", "memory_p95"]
+SIGNS = ["dt_floor_share", "dt_saturated_share", "state_rms"]
 
 
 def observe(dt: torch.Tensor, A: torch.Tensor, dt_bias: torch.Tensor | None, dt_softplus: bool = True) -> list:
@@ -48,8 +49,23 @@ def test_quantiles_equal_numpys_where_nothing_is_left_out(
     memory = 1 / (step[..., None] * decay)
     expected = [*np.quantile(step, [0.05, 0.5, 0.95]), -decay.max(), -decay.min()]
     expected += list(np.quantile(memory, [0.05, 0.5, 0.95]))
-    assert list(health) == [f"ssm/layer_00/{name}" for name in NAMES]
+    state = np.zeros((batch, channels, states))
+    for position in range(length):
+        now = step[:, position, :, None]
+        state = state * np.exp(-now * decay) + now  # x and B are 1
+    expected += [np.mean(step < 1e-4), np.mean(step * decay.min(axis=1) > np.log(100)), np.sqrt(np.mean(state**2))]
+    assert list(health) == [f"ssm/layer_00/{name}" for name in NAMES + SIGNS]
     np.testing.assert_allclose(list(health.values()), expected, rtol=2e-5)
+
+
+def test_steps_at_the_floor_and_steps_that_leave_no_memory_are_counted() -> None:
+    dt = torch.tensor([-20.0, -20.0, 0.0, 30.0]).repeat(1, 4, 1)  # softplus: 2e-9, 0.69, 30
+    signs = ssm_health(observe(dt, torch.full((4, 2), -0.5), None))
+    assert signs["ssm/layer_00/dt_floor_share"] == 0.5
+    assert signs["ssm/layer_00/dt_saturated_share"] == 0.25
+    # A channel with one slow state remembers by it.
+    A = torch.tensor([[-0.5, -0.01]]).repeat(4, 1)
+    assert ssm_health(observe(dt, A, None))["ssm/layer_00/dt_saturated_share"] == 0.0
 
 
 def test_layers_are_numbered_in_the_order_of_the_forward_pass() -> None:

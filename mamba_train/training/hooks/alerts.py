@@ -15,6 +15,7 @@ from mamba_train.training.hooks.base import Hook
 from mamba_train.training.trainer import Trainer
 
 KINDS = ("rollback", "gave up", "hang", "straggler", "stopped", "finished", "failed")
+ENDS = ("gave up", "stopped", "finished")  # whose reason has been said
 PREFIX = "MAMBA_TRAIN_EVENT"
 
 
@@ -74,13 +75,12 @@ class Alerts:
 
 
 class LifeHook(Hook):
-    """Enters starts and ends into the ledger; the last hook to be closed that does something with it."""
+    """Enters starts and ends into the ledger, and lets the commands end before the process does."""
 
     def __init__(self, events: EventLog, alerts: Alerts) -> None:
         self._events, self._alerts = events, alerts
-        events.listeners.append(alerts.on_event)
-        self._step = 0
-        self._ended = False
+        self._last = ""
+        events.listeners += [alerts.on_event, self._note]
 
     def on_start(self, trainer: Trainer) -> None:
         state, engine = trainer.state, trainer.engine
@@ -88,15 +88,16 @@ class LifeHook(Hook):
         self._events.add("start", text, step=state.step, ranks=engine.world_size)
 
     def on_stop(self, trainer: Trainer) -> None:
-        self._ended = True
         reason = trainer.stop.reason or "another rank was asked to stop"
         self._events.add("stopped", f"stopped after step {trainer.state.step} ({reason})", step=trainer.state.step)
 
     def on_end(self, trainer: Trainer) -> None:
-        self._ended = True
         self._events.add("finished", f"finished after step {trainer.state.step}", step=trainer.state.step)
 
     def close(self, failed: bool) -> None:
-        if failed and not self._ended:
+        if failed and self._last not in ENDS:
             self._events.add("failed", "ended with an error; the log has it")
         self._alerts.wait()
+
+    def _note(self, event: Mapping[str, Any]) -> None:
+        self._last = event["kind"]
