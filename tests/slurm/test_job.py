@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mamba_train.monitor.event_log import read_events
 from slurm.script import LINE, TEMPLATE
 from tests.helpers import REPOSITORY, curve, metrics, train_command
 from tests.slurm.cluster import N_NODES, Cluster, wait_for
@@ -136,6 +137,29 @@ def test_a_killed_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     assert 0 < len(job.repeated_steps()) <= 8, "from the last checkpoint, not from the beginning"
     undisturbed.check_equal(job)
     assert "exit code 137" in history(job)[1]["reason"]
+
+
+def test_a_stopped_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
+    """It gives no sign of life, so the other one names it and leaves; SLURM kills it, and the job comes back."""
+    overrides = ("training.total_steps=40", "checkpoint.interval_steps=8", "checkpoint.keep_best=false", "engine=ddp")
+    quick = ("watchdog.step_seconds=8", "watchdog.heartbeat_seconds=0.5")
+    for name in ("plain", "stopped"):
+        (tmp_path / name).mkdir()
+    plain = submit_job(cluster, tmp_path / "plain", corpus, *overrides, "slurm.nodes=2")
+    job = submit_job(cluster, tmp_path / "stopped", corpus, *overrides, *quick, "slurm.nodes=2")
+    job.wait_for_steps(12)
+    assert "ranks   2, " in status(job)
+    pid = cluster.task_pids(job.id, rank=1)[0]
+    os.kill(pid, signal.SIGSTOP)
+    for one in (job, plain):
+        one.wait_for_end()
+    assert (plain.restarts, job.restarts) == (0, 1)
+    assert f"no sign of life of rank 1 (process {pid} on" in history(job)[1]["reason"]
+    (hang,) = [event for event in read_events(job.run_dir) if event["kind"] == "hang"]
+    assert hang["silent"] == [1]
+    assert list((job.run_dir / "hangs").glob("step_*_rank_00000.txt"))
+    assert 0 < len(job.repeated_steps()) <= 8
+    assert curve(job.run_dir) == curve(plain.run_dir)
 
 
 def test_a_lost_node(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
