@@ -63,6 +63,18 @@ def test_offline_run_records_every_metric_by_our_step(tmp_path: Path, warnings: 
     assert (second["step"], second["skipped"]) == (102, 1)
 
 
+def test_an_event_is_an_alert_of_the_run(tmp_path: Path, warnings: list[str]) -> None:
+    sink = WandbSink(tmp_path, OFFLINE, CONFIG, None, warnings.append)
+    sink.log({"step": 1})
+    sink.alert("rollback", "back to the checkpoint of step 10")
+    sink.log({"step": 2})
+    sink.finish(0)
+    assert warnings == []
+    alerts = [record["alert"] for record in records(tmp_path) if record["type"] == "alert"]
+    assert [(alert["title"], alert["text"]) for alert in alerts] == [("rollback", "back to the checkpoint of step 10")]
+    assert [item["step"] for item in history(tmp_path)] == [1, 2]
+
+
 def test_a_resume_goes_on_in_the_same_run_and_overlapping_steps_are_kept(tmp_path: Path, warnings: list[str]) -> None:
     sink = WandbSink(tmp_path, OFFLINE, CONFIG, None, warnings.append)
     for step in (1, 2, 3):

@@ -12,6 +12,9 @@ from mamba_train.monitor.wandb_sink import WandbSink
 from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.trainer import Trainer
 
+# Starts and ends it sees for itself, and its own failures it cannot be told.
+KNOWN_TO_WANDB = ("start", "stopped", "finished", "failed", "tracking")
+
 
 class RecordingHook(Hook):
     """Shows and records each step's metrics; stands behind the hooks that add to them.
@@ -66,7 +69,8 @@ class RecordingHook(Hook):
             first = records[0]["step"]
             assert first is not None
             cut = self._jsonl.cut_at(int(first) - 1)
-            self._log(f"metrics after step {int(first) - 1} were moved to {cut}")
+            if cut is not None:
+                self._log(f"metrics after step {int(first) - 1} were moved to {cut}")
             for record in records:
                 self._jsonl.log(record)
 
@@ -82,7 +86,7 @@ class RecordingHook(Hook):
         self._events.add("tracking", text)
 
     def _on_event(self, event: Mapping[str, Any]) -> None:
-        if self._wandb is not None:
+        if self._wandb is not None and event["kind"] not in KNOWN_TO_WANDB:
             self._wandb.alert(event["kind"], event["text"])
 
     def close(self, failed: bool) -> None:
