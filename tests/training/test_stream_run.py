@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mamba_train.composition import compose_config
+from mamba_train.training.build import build_trainer
+from mamba_train.training.hooks.rollback import RollbackHook
 from tests.data.conftest import make_texts
 from tests.data.file_server import address, serving
 from tests.data.streams import write_files, write_tokenizer
 from tests.helpers import REPOSITORY, TINY_RUN, environment, metrics
+from tests.training.test_trainer import Poison
 
 STEPS = ("training.total_steps=24", "checkpoint.interval_steps=4", "training.global_batch_size=4")
 
@@ -157,3 +161,34 @@ def test_a_mistake_is_one_line(text: Path, tmp_path: Path, override: str, said: 
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_rollback_that_a_kill_has_interrupted_passes_over_the_same_text(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start that carries it out reads the text of the steps that pass, to be where the lanes were."""
+
+    def train(run_dir: Path, bad_steps: set[int]) -> None:
+        overrides = command(text, run_dir, "training.total_steps=24", "checkpoint.interval_steps=5")[2:]
+        more = ["checkpoint.keep_last=4", "guard.rollback_after=3", "guard.min_steps=4", "logging.wandb=disabled"]
+        trainer = build_trainer(compose_config([*overrides, *more]))
+        trainer.hooks = [Poison(bad_steps), *trainer.hooks]
+        trainer.run()
+
+    class Killed(Exception):
+        pass
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    train(tmp_path / "whole", {12, 13, 14})
+    with monkeypatch.context() as patch:
+        patch.setattr(RollbackHook, "_go_back", killed)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed", {12, 13, 14})
+    train(tmp_path / "killed", set())
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    records = metrics(tmp_path / "killed")
+    assert [record["step"] for record in records] == list(range(1, 25))
+    assert [record["step"] for record in records if record["skipped"]] == [11, 12, 13, 14]
