@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba_train.config import GuardConfig
@@ -113,6 +113,7 @@ def test_no_value_that_was_refused_is_ever_in_the_window() -> None:
     assert guard.state.applied == len(allowed)
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.integers(0, 99), st.integers(1, 400))
 def test_the_window_survives_a_restart_bit_by_bit(seed: int, cut: int) -> None:
     losses, norms = healthy_curve(seed)
