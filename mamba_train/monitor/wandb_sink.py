@@ -253,7 +253,8 @@ def _forget_failed_start() -> None:
     import wandb
 
     # wandb's service still holds the id of a run that failed to start, and would refuse it offline.
-    wandb.teardown()
+    with contextlib.suppress(Exception):  # a service that died is forgotten, too, before wandb complains of it
+        wandb.teardown()
 
 
 def _abandon_service() -> None:

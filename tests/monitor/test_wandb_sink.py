@@ -309,3 +309,27 @@ def test_auto_is_online_with_a_key_in_the_environment_or_in_netrc(
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert resolve_mode(WandbMode.auto) == "online"
+
+
+def test_a_service_that_died_at_the_start_means_recording_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    from wandb.sdk import wandb_setup
+
+    init = wandb_sink._init
+
+    def die_online(start: dict[str, Any], mode: Any) -> Any:
+        if mode == "online":
+            service: Any = wandb_setup.singleton().ensure_service()
+            service._proc._process.kill()
+            service._proc._process.wait()
+            raise RuntimeError("the service died")
+        return init(start, mode)
+
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(wandb_sink, "_init", die_online)
+    sink = WandbSink(tmp_path, LoggingConfig(wandb=WandbMode.auto), CONFIG, "abc", warnings.append)
+    sink.log({"step": 7})
+    sink.finish(0)
+    assert sink.mode is WandbMode.offline
+    assert len(warnings) == 1
