@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from mamba_train.config import EngineConfig, ModelConfig, OptimConfig, Recompute
 from mamba_train.model.language_model import resolve_model_config
+from mamba_train.parallel.graphed import GraphedPasses
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.parallel.state import whole_state
 from mamba_train.ranks import join
@@ -56,6 +58,26 @@ def test_the_same_bits(name: str, settings: dict[str, object]) -> None:
     assert found == expected
     for ours, theirs in zip(whole_state(engine), whole_state(plain), strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+
+    def passes(inputs: Tensor, *_: Tensor | None) -> Tensor:
+        loss = (weight * inputs).sum()
+        assert loss.item() == loss.item(), "the host waits, which no recording allows"
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    graphed = GraphedPasses(passes, [weight])
+    stream = torch.cuda.current_stream()
+    inputs = torch.tensor([1.0, 2.0, 4.0], device="cuda")
+    for _ in range(3):
+        assert graphed(inputs, inputs, None, inputs).item() == 7
+        assert torch.cuda.current_stream() == stream
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, inputs)
+        graphed.clear_gradients()
 
 
 def test_a_run_is_the_same_and_resumes(tmp_path: Path, corpus: Path) -> None:
