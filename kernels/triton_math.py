@@ -34,3 +34,9 @@ def softplus(x):
     series = series * q + 1.0 / 3
     series = series * q + 1.0
     return tl.maximum(x, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def clamp(x, low, high):
+    """min(max(x, low), high), where NaN stays NaN: the GPU's min and max return the other number."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.triton_math import softplus
+from kernels.triton_math import clamp, softplus
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def step_kernel(
         rate = -tl.exp(rate)
     if SOFTPLUS:
         delta = softplus(delta)
-    delta = tl.minimum(tl.maximum(delta, dt_min), dt_max)
+    delta = clamp(delta, dt_min, dt_max)
     h = tl.exp(delta * rate) * h + (delta * value)[:, None] * read[None, :]
     first = tl.program_id(0).to(tl.int64) * head_dim
     # A small block is loaded by several warps, of which one may still be on its way when another one stores.

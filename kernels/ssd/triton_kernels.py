@@ -11,7 +11,7 @@ Axes: rows of a chunk q (t where they read, s where they write), head_dim p, sta
 import triton
 import triton.language as tl
 
-from kernels.triton_math import INTERPRETED, sigmoid, softplus
+from kernels.triton_math import INTERPRETED, clamp, sigmoid, softplus
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 GONE = tl.constexpr(-160.0)  # as a power of 2: fp32 has nothing that small
@@ -54,9 +54,10 @@ def decays_kernel(
     delta = raw_delta(dt + batch * dt_batch, dt_bias, t, head, mask, dt_row, dt_head)
     if SOFTPLUS:
         delta = softplus(delta)
-    delta = tl.where(mask, tl.minimum(tl.maximum(delta, dt_min), dt_max), 0.0)
+    delta = tl.where(mask, clamp(delta, dt_min, dt_max), 0.0)
     rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float64) * LOG2_E
-    power = tl.maximum(delta.to(tl.float64) * rate[None, :], GONE)
+    power = delta.to(tl.float64) * rate[None, :]
+    power = tl.where(power < GONE, GONE, power)  # NaN stays NaN
     if seq_idx is not None:
         begins = begins_document(seq_idx + batch * seq_batch, t, seq_row, length)
         power = tl.where(begins[:, None], GONE, power)

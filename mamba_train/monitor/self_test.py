@@ -21,7 +21,8 @@ from kernels.selective_scan.cuda import scan
 from kernels.ssd import ssd, ssd_step
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
-BATCH, LENGTH, CHANNELS, STATES, HEADS = 2, 200, 64, 16, 8
+BATCH, LENGTH, CHANNELS, STATES = 2, 200, 64, 16
+SSD_HEADS, SSD_HEAD_DIM, SSD_STATES = 4, 64, 128  # of the published models: each size is a kernel of its own
 
 Inputs = dict[str, Tensor]
 
@@ -118,10 +119,10 @@ def _scan_inputs(g: torch.Generator) -> Inputs:
 
 
 def _ssd_inputs(g: torch.Generator) -> Inputs:
-    x, dt = _draw(g, BATCH, LENGTH, HEADS, CHANNELS // HEADS), _draw(g, BATCH, LENGTH, HEADS)
-    B, C = (_draw(g, BATCH, LENGTH, 1, STATES) for _ in range(2))
-    A = -torch.exp(_draw(g, HEADS, scale=0.5))
-    return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": _draw(g, HEADS), "dt_bias": _draw(g, HEADS) - 3}
+    x, dt = _draw(g, BATCH, LENGTH, SSD_HEADS, SSD_HEAD_DIM), _draw(g, BATCH, LENGTH, SSD_HEADS)
+    B, C = (_draw(g, BATCH, LENGTH, 1, SSD_STATES) for _ in range(2))
+    A = -torch.exp(_draw(g, SSD_HEADS, scale=0.5))
+    return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": _draw(g, SSD_HEADS), "dt_bias": _draw(g, SSD_HEADS) - 3}
 
 
 def _norm_inputs(g: torch.Generator) -> Inputs:
@@ -147,7 +148,7 @@ def _scan_step_inputs(g: torch.Generator) -> Inputs:
 def _ssd_step_inputs(g: torch.Generator) -> Inputs:
     whole = _ssd_inputs(g)
     first = {key: value[:, 0] if value.dim() > 2 else value for key, value in whole.items()}
-    return first | {"state": _draw(g, BATCH, HEADS, CHANNELS // HEADS, STATES)}
+    return first | {"state": _draw(g, BATCH, SSD_HEADS, SSD_HEAD_DIM, SSD_STATES)}
 
 
 def _conv_step_inputs(g: torch.Generator) -> Inputs:

@@ -65,9 +65,11 @@ class GraphedPasses:
                 parameter.grad = torch.zeros_like(parameter)
         try:
             graph = torch.cuda.CUDAGraph()
-            # Other threads (the checkpoint's, the one that pins batches) may go on with what they do.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                loss = self._passes(*static)
+            # A recording that fails would leave its own stream as the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()):
+                # Other threads (the checkpoint's, the one that pins batches) may go on with what they do.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    loss = self._passes(*static)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             _log.warning("engine.cuda_graphs: the step cannot be recorded, it goes on without a graph: %s", reason)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from mamba_train.config import EngineConfig, ModelConfig, OptimConfig, Recompute
 from mamba_train.model.language_model import resolve_model_config
+from mamba_train.parallel.graphed import GraphedPasses
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.parallel.state import whole_state
 from mamba_train.ranks import join
@@ -56,6 +58,59 @@ def test_the_same_bits(name: str, settings: dict[str, object]) -> None:
     assert found == expected
     for ours, theirs in zip(whole_state(engine), whole_state(plain), strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def with_a_rollback(recorded: bool) -> tuple[list[str], NativeEngine]:
+    """Steps of which one is skipped, then back to the weights and moments of an earlier one."""
+    engine = NativeEngine(EngineConfig(cuda_graphs=recorded), join())
+    engine.prepare(resolve_model_config(MODELS["mamba2"], tokenizer_vocab_size=97), OptimConfig(lr=1e-2), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    found, saved = [], {}
+    for step in range(7):
+        pieces = engine.pieces()
+        if step == 2:
+            saved = {key: piece.values.clone() for key, piece in (pieces.model | pieces.optimizer).items()}
+        if step == 5:
+            for key, piece in (pieces.model | pieces.optimizer).items():
+                piece.values.copy_(saved[key])
+            engine.pieces_changed()
+        tokens = torch.randint(0, 97, (3, 65), generator=generator).to(engine.device)
+        n_targets = torch.tensor(0.0 if step == 3 else 192.0, device=engine.device)
+        loss = engine.accumulate(tokens[:, :-1], tokens[:, 1:], None, n_targets)
+        result = engine.step(1e-2)
+        found.append(f"{loss.item()} {result.grad_norm} {result.skipped}")
+    return found, engine
+
+
+def test_the_same_bits_after_a_skipped_step_and_a_rollback() -> None:
+    found, engine = with_a_rollback(True)
+    assert engine._graphed is not None
+    assert engine._graphed._recording is not None, "nothing was recorded"
+    expected, plain = with_a_rollback(False)
+    assert found == expected
+    assert [line.endswith("True") for line in found] == [step == 3 for step in range(7)]
+    for ours, theirs in zip(whole_state(engine), whole_state(plain), strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+
+    def passes(inputs: Tensor, *_: Tensor | None) -> Tensor:
+        loss = (weight * inputs).sum()
+        assert loss.item() == loss.item(), "the host waits, which no recording allows"
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    graphed = GraphedPasses(passes, [weight])
+    stream = torch.cuda.current_stream()
+    inputs = torch.tensor([1.0, 2.0, 4.0], device="cuda")
+    for _ in range(3):
+        assert graphed(inputs, inputs, None, inputs).item() == 7
+        assert torch.cuda.current_stream() == stream
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, inputs)
+        graphed.clear_gradients()
 
 
 def test_a_run_is_the_same_and_resumes(tmp_path: Path, corpus: Path) -> None:

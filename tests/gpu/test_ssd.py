@@ -96,7 +96,14 @@ def test_lengths(length: int, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("sizes", [(32, 16), (64, 64), (64, 128), (128, 128), (48, 20), (96, 100)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *((32, 16), (64, 64), (64, 128), (128, 128), (48, 20), (96, 100)),
+        *((16, 16), (16, 128), (32, 128), (128, 16), (128, 64)),
+    ],
+    ids=str,
+)
 def test_sizes(sizes: tuple[int, int], dtype: torch.dtype) -> None:
     head_dim, states = sizes
     if dtype == torch.float32 and head_dim * states > launch.MAX_STATE_FP32:
@@ -142,6 +149,17 @@ def test_a_strong_decay_does_not_blur_the_weak_ones_after_it() -> None:
     exact = {k: v.double() for k, v in inputs.items()}
     found, expected = (ssd(**i, dt_softplus=False)[:, 6:] for i in (inputs, exact))  # type: ignore[arg-type]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["dt", "dt_bias", "A"])
+def test_nan_in_a_decay_is_not_lost(name: str) -> None:
+    """A step whose loss is NaN is skipped; one that looks finite would be applied."""
+    inputs = {k: v.detach() for k, v in make_inputs(2, 150).items()}
+    (inputs["dt"][1, 70] if name == "dt" else inputs[name])[1] = float("nan")
+    y, state = ssd(**inputs, return_final_state=True)  # type: ignore[arg-type]
+    assert y[1, 70:, 1].isnan().all()
+    assert state[1, 1].isnan().all()
+    assert y[:, :, 2:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.ssd import launch, reference, ssd
 from tests.kernels.loops import gradients
 from tests.kernels.ssd.loops import ssd_inputs
+from tests.kernels.triton_interpreter import drop_nan_as_a_gpu_does
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled, not interpreted"
 reference.ssd_op.register_kernel("cpu")(launch.forward)
@@ -120,6 +121,20 @@ def test_a_strong_decay_does_not_blur_the_weak_ones_after_it() -> None:
     actual = ssd(**low, dt_softplus=False)[:, 6:]  # type: ignore[arg-type]
     expected = exact_results(exact, False, (0.0, math.inf))[0][:, 6:]
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["dt", "dt_bias", "A"])
+def test_nan_in_a_decay_is_not_lost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose loss is NaN is skipped; one that looks finite would be applied."""
+    drop_nan_as_a_gpu_does(monkeypatch)
+    inputs = {k: v.detach() for k, v in ssd_inputs(1, 20, 3, 8, 1, 8).items()}
+    (inputs["dt"][0, 5] if name == "dt" else inputs[name])[1] = math.nan
+    low, _ = typed(inputs, torch.float32)
+    y, state = ssd(**low, return_final_state=True)  # type: ignore[call-overload]
+    assert y[0, 5:, 1].isnan().all()
+    assert state[0, 1].isnan().all()
+    assert y[0, :, ::2].isfinite().all()
+    assert gradients((y, state), low)["A"][1].isnan()
 
 
 @pytest.mark.parametrize("chunk", [32])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.ssd import ssd_step, step_launch
+from tests.kernels.triton_interpreter import drop_nan_as_a_gpu_does
 
 # The interpreter cuts what a GPU rounds to bf16.
 ERROR = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 5e-4}
@@ -77,3 +78,14 @@ def test_in_place() -> None:
     y, new_state = step_launch.step(*(inputs[name] for name in NAMES), *options)
     assert torch.equal(step_launch.step_(*(inputs[name] for name in NAMES), *options), y)
     assert torch.equal(inputs["state"], new_state)
+
+
+def test_nan_in_delta_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    drop_nan_as_a_gpu_does(monkeypatch)
+    inputs = draw()
+    inputs["dt"][1, 2] = math.nan
+    y, new_state = step_launch.step(*(inputs[name] for name in NAMES), True, 0.0, math.inf, False)
+    for found in (y, new_state):
+        assert found[1, 2].isnan().all()
+        found[1, 2] = 0
+        assert found.isfinite().all()
