@@ -29,6 +29,11 @@ class Alerts:
         self._config, self._run_dir, self._log = config, run_dir, log
         self._threads: list[threading.Thread] = []
 
+    @property
+    def longest_wait_seconds(self) -> float:
+        """How long `wait` can take for one event."""
+        return 0.0 if self._config.command is None else self._config.timeout_seconds + 1.0
+
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Run the command, and do not wait for it."""
         if self._config.command is None or event["kind"] not in KINDS:
