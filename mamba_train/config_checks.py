@@ -59,7 +59,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
         "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "
         "model.head_dim model.n_groups model.chunk_size model.A_init_min model.A_init_max "
         "data.sequence_length data.prefetch_batches data.task_items data.test_samples evaluation.batch_size "
-        "guard.window_steps guard.deviations guard.loss_rise "
+        "guard.window_steps guard.min_steps guard.deviations guard.loss_rise "
         "watchdog.first_step_seconds watchdog.step_seconds watchdog.between_steps_seconds watchdog.heartbeat_seconds "
         "alerts.timeout_seconds "
         "optim.lr optim.eps optim.max_grad_norm "
@@ -73,7 +73,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected more than 0"
     not_negative = (
         "model.d_intermediate model.attention_d_conv "
-        "guard.min_steps guard.rollback_after guard.max_rollbacks watchdog.straggler_interval_steps "
+        "guard.rollback_after guard.max_rollbacks watchdog.straggler_interval_steps "
         "evaluation.interval_steps evaluation.sample_tokens optim.weight_decay schedule.warmup_steps "
         "logging.ssm_health_interval_steps checkpoint.reserve_gib "
         "slurm.gpus_per_node slurm.signal_seconds"

@@ -71,6 +71,7 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["data=local", "data.path=/no/such/folder"], ["data.path=/no/such/folder", "no such file or folder"]),
         (["optim.lr=inf"], ["optim.lr=inf", "finite"]),
         (["guard.norm_ratio=1"], ["guard.norm_ratio=1", "more than 1"]),
+        (["guard.min_steps=0"], ["guard.min_steps=0", "more than 0"]),
         (["watchdog.step_seconds=0"], ["watchdog.step_seconds=0", "more than 0"]),
         (["checkpoint.reserve_gib=nan"], ["checkpoint.reserve_gib=nan", "finite"]),
         (["engine.name=fdsp"], ["engine.name=fdsp", "single"]),

@@ -33,8 +33,9 @@ class Heartbeat:
     def close(self) -> None:
         """The process ends in good order: it leaves no sign of life behind."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+                self._path.unlink(missing_ok=True)
             self._descriptor = None
 
 
@@ -52,4 +53,5 @@ def forget_ranks(run_dir: Path, world_size: int) -> None:
     """Remove what an earlier start with more ranks has left."""
     for path in (run_dir / FOLDER).glob("rank_*.json"):
         if int(path.stem.removeprefix("rank_")) >= world_size:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()

@@ -1,15 +1,18 @@
 """The command of the user's: it hears of what matters, and whatever it does the training goes on."""
 
+import shlex
 import time
 from pathlib import Path
 
 import pytest
 
+from mamba_train.composition import compose_config
 from mamba_train.config import AlertsConfig
 from mamba_train.monitor.event_log import EventLog, append, read_events
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.alerts import Alerts
 from mamba_train.training.preemption import Stopped
+from tests.helpers import REPOSITORY
 from tests.training.test_preemption import AskedAt
 from tests.training.test_rollback import GUARD
 from tests.training.test_trainer import Poison, make_config
@@ -85,3 +88,20 @@ def test_a_disk_that_is_full_is_said_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(warnings) == 1
     assert heard == ["skip", "skip"]
     assert append is not full
+
+
+def test_a_rank_that_stays_slow_is_told_of_once(tmp_path: Path) -> None:
+    alerts = Alerts(AlertsConfig(f"echo $MAMBA_TRAIN_EVENT_STEP >> {tmp_path}/told"), tmp_path, print)
+    for step, rank in ((50, 3), (100, 3), (150, 1), (200, 3)):
+        alerts.on_event({"kind": "straggler", "text": f"rank {rank} is slow", "step": step, "rank": rank})
+        alerts.wait()
+    assert (tmp_path / "told").read_text().split() == ["50", "150"]
+
+
+def test_the_command_in_the_documentation_is_one_that_hydra_takes() -> None:
+    page = (REPOSITORY / "docs" / "operations.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("python train.py") and "alerts.command" in line]
+    (override,) = [word for word in shlex.split(line) if word.startswith("alerts.command=")]
+    command = compose_config([override]).alerts.command
+    assert command is not None
+    assert shlex.split(command)[-1] == "$WEBHOOK_URL"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mamba_train.checkpoint.layout import step_folders
 from mamba_train.checkpoint.storage import load
 from mamba_train.data.corpus import Corpus
 from mamba_train.monitor.event_log import read_events
@@ -139,6 +140,45 @@ def test_a_checkpoint_that_led_to_trouble_again_is_not_used_twice(tmp_path: Path
     assert backs == [(14, 10), (20, 5)]
     assert trainer.state.skipped_steps == list(range(6, 21))
     assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, 31))
+
+
+def test_the_checkpoint_before_a_row_outlives_a_save_in_the_row(tmp_path: Path, corpus: Path) -> None:
+    """With checkpoint.keep_last=1 the save after step 15, which is one of the refused, would have deleted it."""
+    only_one = ("checkpoint.keep_last=1", "checkpoint.keep_best=false")
+    trainer = train(tmp_path / "run", corpus, {14, 15, 16}, overrides=only_one)
+    backs = [(entry["step"], entry["to_step"]) for entry in trainer.state.ledger if entry["action"] == "rollback"]
+    assert backs == [(16, 10)]
+
+
+def test_a_kill_between_a_save_in_the_row_and_the_decision_changes_nothing(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of step 15 holds three refused steps; the restart must not go on from it with step 16."""
+    bad, run_dir = {13, 14, 15}, tmp_path / "run"
+    train(tmp_path / "plain", corpus, bad)
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RollbackHook, "_newest_good", killed)
+        with pytest.raises(Killed):
+            train(run_dir, corpus, bad)
+    assert step_folders(run_dir / "checkpoints")[0][0] == 15
+    trainer = train(run_dir, corpus, set())
+    assert tail(run_dir, 15) == tail(tmp_path / "plain", 15)
+    assert trainer.state.skipped_steps == [11, 12, 13, 14, 15]
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 31))
+
+
+def test_a_start_goes_on_where_no_going_back_is_left(tmp_path: Path, corpus: Path) -> None:
+    """A person has raised a limit of the guard: then the next step decides, and not what was refused before."""
+    bad, none = {13, 14, 15}, "guard.max_rollbacks=0"
+    with pytest.raises(GaveUp, match=r"up to step 15, could not be applied, and guard\.max_rollbacks=0"):
+        train(tmp_path / "run", corpus, bad, overrides=(none,))
+    assert step_folders(tmp_path / "run" / "checkpoints")[0][0] == 15
+    trainer = train(tmp_path / "run", corpus, set(), overrides=(none,))
+    assert trainer.state.skipped_steps == [13, 14, 15]
 
 
 def test_a_run_gives_up_when_going_back_does_not_help(tmp_path: Path, corpus: Path) -> None:

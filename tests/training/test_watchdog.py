@@ -1,18 +1,25 @@
 """A step that hangs is noticed, described and ended; one that is slow within its limit is left alone."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
+from mamba_train.config import AlertsConfig, WatchdogConfig
 from mamba_train.monitor.event_log import read_events
 from mamba_train.monitor.heartbeat import FOLDER, Heartbeat, forget_ranks, read_heartbeats
+from mamba_train.ranks import Launch, Ranks
+from mamba_train.training.hooks.alerts import Alerts
+from mamba_train.training.hooks.watchdog import SILENT_INTERVALS, SPEAKER_INTERVALS, WatchdogHook
 from mamba_train.training.preemption import EXIT_RESTART
 from tests.distributed.launch import child_environment, overrides, torchrun
 from tests.helpers import REPOSITORY, metrics, train_command
@@ -94,6 +101,94 @@ def test_a_heartbeat_is_replaced_whole(tmp_path: Path) -> None:
     assert list(read_heartbeats(tmp_path)) == [0]
     heartbeats[0].close()
     assert read_heartbeats(tmp_path) == {}
+
+
+class Left(BaseException):
+    """In the place of os._exit, which would end the tests."""
+
+
+class OtherRank(Heartbeat):
+    """Says every tenth of a second where it is, until the test is over."""
+
+    def __init__(self, run_dir: Path, rank: int, activity: str, step: int) -> None:
+        super().__init__(run_dir, rank)
+        self._over = threading.Event()
+        values = {"rank": rank, "host": "node", "pid": 1, "activity": activity, "step": step}
+
+        def live() -> None:
+            while not self._over.wait(0.1):
+                self.write({**values, "time": time.time()})
+
+        self._living = threading.Thread(target=live)
+        self._living.start()
+
+    def close(self) -> None:
+        self._over.set()
+        self._living.join()
+        super().close()
+
+
+def leave(run_dir: Path, monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> float:
+    """What a rank does whose step 7 hangs; returns the seconds that it took until it left."""
+
+    def left(code: int) -> None:
+        raise Left(code)
+
+    monkeypatch.setattr("mamba_train.training.hooks.watchdog.os._exit", left)
+    config = WatchdogConfig(heartbeat_seconds=0.3, step_seconds=2.0)
+    alerts = Alerts(AlertsConfig(), run_dir, print)
+    hook = WatchdogHook(run_dir, config, Ranks(Launch(rank, world_size), HashStore()), alerts)
+    hook.begin("step", 7)
+    began = time.monotonic()
+    try:
+        with pytest.raises(Left, match=str(EXIT_RESTART)):
+            hook._end(hook._activity)
+        return time.monotonic() - began
+    finally:
+        hook.close(failed=True)
+
+
+def test_a_hang_is_said_by_a_rank_that_has_found_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 is still in a hook, which may take far longer than a step: it will not say anything."""
+    other = OtherRank(tmp_path, 0, "after the step", 6)
+    try:
+        leave(tmp_path, monkeypatch, rank=1, world_size=2)
+    finally:
+        other.close()
+    (hang,) = read_events(tmp_path)
+    assert hang["kind"] == "hang"
+    assert "elsewhere: rank 0 on node (after the step 6)" in hang["text"]
+
+
+def test_the_rank_that_speaks_leaves_before_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun kills the whole step when one task has left: rank 0 may be behind by its interval."""
+    other = OtherRank(tmp_path, 0, "step", 7)
+    try:
+        seconds = leave(tmp_path, monkeypatch, rank=1, world_size=2)
+    finally:
+        other.close()
+    assert seconds >= (SILENT_INTERVALS + SPEAKER_INTERVALS) * 0.3, "it has not waited for rank 0"
+    assert read_events(tmp_path) == []
+
+
+def test_there_is_time_to_say_it_before_the_backstop(tmp_path: Path, corpus: Path) -> None:
+    """Watching the others takes longer than the backstop is set to."""
+    result = run_hanging("python", 60, tmp_path / "run", corpus, "watchdog.heartbeat_seconds=1")
+    assert result.returncode == EXIT_RESTART, result.stderr
+    assert [event["kind"] for event in read_events(tmp_path / "run")] == ["start", "hang"]
+
+
+def test_a_disk_that_fails_does_not_fail_the_end_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeat = Heartbeat(tmp_path, 0)
+    heartbeat.write({"rank": 0})
+
+    def read_only(*arguments: Any, **named: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", read_only)
+        heartbeat.close()
+        forget_ranks(tmp_path, 0)
 
 
 def wait_for(condition: Any, seconds: float = 90.0) -> Any:

@@ -28,11 +28,21 @@ class Alerts:
     def __init__(self, config: AlertsConfig, run_dir: Path, log: Callable[[str], None]) -> None:
         self._config, self._run_dir, self._log = config, run_dir, log
         self._threads: list[threading.Thread] = []
+        self._slow_ranks: set[int] = set()  # that have been told of
+
+    @property
+    def longest_wait_seconds(self) -> float:
+        """How long `wait` can take for one event."""
+        return 0.0 if self._config.command is None else self._config.timeout_seconds + 1.0
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Run the command, and do not wait for it."""
         if self._config.command is None or event["kind"] not in KINDS:
             return
+        if event["kind"] == "straggler":  # found again every so many steps, for days: told once in a start
+            if event["rank"] in self._slow_ranks:
+                return
+            self._slow_ranks.add(event["rank"])
         thread = threading.Thread(target=self._run, args=(event,), name="alert", daemon=True)
         self._threads.append(thread)
         thread.start()

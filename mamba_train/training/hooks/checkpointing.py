@@ -115,8 +115,9 @@ class CheckpointHook(Hook):
         if self._config.verify_forward:
             values["forward_loss"] = forward_loss(trainer.engine)
         best_step = state.best_validation_step if self._config.keep_best else None
-        # After a rollback those before it are kept until the run is calm again: it may have to go back further.
-        keep_all = state.guard.rollbacks > 0
+        # While steps are refused the checkpoint from before them is kept: the run may have to go back to it. After a
+        # rollback all are, until the run is calm again: it may have to go back further.
+        keep_all = state.guard.rollbacks > 0 or state.guard.refused_in_a_row > 0
 
         def then() -> None:
             state.save_seconds = time.perf_counter() - begin

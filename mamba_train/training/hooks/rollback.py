@@ -50,6 +50,8 @@ class RollbackHook(Hook):
         done = [entry["step"] for entry in state.ledger if entry["action"] == KIND]
         event = trainer.engine.ranks.first(lambda: self._decided(state.step, done))
         if event is None:
+            # A checkpoint of the last of the refused steps is there, and a kill came before the decision.
+            self._go_back_if_due(trainer)
             return
         for _ in range(state.step, event["step"]):  # a stream must be read to be passed over
             trainer.loader.step(state.samples)
@@ -59,10 +61,15 @@ class RollbackHook(Hook):
         self._go_back(trainer, event)
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
+        if not self._go_back_if_due(trainer):
+            self._give_up(trainer)
+
+    def _go_back_if_due(self, trainer: Trainer) -> bool:
+        """False when the run should go back and cannot."""
         state, after = trainer.state, self._config.rollback_after
         refused = state.guard.refused_in_a_row
         if not after or refused < after:
-            return
+            return True
         self._checkpointing.settle()
         n_before = state.guard.rollbacks
         # A checkpoint that has led to trouble again is not a good one.
@@ -71,7 +78,7 @@ class RollbackHook(Hook):
         if n_before < self._config.max_rollbacks:
             to_step = trainer.engine.ranks.first(lambda: self._newest_good(before))
         if to_step is None:
-            self._give_up(trainer, refused, n_before)
+            return False
         event = {"step": state.step, "to_step": to_step, "number": n_before + 1}
         text = (
             f"back to the checkpoint of step {to_step} after {refused} refused steps in a row; steps {to_step + 1} to "
@@ -79,12 +86,16 @@ class RollbackHook(Hook):
         )
         trainer.events.add(KIND, text, **event)
         self._go_back(trainer, event)
+        return True
 
-    def _give_up(self, trainer: Trainer, refused: int, n_before: int) -> NoReturn:
-        step = trainer.state.step
-        why = (
-            f"going back {n_before} times has not helped" if n_before else "there is no complete checkpoint before them"
-        )
+    def _give_up(self, trainer: Trainer) -> NoReturn:
+        step, guard = trainer.state.step, trainer.state.guard
+        refused, n_before = guard.refused_in_a_row, guard.rollbacks
+        why = "there is no complete checkpoint before them"
+        if n_before:
+            why = f"going back {n_before} times has not helped"
+        elif not self._config.max_rollbacks:
+            why = "guard.max_rollbacks=0 allows no going back"
         text = (
             f"{refused} steps in a row, up to step {step}, could not be applied, and {why}: "
             f"ledger.jsonl in {self._run_dir} says why each was refused; docs/operations.md, what to do"

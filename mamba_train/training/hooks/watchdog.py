@@ -31,6 +31,8 @@ FOLDER = "hangs"
 BACKSTOP_SECONDS = 60.0
 # Signs of life are compared over so many intervals.
 SILENT_INTERVALS = 3
+# So much later than the others may the rank be that speaks for them: each looks at the clock once in an interval.
+SPEAKER_INTERVALS = 2
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ class WatchdogHook(Hook):
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         if self._backstop is not None:
-            self._backstop.close()
             with contextlib.suppress(OSError):
+                self._backstop.close()
                 if not Path(self._backstop.name).stat().st_size:
                     Path(self._backstop.name).unlink()
         self._heartbeat.close()
@@ -113,7 +115,8 @@ class WatchdogHook(Hook):
             self._beat()
             if time.monotonic() - activity.since > activity.limit_seconds:
                 self._end(activity)
-            self._set_backstop(activity)
+            left = activity.limit_seconds - (time.monotonic() - activity.since)
+            self._set_backstop(max(left, 0) + pause)
             if self._closed.wait(pause):
                 return
 
@@ -131,8 +134,8 @@ class WatchdogHook(Hook):
             }
         )
 
-    def _set_backstop(self, activity: _Activity) -> None:
-        """C code writes the stacks and ends the process when this thread does not come back in time."""
+    def _set_backstop(self, seconds: float) -> None:
+        """C code writes the stacks and ends the process BACKSTOP_SECONDS after this thread should have come back."""
         if self._backstop is None:
             path = self._run_dir / FOLDER / f"rank_{self._ranks.rank:05d}_without_python.txt"
             try:
@@ -140,29 +143,42 @@ class WatchdogHook(Hook):
                 self._backstop = path.open("w")
             except OSError:
                 return
-        left = activity.limit_seconds - (time.monotonic() - activity.since)
-        faulthandler.dump_traceback_later(max(left, 0) + BACKSTOP_SECONDS, exit=True, file=self._backstop)
+        faulthandler.dump_traceback_later(seconds + BACKSTOP_SECONDS, exit=True, file=self._backstop)
 
     def _end(self, activity: _Activity) -> None:
+        interval, rank = self._config.heartbeat_seconds, self._ranks.rank
+        longest_alert = self._alerts.longest_wait_seconds
+        self._set_backstop((SILENT_INTERVALS + SPEAKER_INTERVALS) * interval + longest_alert)
         files = self._write_evidence(activity)
         before = read_heartbeats(self._run_dir)
-        for _ in range(SILENT_INTERVALS):
-            if self._closed.wait(self._config.heartbeat_seconds):
-                return
-            self._beat()
-        if self._activity is not activity:
+        self._stay(SILENT_INTERVALS * interval)
+        if self._closed.is_set() or self._activity is not activity:
             return  # it was only slow, and has gone on meanwhile
         now = read_heartbeats(self._run_dir)
-        silent = [rank for rank in before if rank != self._ranks.rank and before[rank] == now.get(rank)]
+        silent = [other for other in before if other != rank and before[other] == now.get(other)]
         text = self._text(activity, now, silent)
-        speaker = min(rank for rank in range(self._ranks.world_size) if rank not in silent)
-        if self._ranks.rank == speaker:
+        # One of those who find it out: a rank that is elsewhere may have an hour left.
+        here = [
+            other
+            for other, of in now.items()
+            if other not in silent and (of["activity"], of["step"]) == (activity.name, activity.step)
+        ]
+        if rank == min([rank, *here]):
             log = EventLog(self._run_dir)
             log.listeners.append(self._alerts.on_event)
             log.add("hang", text, step=activity.step, silent=silent, files=files)
             self._alerts.wait()
+        else:
+            # Whoever leaves first takes the others along, with srun at once: the one who says it must be the first.
+            self._stay(SPEAKER_INTERVALS * interval + longest_alert)
         os.write(sys.stderr.fileno(), f"error: {text}\n".encode())
         os._exit(EXIT_RESTART)
+
+    def _stay(self, seconds: float) -> None:
+        """Go on giving signs of life, until the run is closed."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self._closed.wait(min(left, self._config.heartbeat_seconds)):
+            self._beat()
 
     def _text(self, activity: _Activity, now: dict[int, dict[str, Any]], silent: list[int]) -> str:
         what = f"{activity.name} {activity.step}" if "step" in activity.name else activity.name
