@@ -59,7 +59,7 @@ class GraphedPasses:
     def _record(self, arguments: Arguments) -> _Recording | None:
         """None, and a line in the log, where something cannot be recorded."""
         inputs, targets, seq_idx, n_targets = arguments
-        static = (inputs.clone(), targets.clone(), None if seq_idx is None else seq_idx.clone(), n_targets.clone())
+        static = _copy(inputs), _copy(targets), None if seq_idx is None else _copy(seq_idx), _copy(n_targets)
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -83,3 +83,8 @@ class GraphedPasses:
                 parameter.grad = None
         else:
             torch._foreach_zero_([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy of the same strides, for which nothing is compiled again."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -38,10 +38,11 @@ def steps(model: ModelConfig, recorded: bool, **settings: object) -> tuple[Nativ
         for _ in range(2):
             length = 40 if step == 3 and not settings.get("compile") else 64
             tokens = torch.randint(0, 97, (3, length + 1), generator=generator)
-            seq_idx = (torch.randint(0, 20, (3, length), generator=generator) == 0).int().cumsum(1, dtype=torch.int32)
-            seq_idx -= seq_idx[:, :1]
+            starts = torch.randint(0, 20, (3, length + 1), generator=generator) == 0
+            seq_idx = starts.cumsum(1, dtype=torch.int32)
             n_targets = torch.tensor(6.0 * length)
-            arguments = [tensor.cuda() for tensor in (tokens[:, :-1], tokens[:, 1:], seq_idx, n_targets)]
+            tokens, seq_idx, n_targets = tokens.cuda(), (seq_idx - seq_idx[:, :1]).cuda(), n_targets.cuda()
+            arguments = (tokens[:, :-1], tokens[:, 1:], seq_idx[:, :-1], n_targets)  # views, as the training has them
             loss += engine.accumulate(*arguments).item()
         found.append((loss, engine.step(1e-2).grad_norm))
     return engine, found

@@ -1,4 +1,5 @@
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -33,3 +34,44 @@ def test_what_cannot_be_recorded_goes_on_without_a_graph(caplog: pytest.LogCaptu
         assert torch.equal(ours[1], plain[1])
     assert [record.message for record in caplog.records if "without a graph" in record.message] != []
     assert len(caplog.records) == 1
+
+
+def test_what_is_recorded_has_the_strides_of_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other ones a compiled model would be compiled again while the graph is recorded, which fails."""
+    calls: list[tuple[tuple[int, ...], ...]] = []
+    recorded: list[tuple[Tensor, ...]] = []
+    weight = nn.Parameter(torch.ones(5))
+
+    def passes(inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
+        assert seq_idx is not None
+        calls.append(tuple(tensor.stride() for tensor in (inputs, targets, seq_idx)))
+        recorded[:] = [(inputs, targets, seq_idx, n_targets)]
+        loss = ((weight * inputs - targets) * seq_idx).sum() / n_targets
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    class Graph:
+        def replay(self) -> None:
+            passes(*recorded[0])
+
+    for name, fake in (
+        ("CUDAGraph", Graph),
+        ("graph", lambda *_, **__: nullcontext()),
+        ("stream", lambda _: nullcontext()),
+        ("current_stream", lambda: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphed = GraphedPasses(passes, [weight])
+    gradients = []
+    for seed in range(4):
+        whole = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(seed))
+        arguments = (whole[0, :, :-1], whole[0, :, 1:], whole[1, :, :-1], torch.tensor(6.0))
+        graphed(*arguments)
+        gradients.append(weight.grad)
+        assert weight.grad is not None
+        expected = (arguments[0] * arguments[2]).sum(0) / 6
+        # The fake computes when it records, too, where a graph does not.
+        torch.testing.assert_close(weight.grad, 2 * expected if seed == 1 else expected)
+        graphed.clear_gradients()
+    assert calls == [((6, 1),) * 3] * len(calls)
+    assert gradients[1] is gradients[2] is gradients[3]
