@@ -210,7 +210,8 @@ def join() -> Ranks:
         return _joined
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # NCCL keeps a record of its last operations, which says who waits for whom when a step hangs.
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its old name, of which torch warns in every process
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if torch.cuda.is_available():
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
     host, port = here.address
