@@ -99,7 +99,8 @@ class LifeHook(Hook):
 
     def on_stop(self, trainer: Trainer) -> None:
         reason = trainer.stop.reason or "another rank was asked to stop"
-        self._events.add("stopped", f"stopped after step {trainer.state.step} ({reason})", step=trainer.state.step)
+        step = trainer.state.step
+        self._events.add("stopped", f"asked to stop, leaving after step {step} ({reason})", step=step)
 
     def on_end(self, trainer: Trainer) -> None:
         self._events.add("finished", f"finished after step {trainer.state.step}", step=trainer.state.step)
