@@ -11,7 +11,6 @@ from pathlib import Path
 from mamba_train.config import (
     Config,
     ContainerKind,
-    DataSource,
     EngineKind,
     EvaluationConfig,
     MixerKind,
@@ -21,6 +20,7 @@ from mamba_train.config import (
     SlurmConfig,
     layer_mixers,
 )
+from mamba_train.config_data import DataSource
 from mamba_train.config_data_checks import Problem, data_problems
 from mamba_train.ranks import launch
 

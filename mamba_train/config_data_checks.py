@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from mamba_train.config import Config, DataConfig, DataSource, SyntheticTask
+from mamba_train.config import Config
+from mamba_train.config_data import DataConfig, DataSource, SyntheticTask
 
 Problem = tuple[str, object, str]  # key, value, what is wrong with it and what is accepted
 

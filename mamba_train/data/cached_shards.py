@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mamba_train.config import DataConfig
+from mamba_train.config_data import DataConfig
 from mamba_train.data.batches import EVERYTHING, AnyCorpus, BatchSource, WindowForm
 from mamba_train.data.corpus import Corpus, ReadError
 from mamba_train.data.documents import SPLITS, Log

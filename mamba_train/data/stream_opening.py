@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_train.config import DataConfig, EncoderKind
+from mamba_train.config_data import DataConfig, EncoderKind
 from mamba_train.data.batches import EVERYTHING
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.documents import Log

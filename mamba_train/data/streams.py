@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mamba_train.config import BadDocuments, DataConfig, EncoderKind
+from mamba_train.config_data import BadDocuments, DataConfig, EncoderKind
 from mamba_train.data.bad_documents import BadDocumentFilter
 from mamba_train.data.batches import EVERYTHING, BatchSource, WindowForm
 from mamba_train.data.documents import Log

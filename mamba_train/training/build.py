@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from mamba_train import run_folder
 from mamba_train.checkpoint import resume_policy, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
-from mamba_train.config import Config, DataSource, ProgressMode
+from mamba_train.config import Config, ProgressMode
+from mamba_train.config_data import DataSource
 from mamba_train.data import cached_shards
 from mamba_train.data.batches import BatchSource, WindowForm
 from mamba_train.data.cached_shards import CachedSource

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mamba_train.checkpoint.layout import checkpoints_dir
-from mamba_train.config import Config, DataSource
+from mamba_train.config import Config
+from mamba_train.config_data import DataSource
 from mamba_train.data.batches import WindowForm
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.stream_opening import AnyOpened

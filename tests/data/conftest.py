@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config_data import DataConfig, DataSource
 from mamba_train.data.corpus import Corpus
 from tests.data.folders import write_folder
 

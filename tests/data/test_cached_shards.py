@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config_data import DataConfig, DataSource
 from mamba_train.data.batches import WindowForm
 from mamba_train.data.cached_shards import FAILURE_NAME, CachedSource, begin
 from mamba_train.data.corpus import ReadError

@@ -16,7 +16,8 @@ import torch
 
 from mamba_train.checkpoint.storage import load
 from mamba_train.commands.report import ensure_baseline
-from mamba_train.config import Config, DataConfig
+from mamba_train.config import Config
+from mamba_train.config_data import DataConfig
 from mamba_train.data.batches import IGNORE_INDEX, Batch, BatchSource, WindowForm
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.opening import OpenedData, open_folders
