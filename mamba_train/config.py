@@ -12,7 +12,7 @@ from enum import StrEnum
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from mamba_train.config_data import DataConfig
+from mamba_train.config_data import DataConfig, DataSource, patience_seconds
 
 
 class ScheduleKind(StrEnum):
@@ -234,6 +234,7 @@ class WatchdogConfig:
     enabled: bool = True  # end a run that hangs, so that it starts again
     first_step_seconds: float = 1800.0  # of a start: something may have to be compiled
     step_seconds: float = 300.0  # of the others
+    data_seconds: float | None = None  # for the data of a step; null: step_seconds, with a stream its patience
     between_steps_seconds: float = 3600.0  # validation, evaluation, a save
     heartbeat_seconds: float = 10.0  # between two signs of life of a rank
     straggler_interval_steps: int = 50  # how often the ranks are compared; 0: never
@@ -313,6 +314,14 @@ class Config:
     # Weights to begin with: a run, a checkpoint, published weights, a name on the Hub; null: drawn ones.
     init_from: str | None = None
     run_dir: str = MISSING
+
+
+def data_limit_seconds(config: Config) -> float:
+    """How long a rank may wait for the data of a step before the run counts as hung."""
+    if config.watchdog.data_seconds is not None:
+        return config.watchdog.data_seconds
+    streams = config.data.source is DataSource.stream
+    return max(config.watchdog.step_seconds, patience_seconds(config.data) if streams else 0.0)
 
 
 def layer_mixers(model: ModelConfig) -> list[MixerKind]:

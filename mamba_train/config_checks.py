@@ -96,7 +96,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected 0 to 1"
     optional = (
         "model.dt_rank model.vocab_size model.attention_heads model.attention_kv_heads model.attention_head_dim "
-        "evaluation.limit checkpoint.permanent_interval_steps slurm.nodes slurm.cpus_per_task"
+        "evaluation.limit checkpoint.permanent_interval_steps slurm.nodes slurm.cpus_per_task watchdog.data_seconds"
     )
     if config.data.workers is not None and config.data.workers < 0:
         yield "data.workers", config.data.workers, "expected null or 0 or more"

@@ -5,6 +5,8 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+LONGEST_ASKED_PAUSE_SECONDS = 600.0  # between two requests, by a server that says when to come back
+
 
 class DataSource(StrEnum):
     """Where the text comes from."""
@@ -91,3 +93,9 @@ class DataConfig:
     task_items: int = 16  # tokens to copy, or pairs of key and value
     test_lengths: list[int] = field(default_factory=list)  # at which a trained model is tested at the end
     test_samples: int = 256  # at each length
+
+
+def patience_seconds(data: DataConfig) -> float:
+    """How long a stream may wait for a server that brings nothing before it ends the run."""
+    retries = data.network_retries
+    return retries * LONGEST_ASKED_PAUSE_SECONDS + (retries + 1) * data.network_timeout_seconds

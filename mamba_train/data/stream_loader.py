@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -155,18 +154,15 @@ class StreamLoader(BatchLoader):
     def _n_rows(self) -> int:
         return self.source.global_batch_size // self._world_size
 
-    def step(self, first_sample: int) -> list[Batch]:
-        """As `BatchLoader.step`; what lies between the position of the source and that sample is read and dropped."""
-        began = time.perf_counter()
+    def _step(self, first_sample: int) -> list[Batch]:
+        """As `BatchLoader._step`; what lies between the position of the source and that sample is read and dropped."""
         if self._items is None or self.source.position != self._next_sample:
             self._start(self.source.position)  # also after another state was loaded
         if first_sample < self.source.position:
             raise ReadError(f"a stream cannot go back from sample {self.source.position} to {first_sample}")
         while self.source.position < first_sample:
             self._take()
-        batches = self._micro_batches(self._take())
-        self.wait_seconds = time.perf_counter() - began
-        return batches
+        return self._micro_batches(self._take())
 
     def begin(self, first_sample: int) -> None:
         """As `BatchLoader.begin`."""

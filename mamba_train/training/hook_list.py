@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_train.checkpoint.layout import checkpoints_dir
-from mamba_train.config import Config
+from mamba_train.config import Config, data_limit_seconds
 from mamba_train.config_data import DataSource
 from mamba_train.data.batches import WindowForm
 from mamba_train.data.manifest import TOKENIZER_NAME
@@ -66,7 +66,7 @@ def hooks_of(
         inspection.append(MemorySnapshotHook(run_dir, engine.rank, engine.device, log))
     task_at_steps, task_at_end = _task_hooks(config, data, log)
     alerts = Alerts(config.alerts, run_dir, log)
-    watchdog = WatchdogHook(run_dir, config.watchdog, engine.ranks, alerts)
+    watchdog = WatchdogHook(run_dir, config.watchdog, data_limit_seconds(config), engine.ranks, alerts)
     return [
         watchdog,
         *inspection,
