@@ -24,6 +24,8 @@ from mamba_train.config_data import DataSource
 from mamba_train.config_data_checks import Problem, data_problems
 from mamba_train.ranks import launch
 
+LONGEST_SECONDS = 365 * 86400  # what clocks and locks can take is not much more
+
 
 def check_config(config: Config, ignore: Collection[str] = ()) -> None:
     """Raise ValueError for the first value that cannot work, naming its key and what is accepted.
@@ -82,6 +84,10 @@ def _ranges(config: Config) -> Iterable[Problem]:
         value = _get(config, key)
         if value < 0:
             yield key, value, "expected 0 or more"
+    for key in ("first_step", "step", "data", "between_steps", "heartbeat"):
+        seconds = getattr(config.watchdog, f"{key}_seconds")
+        if seconds is not None and seconds > LONGEST_SECONDS:
+            yield f"watchdog.{key}_seconds", seconds, f"expected at most {LONGEST_SECONDS:,} (a year)"
     for key in ("guard.norm_ratio", "watchdog.straggler_ratio"):
         value = _get(config, key)
         if not value > 1:

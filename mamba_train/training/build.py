@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from mamba_train import run_folder
 from mamba_train.checkpoint import resume_policy, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
-from mamba_train.config import Config, ProgressMode
+from mamba_train.config import Config, ProgressMode, data_limit_seconds
 from mamba_train.config_data import DataSource
 from mamba_train.data import cached_shards
 from mamba_train.data.batches import BatchSource, WindowForm
@@ -36,8 +36,10 @@ from mamba_train.ranks import Ranks, join
 from mamba_train.training.audit import audit, format_audit
 from mamba_train.training.forward_check import check_forward_loss
 from mamba_train.training.hook_list import hooks_of
+from mamba_train.training.hooks.alerts import Alerts
 from mamba_train.training.hooks.base import Hook
 from mamba_train.training.hooks.harness import task_manager
+from mamba_train.training.hooks.watchdog import WatchdogHook
 from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
 from mamba_train.training.preemption import StopRequest
 from mamba_train.training.restoring import restore_tensors
@@ -84,6 +86,10 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
 
     lock = _HoldLock()
     ranks.first(lambda: lock.claim(run_dir, config.checkpoint.resume, log))
+    alerts = Alerts(config.alerts, run_dir, log)
+    watchdog = WatchdogHook(run_dir, config.watchdog, data_limit_seconds(config), ranks, alerts)
+    if ranks.world_size > 1:  # they wait for each other from here on
+        watchdog.start()
     events = EventLog(run_dir if is_first else None, log)
     events.listeners.append(lambda event: log(event["text"]))
     found = ranks.first(lambda: _find_checkpoint(run_dir, shown_config, fingerprints, events, log))
@@ -105,7 +111,9 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     ranks.first(lambda: _write_run_files(run_dir, config, data, engine))
     manager = ranks.together(lambda: task_manager(config.evaluation)) if config.evaluation.tasks else None
-    hooks = hooks_of(config, engine, data, source.form, progress, shown_config, fingerprints, manager, events, log)
+    hooks = hooks_of(
+        config, engine, data, source.form, progress, shown_config, fingerprints, manager, events, alerts, watchdog, log
+    )
     return Trainer(config, engine, source, state, [*hooks, lock], stop, events, loader)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mamba_train.training.trainer import Trainer
 
 LARGEST_LAYERS = 5
+KEPT_DOCUMENTS = 20  # entries whose documents stay in the checkpoint: a large batch has thousands of them
 
 
 def record_skip(trainer: Trainer, decision: Decision, result: StepResult) -> None:
@@ -43,6 +44,8 @@ def record_skip(trainer: Trainer, decision: Decision, result: StepResult) -> Non
     state.skipped_steps.append(state.step + 1)
     state.ledger.append(entry)
     trainer.events.add("skip", _text(entry, decision, trainer.guard.limits), **entry)
+    for old in state.ledger[:-KEPT_DOCUMENTS]:
+        old.pop("documents", None)  # ledger.jsonl has them
 
 
 def documents_of(source: Any, first_sample: int) -> dict[str, list[list[int]]]:

@@ -35,7 +35,7 @@ from mamba_train.training.trainer import Trainer
 step = Trainer._step
 where, seconds = sys.argv.pop(1), float(sys.argv.pop(1))
 def hang():
-    if where == "python":
+    if where != "lock":
         time.sleep(seconds)
     else:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # PyDLL keeps the lock
@@ -308,3 +308,30 @@ def test_a_rank_that_is_stopped_while_it_waits_for_its_data_is_named(tmp_path: P
     assert hang["silent"] == [1]
     assert "step 1 has not ended within 5 s: no sign of life of rank 1" in hang["text"]
     assert process.wait(120) != 0, log.read_text()[-3000:]
+
+
+@pytest.mark.slow
+def test_a_start_up_that_hangs_is_ended_too(tmp_path: Path, corpus: Path) -> None:
+    more = overrides(
+        corpus, tmp_path / "run", *LATE_DATA, "schedule.warmup_steps=1", "watchdog.between_steps_seconds=5"
+    )
+    command = torchrun(2, SLOW_RANK, "start", "1", "100", *more)
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, timeout=200
+    )
+    assert "error: start has not ended within 5 s" in result.stderr
+    names = {path.name for path in (tmp_path / "run" / "hangs").iterdir()}
+    assert {"step_00000000_rank_00000.txt", "step_00000000_rank_00001.txt"} <= names
+
+
+@pytest.mark.slow
+def test_a_start_up_that_fails_leaves_no_sign_of_life(tmp_path: Path, corpus: Path) -> None:
+    short = [*LATE_DATA, "schedule.warmup_steps=1"]
+    for more, code in (([], 0), (["model.d_state=8"], 1)):  # that is not the checkpoint's
+        command = torchrun(2, str(REPOSITORY / "train.py"), *overrides(corpus, tmp_path / "run", *short, *more))
+        result = subprocess.run(
+            command, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, timeout=200
+        )
+        assert result.returncode == code, result.stderr[-3000:]
+    assert "model.d_state was 4, is 8" in result.stderr
+    assert not list((tmp_path / "run").glob(f"{FOLDER}/*"))

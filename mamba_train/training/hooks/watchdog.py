@@ -9,6 +9,7 @@ Waiting for data has a limit of its own, as a stream may be patient with its ser
 meanwhile: as long as a rank is alive and waits for its data, their time does not count.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -63,8 +64,8 @@ class _EndOfHooks(Hook):
 class WatchdogHook(Hook):
     """The first hook of the list; `at_end` is the last one.
 
-    The first step has a long limit, as there is something to compile and to open; so have the hooks between two steps,
-    which validate and save.
+    The first step has a long limit, as there is something to compile and to open; so have the start-up, which loads,
+    and the hooks between two steps, which validate and save.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class WatchdogHook(Hook):
         self._others_waited_at = 0.0  # when another rank was last seen waiting for its data
         self._host = platform.node()
         self._heartbeat = Heartbeat(run_dir, ranks.rank)
-        self._activity = _Activity("start", 0, time.monotonic(), config.first_step_seconds)
+        self.begin("start", 0)
         self.first_step = 0  # of this start
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -91,16 +92,23 @@ class WatchdogHook(Hook):
         limit = limits.get(name, config.between_steps_seconds)
         self._activity = _Activity(name, step, time.monotonic(), limit)
 
-    def on_start(self, trainer: Trainer) -> None:
-        self.first_step = trainer.state.step + 1
-        self.begin("first step", self.first_step)
-        self._loader = trainer.loader
+    def start(self) -> None:
+        """Watch from now on; the run folder is this run's. Several ranks are watched from their start-up on."""
+        self.begin("start", 0)
         if self._ranks.rank == 0:
             forget_ranks(self._run_dir, self._ranks.world_size)
         if self._config.enabled:
+            atexit.register(self.close, failed=True)  # after a start-up that has failed nobody else closes it
             self._beat()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
+
+    def on_start(self, trainer: Trainer) -> None:
+        if self._thread is None:
+            self.start()
+        self.first_step = trainer.state.step + 1
+        self._loader = trainer.loader
+        self.begin("first step", self.first_step)
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         self.begin("after the step", trainer.state.step)
@@ -112,6 +120,7 @@ class WatchdogHook(Hook):
         self.begin("finishing", trainer.state.step)
 
     def close(self, failed: bool) -> None:
+        atexit.unregister(self.close)
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
