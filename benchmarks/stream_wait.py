@@ -39,7 +39,6 @@ OPTIONS = [
     "data.sequence_length=2048",
     "training.global_batch_size=32",
     "training.micro_batch_size=16",
-    "schedule.warmup_steps=10",
     "logging.ssm_health_interval_steps=0",
     "evaluation.sample_tokens=0",
     "logging.progress=plain",
@@ -77,7 +76,8 @@ def train(folder: Path, tokenizer: Path, steps: int, options: list[str], seconds
     command = [
         sys.executable, str(REPOSITORY / "train.py"), *OPTIONS, f"data.path={folder / 'text'}",
         f"data.tokenizer={tokenizer}", f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / 'run'}",
-        f"training.total_steps={steps}", f"checkpoint.interval_steps={steps}", *options,
+        f"training.total_steps={steps}", f"checkpoint.interval_steps={steps}",
+        f"schedule.warmup_steps={min(10, steps)}", *options,
     ]  # fmt: skip
     began = time.perf_counter()
     with log.open("w") as output:

@@ -87,8 +87,9 @@ class BatchLoader:
         self.wait_seconds = 0.0
         self.waiting_since: float | None = None
         self.came_at = 0.0
-        # Of the last step, where it is counted: bytes of the targets, documents left out, requests repeated.
-        self.counts: tuple[int, int, int] = (0, 0, 0)
+        # Of the last step, where it is counted: bytes of the targets, documents left out, requests repeated, and what
+        # the source makes epochs of.
+        self.counts: tuple[int, ...] = (0, 0, 0)
         self.finite = False  # the text ends: then there are no targets any more
         self._rank, self._world_size, self._micro_batch_size = rank, world_size, micro_batch_size
         self._workers, self._prefetch_batches, self._pin_memory = workers, prefetch_batches, pin_memory

@@ -116,10 +116,54 @@ class StreamSource:
 
     def gather(self, rank: int, world_size: int, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Learn from the other ranks where their lanes are; total: sums a tensor over all ranks."""
+        mine = self._lanes_of(rank, world_size)
+        self.cursors = total(torch.from_numpy(self.cursors * mine[None, :, None])).numpy()
+
+    def _lanes_of(self, rank: int, world_size: int) -> np.ndarray:
+        """Which lanes a rank reads, bool (lanes)."""
         # Rows begin at another lane than 0 where the batch had another size before.
         rows = (np.arange(self.n_lanes) - self.position) % self.global_batch_size
-        mine = rows * world_size // self.global_batch_size == rank
-        self.cursors = total(torch.from_numpy(self.cursors * mine[None, :, None])).numpy()
+        return np.asarray(rows * world_size // self.global_batch_size == rank)
+
+    def pieces_read(self, rank: int, world_size: int) -> list[int]:
+        """How many files, or parts of files, the lanes of a rank have read to the end, all together; of each source."""
+        epochs, pieces = self.cursors[:, self._lanes_of(rank, world_size), :2].sum(axis=1).T.tolist()
+        return [
+            epoch * self.lane_order(name).n_pieces + piece
+            for name, epoch, piece in zip(self.names, epochs, pieces, strict=True)
+        ]
+
+    def epochs_of(self, pieces_read: Sequence[int]) -> dict[str, float]:
+        """How often each source was read, in files that were read to the end; pieces_read: of all ranks."""
+        return {
+            name: read / (self.n_lanes * max(1, self.lane_order(name).n_pieces))
+            for name, read in zip(self.names, pieces_read, strict=True)
+        }
+
+    def documents_read(self, samples: np.ndarray, before: np.ndarray) -> dict[str, list[list[int | None]]]:
+        """By file, the lines of the first and last document of each of these samples' windows, in the order of reading.
+
+        before: what `cursors` were before. null: from the beginning of what the lane has of a file, or to its end.
+        """
+        found: dict[str, list[list[int | None]]] = {}
+        numbers = self.mixture.locate(samples)[0]
+        for number, lane in zip(numbers.tolist(), (samples % self.n_lanes).tolist(), strict=True):
+            name = self.names[number]
+            order, files = self.lane_order(name), self.files[name]
+            first, last = Cursor(*before[number, lane].tolist()), self.cursor(number, lane)
+            if first == last:  # the lane had ended
+                continue
+            # At its beginning a lane does not know yet which documents there are.
+            begins = None if first == Cursor() else order.line(lane, first)
+            ends = None if self._has_ended(last) else order.line(lane, last)
+            if first[:2] == last[:2]:
+                spans: list[tuple[Cursor, list[int | None]]] = [(first, [begins, ends])]
+            else:
+                spans = [(first, [begins, None]), *([(last, [None, ends])] if ends is not None else [])]
+            for cursor, span in spans:
+                file = files[order.pieces(lane, cursor.epoch)[cursor.piece].file]
+                found.setdefault(file.name, []).append(span)
+        return found
 
     def own_state(self) -> dict[str, Any]:
         """Where the lanes are, for the checkpoint, in JSON values that a person can read."""
@@ -132,9 +176,11 @@ class StreamSource:
 
     def _described(self, name: str, lane: int, cursor: Cursor) -> dict[str, Any]:
         pieces = self.lane_order(name).pieces(lane, cursor.epoch)
-        ended = cursor.epoch > 0 and not self.data.repeat
-        file = self.files[name][pieces[cursor.piece].file].name if pieces and not ended else None
+        file = self.files[name][pieces[cursor.piece].file].name if pieces and not self._has_ended(cursor) else None
         return {"file": file, **cursor._asdict()}
+
+    def _has_ended(self, cursor: Cursor) -> bool:
+        return cursor.epoch > 0 and not self.data.repeat
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `own_state` gave. Raises ValueError (`data.lanes`) for another number of lanes."""
@@ -173,7 +219,7 @@ class StreamSource:
         )  # fmt: skip
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Nothing: how long an epoch is shows when it is over (the checkpoint has the epoch of each lane)."""
+        """Nothing: a number of samples does not say; see `epochs_of`."""
         return {}
 
     def bytes_per_target(self, sample: int) -> float:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mamba_train.composition import compose_config
+from mamba_train.monitor.event_log import read_events
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.rollback import RollbackHook
 from tests.data.conftest import make_texts
@@ -192,3 +193,22 @@ def test_a_rollback_that_a_kill_has_interrupted_passes_over_the_same_text(
     records = metrics(tmp_path / "killed")
     assert [record["step"] for record in records] == list(range(1, 25))
     assert [record["step"] for record in records if record["skipped"]] == [11, 12, 13, 14]
+
+
+@pytest.mark.slow
+def test_a_skip_names_the_documents_of_all_ranks(text: Path, tmp_path: Path) -> None:
+    # So narrow that the noise of a healthy run is outside.
+    narrow = ["guard.min_steps=2", "guard.deviations=1e-9", "guard.loss_rise=1e-9", "guard.rollback_after=0"]
+    found = []
+    for ranks, engine in ((1, []), (2, ["engine=ddp", "engine.device=cpu"])):
+        result = run(text, tmp_path / str(ranks), *narrow, *engine, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        events = [event for event in read_events(tmp_path / str(ranks)) if event["kind"] == "skip"]
+        found.append({event["step"]: event["documents"] for event in events})
+        epochs = [record["epochs"] for record in metrics(tmp_path / str(ranks))]
+        assert epochs == sorted(epochs)
+        assert epochs[0] == 0
+    both = found[0].keys() & found[1].keys()
+    assert both
+    assert all(found[0][step] == found[1][step] for step in both)
+    assert all(sum(map(len, documents.values())) >= 4 for documents in found[1].values()), "of each row"
