@@ -36,12 +36,16 @@ ENCODE_CHARACTERS = {EncoderKind.tokenizers: 1 << 14, EncoderKind.fastokens: 1 <
 
 @dataclass(frozen=True)
 class StreamFile:
-    """One file, or one part of a dataset of the hub; `place` is its path or address, `size` its stored bytes."""
+    """One file, or one part of a dataset of the hub; `place` is its path or address, `size` its stored bytes.
+
+    modified: when it was last written, in seconds since 1970; 0 where nobody says.
+    """
 
     name: str
     size: int
     place: str
     hub: HubText | None = None
+    modified: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """JSON values for `from_json`."""
@@ -91,6 +95,7 @@ class StreamSource:
         self.tokenizer, self.data, self.form = tokenizer, data, form
         self.global_batch_size, self.seed = global_batch_size, seed
         self.changes: list[dict[str, object]] = []  # as in BatchSource; there are none in streams
+        self.rewritten: list[str] = []  # files of the same size as before, written since the checkpoint's first start
         self.position = 0
         self.set_stages([Stage(step, step * global_batch_size, weights) for step, weights in stages])
 
@@ -168,10 +173,11 @@ class StreamSource:
     def own_state(self) -> dict[str, Any]:
         """Where the lanes are, for the checkpoint, in JSON values that a person can read."""
         return {
+            "newest_file": max((file.modified for listed in self.files.values() for file in listed), default=0.0),
             "lanes": {
                 name: [self._described(name, lane, Cursor(*cursor)) for lane, cursor in enumerate(cursors.tolist())]
                 for name, cursors in zip(self.names, self.cursors, strict=True)
-            }
+            },
         }
 
     def _described(self, name: str, lane: int, cursor: Cursor) -> dict[str, Any]:
@@ -195,6 +201,8 @@ class StreamSource:
                 )
             self.cursors[number] = [[lane[field] for field in Cursor._fields] for lane in saved]
         self.position = state["samples"]
+        everything = [file for listed in self.files.values() for file in listed]
+        self.rewritten = [file.place for file in everything if file.modified > state["newest_file"]]
 
     def cursor(self, number: int, lane: int) -> Cursor:
         """Where a lane of the source `names[number]` is."""

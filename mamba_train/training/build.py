@@ -96,7 +96,7 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     checkpoint = None if found is None else Path(found)
     state = TrainState()
     if checkpoint is not None:
-        state = _resume_data(checkpoint, source, config.data.allow_changed, ranks, log)
+        state = _resume_data(checkpoint, source, config.data.allow_changed, ranks, events, log)
     loader = make_loader(config, engine, source)
     loader.begin(state.samples)  # workers come to their places while the rest starts up
     ranks.together(lambda: engine.prepare(config.model, config.optim, config.seed))
@@ -231,13 +231,22 @@ def _find_checkpoint(
     return str(path)
 
 
-def _resume_data(checkpoint: Path, source: Source, allow_changed: bool, ranks: Ranks, log: Log) -> TrainState:
+def _resume_data(
+    checkpoint: Path, source: Source, allow_changed: bool, ranks: Ranks, events: EventLog, log: Log
+) -> TrainState:
     record = storage.read_record(checkpoint)
     state = TrainState.from_json(record.state["train"])
     changed = ranks.together(lambda: restore(source, record.state["data"], state.step, allow_changed))
     if changed:
         names = ", ".join(name for name in changed if name) or "the training text"
         log(f"warning: data.allow_changed=true: the tokens of {names} are others than before step {state.step}")
+    if isinstance(source, StreamSource) and (rewritten := source.rewritten):
+        others = f" and {len(rewritten) - 1} more have" if len(rewritten) > 1 else " has"
+        text = (
+            f"warning: {rewritten[0]}{others} the size that the checkpoint knows and a later time: if that is a copy, "
+            "nothing is lost; if the text was edited, the tokens from here on are others"
+        )
+        events.add("files rewritten", text, step=state.step, n_files=len(rewritten))
     return state
 
 

@@ -212,3 +212,22 @@ def test_a_skip_names_the_documents_of_all_ranks(text: Path, tmp_path: Path) -> 
     assert both
     assert all(found[0][step] == found[1][step] for step in both)
     assert all(sum(map(len, documents.values())) >= 4 for documents in found[1].values()), "of each row"
+
+
+def test_files_that_were_written_since_are_named(text: Path, tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "text", [make_texts(160, seed=i) for i in range(3)])
+    (tmp_path / "tokenizer.json").write_bytes((text.parent / "tokenizer.json").read_bytes())
+    config = compose_config(command(folder, tmp_path / "run", "training.total_steps=8")[2:])
+    build_trainer(config).run()
+    config.training.total_steps = 12
+    build_trainer(config).run()
+    assert "files rewritten" not in [event["kind"] for event in read_events(tmp_path / "run")]
+    later = time.time() + 60
+    for name in ("001", "002"):
+        os.utime(folder / f"{name}.jsonl.zst", (later, later))
+    for total_steps in (16, 20):  # said once
+        config.training.total_steps = total_steps
+        build_trainer(config).run()
+    (event,) = [event for event in read_events(tmp_path / "run") if event["kind"] == "files rewritten"]
+    assert event["n_files"] == 2
+    assert "001.jsonl.zst and 1 more have the size that the checkpoint knows and a later time" in event["text"]
