@@ -81,7 +81,7 @@ class DataConfig:
     continue_lanes: bool = False  # row j of a step goes on with the text of row j of the step before; checked
     cache_shards: bool = False  # write shards into cache_dir meanwhile, and train on those that are finished
     cache_group_mib: int = 64  # stored MiB of input files that become shards at once
-    cache_workers: int = 2  # processes that make them, beside rank 0
+    cache_workers: int = 2  # processes that make them, of each source, beside rank 0
     encoder: EncoderKind = EncoderKind.tokenizers
     network_retries: int = 8  # of a request in a row, with longer and longer pauses, before the run ends
     network_timeout_seconds: float = 60.0  # without a single byte

@@ -134,9 +134,13 @@ def _stream(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedStream, Sourc
     listed = ranks.first(lambda: list_stream(config.data, log))
     data = ranks.together(lambda: open_stream(config.data, listed))
     if config.data.cache_shards:
-        folder = Path(ranks.first(lambda: str(cached_shards.begin(config.data, data.tokenizer, log))))
+        begun = ranks.first(
+            lambda: {name: str(path) for name, path in cached_shards.begin(config.data, data.tokenizer, log).items()}
+        )
+        folders = {name: Path(path) for name, path in begun.items()}
         batch_size = config.training.global_batch_size
-        return data, ranks.together(lambda: CachedSource(folder, batch_size, config.seed, _form(config)))
+        source = ranks.together(lambda: CachedSource(folders, batch_size, config.seed, _form(config), data.stages))
+        return data, source
     batch_size, tokenizer = config.training.global_batch_size, data.tokenizer.serialised
     return data, StreamSource(data.files, tokenizer, config.data, batch_size, config.seed, _form(config), data.stages)
 

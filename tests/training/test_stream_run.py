@@ -231,3 +231,20 @@ def test_files_that_were_written_since_are_named(text: Path, tmp_path: Path) -> 
     (event,) = [event for event in read_events(tmp_path / "run") if event["kind"] == "files rewritten"]
     assert event["n_files"] == 2
     assert "001.jsonl.zst and 1 more have the size that the checkpoint knows and a later time" in event["text"]
+
+
+def test_shards_of_a_mixture_are_made_meanwhile(text: Path, tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "text", [make_texts(160, seed=3)])
+    sources = [f"+data.sources.a={text}", f"+data.sources.b={folder}"]
+    mixture = "data.mixture=[{from_step:0,weights:{a:3,b:1}},{from_step:6,weights:{b:1}}]"
+    options = [option for option in command(text, tmp_path / "run")[2:] if not option.startswith("data.path=")]
+    options += ["data.cache_shards=true", "data.cache_workers=1", f"data.cache_dir={tmp_path / 'cache'}"]
+    options += [*sources, mixture, "schedule=constant"]
+    found = []
+    for starts in ([12], [5, 12]):
+        run_dir = tmp_path / str(len(starts))
+        for total_steps in starts:
+            build_trainer(compose_config([*options, f"run_dir={run_dir}", f"training.total_steps={total_steps}"])).run()
+        found.append(losses(run_dir))
+    assert found[0] == found[1]
+    assert {"epochs/a", "epochs/b"} <= metrics(tmp_path / "1")[-1].keys()
