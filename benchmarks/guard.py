@@ -1,14 +1,16 @@
 """What the numerical guard costs: a step of a model with it, beside the same step with a plain test for NaN.
 
-    python benchmarks/guard.py model=mamba_130m --batch 8 --length 1024 --steps 40
+    python benchmarks/guard.py model=mamba_130m --batch 8 --length 2048 --pairs 150
 
-Two loops over one engine, in turns: `plain` asks the engine's own judge (a gradient that is not finite is skipped) and
-reads the loss after the update, `guard` judges loss and norm against a full window before the update, as the trainer
-does. Prints the median step and its quartiles of each, the difference, the time that the host spends on judging, and
-how often a step waits for the device (on CUDA, as torch's sync debug mode counts).
+Two kinds of steps of one engine, in turns, as train.py makes them (on one GPU from a CUDA graph): `plain` asks the
+engine's own judge (a gradient that is not finite is skipped) and reads the loss after the update, `guard` judges loss
+and norm against a full window before the update. Prints the median step and its quartiles of each; the difference
+within pairs of neighbours, its mean with the standard error, a tenth of the pairs left out at either end; the time that
+the host spends on judging; and how often a step waits for the device (on CUDA, as torch's sync debug mode counts).
 """
 
 import argparse
+import math
 import statistics
 import time
 import warnings
@@ -36,12 +38,10 @@ def full_window(config: GuardConfig) -> GuardState:
 
 
 def backward(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
+    n_targets = torch.tensor(tokens[:, 1:].numel(), device=engine.device)
     loss = torch.zeros((), device=engine.device)
     for batch in engine.micro_batches([tokens]):
-        with engine.compute():
-            micro_loss = engine.model(batch[:, :-1], batch[:, 1:], None) / batch[:, 1:].numel()
-        engine.backward(micro_loss)
-        loss += micro_loss.detach()
+        loss += engine.accumulate(batch[:, :-1], batch[:, 1:], None, n_targets)
     return loss
 
 
@@ -86,7 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8, help="sequences")
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=40, help="of each loop")
+    parser.add_argument("--pairs", type=int, default=40, help="of a step of either kind")
+    parser.add_argument("--warm-up", type=int, default=5, help="pairs that are not counted")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     config = compose_config([*args.overrides, "run_dir=unused"])
@@ -99,28 +100,30 @@ def main() -> None:
         "plain": lambda: plain_step(engine, tokens),
         "guard": lambda: guarded_step(engine, tokens, guard),
     }
-    for step in (*loops.values(), *loops.values()):
-        step()
     times: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(args.steps):
+    for number in range(-args.warm_up, args.pairs):
         # Each goes first as often as the other.
         for name, step in list(loops.items())[:: 1 if number % 2 else -1]:
             begin = time.perf_counter()
             step()
             if engine.device.type == "cuda":
                 torch.cuda.synchronize()
-            times[name].append(1e3 * (time.perf_counter() - begin))
+            if number >= 0:
+                times[name].append(1e3 * (time.perf_counter() - begin))
     print(f"{config.model.name}, {args.batch} x {args.length} tokens, {engine.device}, torch {torch.__version__}")
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4)
         waits = count_waits(loops[name], engine.device)
         print(f"{name}: {median:.3f} ms (quartiles {low:.3f} to {high:.3f}), waits: {waits}")
     # Of neighbours in time, so that a clock that changes under both cancels out.
-    differences = [with_it - without for without, with_it in zip(times["plain"], times["guard"], strict=True)]
-    low, median, high = statistics.quantiles(differences, n=4)
+    differences = sorted(with_it - without for without, with_it in zip(times["plain"], times["guard"], strict=True))
+    middle = differences[len(differences) // 10 : len(differences) - len(differences) // 10]
+    mean, error = statistics.mean(middle), statistics.stdev(middle) / math.sqrt(len(middle))
     whole = statistics.median(times["plain"])
     print(
-        f"difference: {median:+.3f} ms ({100 * median / whole:+.2f}% of a step; quartiles {low:+.3f} to {high:+.3f} ms)"
+        f"difference within {len(middle)} of {len(differences)} pairs: {mean:+.3f} +- {error:.3f} ms "
+        f"({100 * mean / whole:+.2f} +- {100 * error / whole:.2f}% of a step), median "
+        f"{statistics.median(differences):+.3f} ms"
     )
     seconds = host_seconds(Guard(config.guard, config.optim.max_grad_norm, full_window(config.guard)))
     print(f"host, judging and taking in: {1e6 * seconds:.0f} us ({1e5 * seconds / whole:.3f}% of a step)")

@@ -1,17 +1,20 @@
 """What a device waits for text that is tokenised while it trains, and what going on in the middle of it costs.
 
-    python -m benchmarks.stream_wait FOLDER [--steps 60] [--more-steps 30] [--mib 160] [--tokenizer FILE] [KEY=VALUE]
+    python -m benchmarks.stream_wait FOLDER [--steps 60] [--more-steps 30] [--mib 160] [--tokenizer FILE]
+                                            [--seconds S] [KEY=VALUE ...]
 
 Writes Python sources of this machine (its standard library and what is installed) as `.jsonl.zst` files into FOLDER,
 fewer files than lanes, trains a tokenizer on some of them unless one is given, and runs train.py on them: mamba_130m,
 32 sequences of 2,048 tokens a step, or what KEY=VALUE says. The run is then gone on with from its checkpoint for
 --more-steps. Printed of both: tokens per second (median of the steps after the tenth), and how long a step waited for
-its data: the first, and the median and the most of those after it.
+its data: the first, and the median and the most of those after it; on the way, the same of every ten steps. A run is
+killed after --seconds, and what it has recorded until then is what is printed.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -20,6 +23,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -27,7 +31,7 @@ from mamba_train.data.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VOCAB_SIZE, TOKENIZER_BYTES = 16384, 6_000_000
-SETTLED_STEPS = 10
+SETTLED_STEPS = SHOWN_STEPS = 10
 OPTIONS = [
     "model=mamba_130m",
     "data=stream",
@@ -35,7 +39,8 @@ OPTIONS = [
     "data.sequence_length=2048",
     "training.global_batch_size=32",
     "training.micro_batch_size=16",
-    "schedule.warmup_steps=10",
+    "logging.ssm_health_interval_steps=0",
+    "evaluation.sample_tokens=0",
     "logging.progress=plain",
     "logging.wandb=disabled",
 ]
@@ -64,29 +69,59 @@ def write_text(folder: Path, n_files: int, n_bytes: int) -> list[str]:
     return texts
 
 
-def train(folder: Path, tokenizer: Path, steps: int, options: list[str]) -> str:
-    """Run train.py to a step; returns what there is to say about the steps of this start."""
-    metrics = folder / "run" / "metrics.jsonl"
-    n_before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+def train(folder: Path, tokenizer: Path, steps: int, options: list[str], seconds: float) -> None:
+    """Run train.py to a step, and print what there is to say about the steps of this start."""
+    metrics, log = folder / "run" / "metrics.jsonl", folder / "log.txt"
+    n_before = len(read(metrics))
     command = [
         sys.executable, str(REPOSITORY / "train.py"), *OPTIONS, f"data.path={folder / 'text'}",
         f"data.tokenizer={tokenizer}", f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / 'run'}",
-        f"training.total_steps={steps}", f"checkpoint.interval_steps={steps}", *options,
+        f"training.total_steps={steps}", f"checkpoint.interval_steps={steps}",
+        f"schedule.warmup_steps={min(10, steps)}", *options,
     ]  # fmt: skip
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise SystemExit(f"train.py failed ({done.returncode}):\n{done.stdout[-3000:]}")
-    records = [json.loads(line) for line in metrics.read_text().splitlines()[n_before:]]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+    n_shown = 0
+    while process.poll() is None:
+        time.sleep(0.2)
+        records = read(metrics)[n_before:]
+        while len(records) >= n_shown + SHOWN_STEPS:
+            if not n_shown:
+                print(f"the first {SHOWN_STEPS} steps were done after {time.perf_counter() - began:.1f} s", flush=True)
+            print(describe(records[n_shown : n_shown + SHOWN_STEPS]), flush=True)
+            n_shown += SHOWN_STEPS
+        if time.perf_counter() - began > seconds:
+            process.kill()
+            print(f"killed after {seconds:.0f} s", flush=True)
+            process.wait()
+    records = read(metrics)[n_before:]
+    if len(records) < 2 or process.returncode > 0:
+        raise SystemExit(f"train.py ended with {process.returncode}:\n{log.read_text()[-3000:]}")
     waits = [record["data_wait_seconds"] * 1e3 for record in records]
     settled = records[min(SETTLED_STEPS, len(records) // 2) :]
-    rates = [record["tokens_per_second"] for record in settled]
-    seconds = [record["step_seconds"] * 1e3 for record in settled]
+    print(
+        f"in all: {describe(settled)}; the first step waited {waits[0]:.1f} ms, those after it {max(waits[1:]):.2f} ms "
+        f"at most; the whole command {time.perf_counter() - began:.1f} s",
+        flush=True,
+    )
+
+
+def read(metrics: Path) -> list[dict[str, Any]]:
+    """The records that are complete."""
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def describe(records: list[dict[str, Any]]) -> str:
+    """Speed and waiting of some steps."""
+    waits = [record["data_wait_seconds"] * 1e3 for record in records]
+    rates = [record["tokens_per_second"] for record in records]
+    seconds = [record["step_seconds"] * 1e3 for record in records]
     return (
         f"steps {records[0]['step']} to {records[-1]['step']}: {statistics.median(rates):,.0f} tokens per second "
-        f"({min(rates):,.0f} to {max(rates):,.0f}), a step {statistics.median(seconds):.1f} ms; waited for data: first "
-        f"step {waits[0]:.1f} ms, then median {statistics.median(waits[1:]):.2f} ms, at most {max(waits[1:]):.2f} ms; "
-        f"the whole command {time.perf_counter() - began:.1f} s"
+        f"({min(rates):,.0f} to {max(rates):,.0f}), a step {statistics.median(seconds):.1f} ms, of which it waited for "
+        f"data: median {statistics.median(waits):.2f} ms, at most {max(waits):.2f} ms"
     )
 
 
@@ -98,6 +133,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=160)
     parser.add_argument("--files", type=int, default=6)
     parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of each run")
     parser.add_argument("options", nargs="*")
     args = parser.parse_intermixed_args()
     folder, tokenizer = args.folder.absolute(), args.tokenizer or args.folder.absolute() / "tokenizer.json"
@@ -112,9 +148,9 @@ def main() -> None:
         f"{stored / 1e6:.0f} MB together; {os.cpu_count()} processors; {' '.join([*OPTIONS, *args.options])}",
         flush=True,
     )
-    print(train(folder, tokenizer, args.steps, args.options), flush=True)
+    train(folder, tokenizer, args.steps, args.options, args.seconds)
     if args.more_steps:
-        print(train(folder, tokenizer, args.steps + args.more_steps, args.options), flush=True)
+        train(folder, tokenizer, args.steps + args.more_steps, args.options, args.seconds)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mamba_train.config import DataConfig, DataSource, EncoderKind
+from mamba_train.config_data import DataConfig, DataSource, EncoderKind
 from mamba_train.data.batches import WindowForm, document_numbers
 from mamba_train.data.encoders import Encoder, fastokens_call
 from mamba_train.data.lanes import Cursor

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_prep.options import PRESETS, add_input_options, fields_of, hub_options, positive, preset_of
 from data_prep.progress import Bar
-from mamba_train.config import BadDocuments
+from mamba_train.config_data import BadDocuments
 from mamba_train.data.bad_documents import BadDocumentFilter
 from mamba_train.data.hub_text import read_hub
 from mamba_train.data.shard_job import Input, find_inputs

@@ -11,7 +11,6 @@ from pathlib import Path
 from mamba_train.config import (
     Config,
     ContainerKind,
-    DataSource,
     EngineKind,
     EvaluationConfig,
     MixerKind,
@@ -21,8 +20,11 @@ from mamba_train.config import (
     SlurmConfig,
     layer_mixers,
 )
+from mamba_train.config_data import DataSource
 from mamba_train.config_data_checks import Problem, data_problems
 from mamba_train.ranks import launch
+
+LONGEST_SECONDS = 365 * 86400  # what clocks and locks can take is not much more
 
 
 def check_config(config: Config, ignore: Collection[str] = ()) -> None:
@@ -82,6 +84,10 @@ def _ranges(config: Config) -> Iterable[Problem]:
         value = _get(config, key)
         if value < 0:
             yield key, value, "expected 0 or more"
+    for key in ("first_step", "step", "data", "between_steps", "heartbeat"):
+        seconds = getattr(config.watchdog, f"{key}_seconds")
+        if seconds is not None and seconds > LONGEST_SECONDS:
+            yield f"watchdog.{key}_seconds", seconds, f"expected at most {LONGEST_SECONDS:,} (a year)"
     for key in ("guard.norm_ratio", "watchdog.straggler_ratio"):
         value = _get(config, key)
         if not value > 1:
@@ -96,7 +102,7 @@ def _ranges(config: Config) -> Iterable[Problem]:
             yield key, value, "expected 0 to 1"
     optional = (
         "model.dt_rank model.vocab_size model.attention_heads model.attention_kv_heads model.attention_head_dim "
-        "evaluation.limit checkpoint.permanent_interval_steps slurm.nodes slurm.cpus_per_task"
+        "evaluation.limit checkpoint.permanent_interval_steps slurm.nodes slurm.cpus_per_task watchdog.data_seconds"
     )
     if config.data.workers is not None and config.data.workers < 0:
         yield "data.workers", config.data.workers, "expected null or 0 or more"

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from mamba_train.config import Config, DataConfig, DataSource, SyntheticTask
+from mamba_train.config import Config
+from mamba_train.config_data import DataConfig, DataSource, SyntheticTask, patience_seconds
 
 Problem = tuple[str, object, str]  # key, value, what is wrong with it and what is accepted
 
@@ -84,6 +85,14 @@ def _shards(data: DataConfig) -> Iterable[Problem]:
             yield f"data.sources.{name}", path, SHARDS_EXPECTED
 
 
+REMOTE = r"https?://|hf:"  # how a place begins that is not on this machine
+
+
+def _places(data: DataConfig) -> dict[str, str | None]:
+    """What is read, by key."""
+    return {"data.path": data.path, **{f"data.sources.{name}": place for name, place in data.sources.items()}}
+
+
 def _stream(config: Config) -> Iterable[Problem]:
     data, batch = config.data, config.training.global_batch_size
     if data.tokenizer is None:
@@ -92,8 +101,8 @@ def _stream(config: Config) -> Iterable[Problem]:
         yield "data.path", data.path, "expected null beside data.sources; give the place a name there"
     elif not data.sources and not data.path:
         yield "data.path", data.path, "expected files, a folder, a glob, an address (http...) or hf:NAME"
-    for key, place in {"data.path": data.path, **{f"data.sources.{k}": v for k, v in data.sources.items()}}.items():
-        is_here = place and not re.match(r"https?://|hf:", place) and not re.search(r"[*?\[]", place)
+    for key, place in _places(data).items():
+        is_here = place and not re.match(REMOTE, place) and not re.search(r"[*?\[]", place)
         if is_here and not Path(str(place)).expanduser().exists():
             yield key, place, "there is no such file or folder"
     if data.lanes is not None and (data.lanes < 1 or data.lanes % batch):
@@ -104,6 +113,14 @@ def _stream(config: Config) -> Iterable[Problem]:
         yield "data.network_retries", data.network_retries, "expected 0 or more"
     if data.network_timeout_seconds <= 0:
         yield "data.network_timeout_seconds", data.network_timeout_seconds, "expected more than 0"
+    limit, patience = config.watchdog.data_seconds, patience_seconds(data)
+    is_remote = any(re.match(REMOTE, place or "") for place in _places(data).values())
+    if is_remote and limit is not None and limit < patience:
+        problem = (
+            f"expected null or at least {patience:g}: so long may data.network_retries={data.network_retries} with "
+            f"data.network_timeout_seconds={data.network_timeout_seconds:g} wait for a server"
+        )
+        yield "watchdog.data_seconds", limit, problem
     if data.mixture and not data.repeat:
         yield "data.repeat", data.repeat, "expected true with data.mixture: its sources do not end together"
     for number, stage in enumerate(data.mixture):
@@ -125,13 +142,16 @@ def _stream(config: Config) -> Iterable[Problem]:
 
 
 def _cached(data: DataConfig) -> Iterable[Problem]:
-    for key in ("sources", "mixture", "lanes", "continue_lanes", "shuffle_files", "shuffle_documents"):
+    if data.sources and not data.mixture:
+        yield "data.mixture", data.mixture, "expected weights for data.sources with data.cache_shards=true"
+    for key in ("lanes", "continue_lanes", "shuffle_files", "shuffle_documents"):
         if getattr(data, key):
             yield f"data.{key}", getattr(data, key), "not used with data.cache_shards=true: leave it out"
     if not data.repeat:
         yield "data.repeat", data.repeat, "expected true with data.cache_shards=true"
-    if re.match(r"https?://|hf://", data.path or ""):
-        yield "data.path", data.path, "expected files or hf:NAME with data.cache_shards=true"
+    for key, place in _places(data).items():
+        if re.match(r"https?://|hf://", place or ""):
+            yield key, place, "expected files or hf:NAME with data.cache_shards=true"
 
 
 def _loading(data: DataConfig) -> Iterable[Problem]:

@@ -27,6 +27,8 @@ T = TypeVar("T")
 # Between two questions to the store: often at first, then seldom, as there may be hundreds who ask.
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.01, 0.5
 PART_CHARACTERS = 4 << 20  # the store hangs up on whoever sends it more than 8 MiB at once
+# Of a collective operation: ranks may wait long for one that saves or has no data yet, and the watchdog knows better.
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
 # Jobs of one cluster that share a node must not meet at one port.
 FIRST_PORT, N_PORTS = 20000, 20000
 
@@ -221,7 +223,9 @@ def join() -> Ranks:
     tcp = dist.TCPStore(host, port, is_master=listens, timeout=timedelta(minutes=10))
     # A restart by torchrun finds the keys of the attempt before it.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
-    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size)
+    dist.init_process_group(
+        backend, store=store, rank=here.rank, world_size=here.world_size, timeout=COLLECTIVE_TIMEOUT
+    )
     _joined = Ranks(here, store)
     return _joined
 

@@ -28,7 +28,7 @@ DEFAULT_FOLDER = Path("runs")
 TAIL_BYTES = 2**16
 SHOWN_STARTS = 5
 FOLLOW_SECONDS = 5.0
-SILENT_SECONDS = 60.0
+SILENT_SECONDS, SILENT_INTERVALS = 60.0, 3  # without a sign of life, whichever is longer
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,15 @@ def _figures(status: Status, now: float) -> list[tuple[str, str]]:
 
 def _signs_of_life(heartbeats: dict[int, dict[str, Any]], now: float) -> str:
     """What the ranks do, and which of them are behind the others or have said nothing for a while."""
-    newest = max(of["time"] for of in heartbeats.values())
+    newest = max(of["changed"] for of in heartbeats.values())
     farthest = max((of["step"], of["activity"]) for of in heartbeats.values())
     text = f"{len(heartbeats)}, {farthest[1]} {farthest[0]:,}, last sign of life {_ago(newest, now)}"
     # Against the newest of them and not the clock here, which may differ.
-    silent = [rank for rank, of in heartbeats.items() if newest - of["time"] > SILENT_SECONDS]
+    silent = [
+        rank
+        for rank, of in heartbeats.items()
+        if newest - of["changed"] > max(SILENT_SECONDS, SILENT_INTERVALS * of.get("every_seconds", 0.0))
+    ]
     behind = [rank for rank, of in heartbeats.items() if rank not in silent and of["step"] < farthest[0] - 1]
     for what, ranks in (("silent", silent), ("behind", behind)):
         if ranks:

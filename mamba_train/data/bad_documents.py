@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mamba_train.config import BadDocuments
+from mamba_train.config_data import BadDocuments
 from mamba_train.data.documents import Log
 from mamba_train.data.text_files import BadDocument, TextRecord
 

@@ -242,12 +242,16 @@ class BatchSource:
         read = self.mixture.consumed(samples) / self.n_windows
         return dict(zip(self.names, read.tolist(), strict=True))
 
+    def corpus_at(self, name: str, sample: int) -> AnyCorpus:
+        """The tokens of a source from which those around a sample are."""
+        return self.corpora[name]
+
     def bytes_per_target(self, sample: int) -> float:
         """UTF-8 bytes of text per target, on average over the sources of the stage of a sample."""
         shares = self.mixture.stages[self.mixture.stage_at(sample)].shares
         n_bytes = n_targets = 0.0
         for name, share in shares.items():
-            corpus = self.corpora[name]
+            corpus = self.corpus_at(name, sample)
             n_tokens, tokens_of_bytes = corpus.n_tokens, corpus.n_tokens - corpus.n_documents
             masked = corpus.n_documents if self.form.mask_loss else 0
             # A document's first token, which may be masked, is taken to be as long as any other.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mamba_train.config import DataConfig
+from mamba_train.config_data import DataConfig
 from mamba_train.data.batches import EVERYTHING, AnyCorpus, BatchSource, WindowForm
 from mamba_train.data.corpus import Corpus, ReadError
 from mamba_train.data.documents import SPLITS, Log
@@ -37,15 +37,18 @@ POLL_SECONDS = 0.2
 SHARD_BYTES = 1 << 30  # as `tokenize` closes a shard unless told otherwise
 
 
-def begin(data: DataConfig, tokenizer: TextTokenizer, log: Log) -> Path:
-    """Plan the shards of a config and begin to make them in processes of their own; returns their folder.
+def begin(data: DataConfig, tokenizer: TextTokenizer, log: Log) -> dict[str, Path]:
+    """Plan the shards of a config and begin to make them in processes of their own; returns the folder of each source.
 
-    What an earlier run has finished stays. Raises ValueError (`data.path`).
+    What an earlier run has finished stays. Raises ValueError that begins with the key.
     """
-    place = data.path or ""
-    inputs, paths = find_inputs(
-        [place], "train", TEXT_SUFFIXES, hub_options(data, place, "data.path"), log, "data.path"
-    )
+    if not data.sources:
+        return {"": _begin(data.path or "", "data.path", data, tokenizer, log)}
+    return {name: _begin(place, f"data.sources.{name}", data, tokenizer, log) for name, place in data.sources.items()}
+
+
+def _begin(place: str, key: str, data: DataConfig, tokenizer: TextTokenizer, log: Log) -> Path:
+    inputs, paths = find_inputs([place], "train", TEXT_SUFFIXES, hub_options(data, place, key), log, key)
     settings = JobSettings(
         text_key=data.text_key,
         label_key=None,
@@ -59,8 +62,8 @@ def begin(data: DataConfig, tokenizer: TextTokenizer, log: Log) -> Path:
         max_bad_share=data.max_bad_share,
     )
     job = plan(settings, group_inputs(inputs, settings.group_bytes))
-    key = hashlib.sha256(job.to_json().encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    folder = Path(data.cache_dir).expanduser() / f"{data.name}-shards-{key}"
+    fingerprint = hashlib.sha256(job.to_json().encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    folder = Path(data.cache_dir).expanduser() / f"{data.name}-shards-{fingerprint}"
     adopt_folder(folder, job, tokenizer)
     (folder / FAILURE_NAME).unlink(missing_ok=True)
     todo = [group for group in job.groups if read_entry(folder, group) is None]
@@ -88,58 +91,51 @@ def _make(work: Work, job: Job, n_workers: int, began: threading.Event, log: Log
         began.set()
 
 
-class CachedSource(BatchSource):
-    """The samples of a run whose shards are being made in `folder`."""
+class _Groups:
+    """The groups of shards of one source, in the order of the plan, as far as they have been needed."""
 
-    order = "groups-of-permuted-windows-1"
-    may_change = False
-
-    def __init__(
-        self, folder: Path, global_batch_size: int, seed: int, form: WindowForm,
-        stages: Sequence[tuple[int, Mapping[str, float]]] = EVERYTHING,
-    ) -> None:  # fmt: skip
-        self.folder, self.form, self.seed, self.global_batch_size = folder, form, seed, global_batch_size
-        self.changes: list[dict[str, object]] = []
+    def __init__(self, name: str, folder: Path, length: int) -> None:
+        self._name, self._folder, self._length = name, folder, length
         self.job = Job.from_json((folder / JOB_NAME).read_text(encoding="utf-8"))
-        self._groups: list[Corpus] = []  # those that have been needed, in the order of the plan
-        self._ends: list[int] = []  # how many windows of an epoch there are up to the end of each
-        self.set_stages([Stage(step, step * global_batch_size, weights) for step, weights in stages])
+        self.known: list[Corpus] = []
+        self.ends: list[int] = []  # how many windows of an epoch there are up to the end of each
 
-    def set_stages(self, stages: Sequence[Stage]) -> None:
-        """There is one stage of one source."""
-        self.mixture = Mixture(stages, self.seed)
-        self.names = self.mixture.names
+    @property
+    def n_windows(self) -> int | None:
+        """Of an epoch; None as long as it is not known."""
+        return self.ends[-1] if len(self.known) == len(self.job.groups) else None
 
-    def fingerprint_of(self, name: str) -> str:
-        """SHA-256 of the plan: inputs with their sizes, and settings."""
-        return hashlib.sha256(self.job.to_json().encode("utf-8", "surrogatepass")).hexdigest()
+    def corpus(self, ordinal: int) -> Corpus:
+        """The group that the sample of this number is in."""
+        return self.known[self._window(ordinal)[0]]
 
-    def places(self, samples: np.ndarray) -> list[tuple[AnyCorpus, int]]:
-        """As `BatchSource.places`; waits for groups that are not finished. Raises ReadError when they never will be."""
-        return [self._place(sample) for sample in np.asarray(samples, dtype=np.int64).tolist()]
+    def place(self, ordinal: int, seed: int) -> tuple[Corpus, int]:
+        """The group of a sample and the token with which its window begins; waits for groups that are not finished.
 
-    def _place(self, sample: int) -> tuple[AnyCorpus, int]:
-        number, epoch, window, n_windows = self._window(sample)
-        corpus = self._groups[number]
-        key = epoch_key(self.seed, epoch, f"group {self.job.groups[number].name}")
-        start = int(permute(np.array(window), n_windows, key)) * self.form.length
-        return corpus, min(start, corpus.n_tokens - 1 - self.form.length)
+        Raises ReadError when they never will be.
+        """
+        number, epoch, window, n_windows = self._window(ordinal)
+        corpus, group = self.known[number], f"group {self.job.groups[number].name}"
+        key = epoch_key(seed, epoch, f"{self._name}/{group}" if self._name else group)
+        start = int(permute(np.array(window), n_windows, key)) * self._length
+        return corpus, min(start, corpus.n_tokens - 1 - self._length)
 
-    def _window(self, sample: int) -> tuple[int, int, int, int]:
+    def _window(self, ordinal: int) -> tuple[int, int, int, int]:
         """The group of a sample, its epoch, which window of the group it is, and of how many."""
-        while (not self._ends or sample >= self._ends[-1]) and len(self._groups) < len(self.job.groups):
-            self._await(len(self._groups))
-        if not self._ends[-1]:
-            raise ReadError(f"data.sequence_length={self.form.length}: no group of data.path has so many tokens")
-        epoch, place = divmod(sample, self._ends[-1])
-        number = int(np.searchsorted(self._ends, place, side="right"))
-        first = self._ends[number - 1] if number else 0
-        return number, epoch, place - first, self._ends[number] - first
+        while (not self.ends or ordinal >= self.ends[-1]) and len(self.known) < len(self.job.groups):
+            self._await(len(self.known))
+        if not self.ends[-1]:
+            place = f"data.sources.{self._name}" if self._name else "data.path"
+            raise ReadError(f"data.sequence_length={self._length}: no group of {place} has so many tokens")
+        epoch, place_in_epoch = divmod(ordinal, self.ends[-1])
+        number = int(np.searchsorted(self.ends, place_in_epoch, side="right"))
+        first = self.ends[number - 1] if number else 0
+        return number, epoch, place_in_epoch - first, self.ends[number] - first
 
     def _await(self, number: int) -> None:
         group = self.job.groups[number]
-        while (entry := read_entry(self.folder, group)) is None:
-            failure = self.folder / FAILURE_NAME
+        while (entry := read_entry(self._folder, group)) is None:
+            failure = self._folder / FAILURE_NAME
             if failure.exists():
                 raise ReadError(f"data.cache_shards: {group.name} will not be made: {failure.read_text()}")
             time.sleep(POLL_SECONDS)
@@ -149,18 +145,50 @@ class CachedSource(BatchSource):
             FORMAT_VERSION, {}, asdict(settings), "", {}, settings.tokenizer_sha256, settings.eos_id,
             settings.vocab_size, shards, {},
         )  # fmt: skip
-        corpus = Corpus([(self.folder, manifest)], "train")
+        corpus = Corpus([(self._folder, manifest)], "train")
         # A group smaller than a window has none; the last window of a group is moved back to end with it.
-        n_windows = -(-(corpus.n_tokens - 1) // self.form.length) if corpus.n_tokens > self.form.length else 0
-        self._groups.append(corpus)
-        self._ends.append((self._ends[-1] if self._ends else 0) + n_windows)
+        n_windows = -(-(corpus.n_tokens - 1) // self._length) if corpus.n_tokens > self._length else 0
+        self.known.append(corpus)
+        self.ends.append((self.ends[-1] if self.ends else 0) + n_windows)
+
+
+class CachedSource(BatchSource):
+    """The samples of a run whose shards are being made in `folders`, by source."""
+
+    order = "groups-of-permuted-windows-1"
+    may_change = False
+
+    def __init__(
+        self, folders: Mapping[str, Path], global_batch_size: int, seed: int, form: WindowForm,
+        stages: Sequence[tuple[int, Mapping[str, float]]] = EVERYTHING,
+    ) -> None:  # fmt: skip
+        self.form, self.seed, self.global_batch_size = form, seed, global_batch_size
+        self.changes: list[dict[str, object]] = []
+        self.groups = {name: _Groups(name, folder, form.length) for name, folder in folders.items()}
+        self.set_stages([Stage(step, step * global_batch_size, weights) for step, weights in stages])
+
+    def set_stages(self, stages: Sequence[Stage]) -> None:
+        """As `BatchSource.set_stages`."""
+        self.mixture = Mixture(stages, self.seed)
+        self.names = self.mixture.names
+
+    def fingerprint_of(self, name: str) -> str:
+        """SHA-256 of the plan: inputs with their sizes, and settings."""
+        return hashlib.sha256(self.groups[name].job.to_json().encode("utf-8", "surrogatepass")).hexdigest()
+
+    def places(self, samples: np.ndarray) -> list[tuple[AnyCorpus, int]]:
+        """As `BatchSource.places`; waits for groups that are not finished. Raises ReadError when they never will be."""
+        numbers, ordinals = self.mixture.locate(np.asarray(samples, dtype=np.int64))
+        located = zip(numbers.tolist(), ordinals.tolist(), strict=True)
+        return [self.groups[self.names[number]].place(ordinal, self.seed) for number, ordinal in located]
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often all was read; nothing as long as the number of windows is not known."""
-        return {"": samples / self._ends[-1]} if len(self._groups) == len(self.job.groups) else {}
+        """How often each source was read; those are missing whose number of windows is not known."""
+        consumed = dict(zip(self.names, self.mixture.consumed(samples).tolist(), strict=True))
+        n_windows = {name: self.groups[name].n_windows for name in self.names}
+        return {name: consumed[name] / n for name, n in n_windows.items() if n}
 
-    def bytes_per_target(self, sample: int) -> float:
-        """As `BatchSource.bytes_per_target`, of the group that a sample is in."""
-        corpus = self._groups[self._window(sample)[0]]
-        masked = corpus.n_documents if self.form.mask_loss else 0
-        return corpus.n_bytes / max(1, corpus.n_tokens - masked)
+    def corpus_at(self, name: str, sample: int) -> Corpus:
+        """The group that the last sample of a source before this one was in, which has been waited for."""
+        consumed = int(self.mixture.consumed(sample)[self.names.index(name)])
+        return self.groups[name].corpus(max(0, consumed - 1))

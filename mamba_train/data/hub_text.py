@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_train.config import DataConfig
+from mamba_train.config_data import DataConfig
 from mamba_train.data.documents import Split
 from mamba_train.data.remote_files import Attempts, Patience
 from mamba_train.data.text_files import WHOLE, BadDocument, Fields, Part, TextRecord, records_of

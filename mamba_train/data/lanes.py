@@ -54,6 +54,11 @@ class LaneOrder:
     shuffle_files: bool = False
     block: int = 1
 
+    @property
+    def n_pieces(self) -> int:
+        """How many pieces a lane reads in an epoch."""
+        return -(-self.n_files // self.n_lanes)
+
     def pieces(self, lane: int, epoch: int) -> list[Piece]:
         """What a lane reads in an epoch, in this order; an epoch of all lanes has each document once."""
         n_whole, n_left = divmod(self.n_files, self.n_lanes)
@@ -75,6 +80,12 @@ class LaneOrder:
             return [first]
         key = self._key("documents", piece.file, piece.residue, epoch, block_number)
         return [first + place for place in permute(np.arange(self.block), self.block, key).tolist()]
+
+    def line(self, lane: int, cursor: Cursor) -> int:
+        """The line (or row) of the file, from 1, of the document that a cursor is in."""
+        piece = self.pieces(lane, cursor.epoch)[cursor.piece]
+        block, place = divmod(cursor.document, self.block)
+        return 1 + piece.residue + piece.stride * self.documents(piece, cursor.epoch, block)[place]
 
     def _dealt(self, place: int) -> int:
         return int(self._deal[place]) if self.shuffle_files else place

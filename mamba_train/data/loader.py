@@ -63,7 +63,8 @@ class RankBatches(Dataset):
 class BatchLoader:
     """Gives a rank its micro-batches of each global batch; `close` it when done.
 
-    wait_seconds: how long the last call of `step` took, during which the device has nothing to do.
+    wait_seconds: how long the last call of `step` took, during which the device has nothing to do. waiting_since:
+    time.monotonic() of the call of `step` that has not returned, for other threads; came_at: of the last return.
     """
 
     def __init__(
@@ -84,8 +85,11 @@ class BatchLoader:
             )
         self.source = source
         self.wait_seconds = 0.0
-        # Of the last step, where it is counted: bytes of the targets, documents left out, requests repeated.
-        self.counts: tuple[int, int, int] = (0, 0, 0)
+        self.waiting_since: float | None = None
+        self.came_at = 0.0
+        # Of the last step, where it is counted: bytes of the targets, documents left out, requests repeated, and what
+        # the source makes epochs of.
+        self.counts: tuple[int, ...] = (0, 0, 0)
         self.finite = False  # the text ends: then there are no targets any more
         self._rank, self._world_size, self._micro_batch_size = rank, world_size, micro_batch_size
         self._workers, self._prefetch_batches, self._pin_memory = workers, prefetch_batches, pin_memory
@@ -101,12 +105,18 @@ class BatchLoader:
         Consecutive global batches have been read ahead; another one than the next is no mistake, only slow.
         Raises ReadError, which names shard and offset.
         """
-        began = time.perf_counter()
+        began = self.waiting_since = time.monotonic()
+        try:
+            return self._step(first_sample)
+        finally:
+            self.came_at, self.waiting_since = time.monotonic(), None
+            self.wait_seconds = self.came_at - began
+
+    def _step(self, first_sample: int) -> list[Batch]:
         if self._items is None or first_sample != self._next_sample:
             self._start(first_sample)
         batches = [self._next() for _ in range(self._n_micro_batches)]
         self._next_sample = first_sample + self.source.global_batch_size
-        self.wait_seconds = time.perf_counter() - began
         return batches
 
     def begin(self, first_sample: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mamba_train.config import BadDocuments
+from mamba_train.config_data import BadDocuments
 from mamba_train.data.bad_documents import BadDocumentFilter
 from mamba_train.data.documents import Document, DuplicateFilter, Log, cut_tail, in_validation
 from mamba_train.data.stored_files import find_text_files, readable

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config_data import DataConfig, DataSource
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.documents import Log, Split
 from mamba_train.data.manifest import Manifest, read_manifest

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mamba_train.config import BadDocuments, DataConfig, DataSource
+from mamba_train.config_data import BadDocuments, DataConfig, DataSource
 from mamba_train.data.documents import HELD_OUT_HERE, SPLITS, Document, DocumentSource, Log, Split
 from mamba_train.data.local_source import LocalSource
 from mamba_train.data.manifest import (

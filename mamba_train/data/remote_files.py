@@ -15,11 +15,11 @@ from email.message import Message
 from typing import IO
 from urllib.parse import unquote, urlsplit
 
+from mamba_train.config_data import LONGEST_ASKED_PAUSE_SECONDS
 from mamba_train.data.stored_files import CHUNK_BYTES
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
-LONGEST_ASKED_PAUSE_SECONDS = 600.0  # by a server that says when to come back
 AGAIN = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)  # what may be otherwise the next time
 
 

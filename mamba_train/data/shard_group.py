@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_train.config import BadDocuments
+from mamba_train.config_data import BadDocuments
 from mamba_train.data.bad_documents import BadDocumentFilter
 from mamba_train.data.documents import Log, Split, in_validation
 from mamba_train.data.encoders import Encoder, EncoderMismatch, ReferenceEncoder

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -150,23 +149,21 @@ class StreamLoader(BatchLoader):
         self.finite = not source.data.repeat
         self._pins, self._pin_memory = self._pin_memory, False  # pinned here, when the rows are put together
         self._workers = min(self._workers, self._n_rows)
+        self._before = source.cursors
 
     @property
     def _n_rows(self) -> int:
         return self.source.global_batch_size // self._world_size
 
-    def step(self, first_sample: int) -> list[Batch]:
-        """As `BatchLoader.step`; what lies between the position of the source and that sample is read and dropped."""
-        began = time.perf_counter()
+    def _step(self, first_sample: int) -> list[Batch]:
+        """As `BatchLoader._step`; what lies between the position of the source and that sample is read and dropped."""
         if self._items is None or self.source.position != self._next_sample:
             self._start(self.source.position)  # also after another state was loaded
         if first_sample < self.source.position:
             raise ReadError(f"a stream cannot go back from sample {self.source.position} to {first_sample}")
         while self.source.position < first_sample:
             self._take()
-        batches = self._micro_batches(self._take())
-        self.wait_seconds = time.perf_counter() - began
-        return batches
+        return self._micro_batches(self._take())
 
     def begin(self, first_sample: int) -> None:
         """As `BatchLoader.begin`."""
@@ -176,20 +173,31 @@ class StreamLoader(BatchLoader):
         """Complete the state of the source by what the other ranks know."""
         self.source.gather(self._rank, self._world_size, total)
 
+    def documents(self, total: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, list[list[int | None]]]:
+        """What the last step has read on all ranks, see `StreamSource.documents_read`; all of them must call it."""
+        after = self.source.cursors
+        self.source.cursors = self._before
+        self.gather(total)
+        before, self.source.cursors = self.source.cursors, after
+        self.gather(total)
+        position = self.source.position
+        return self.source.documents_read(np.arange(position - self.source.global_batch_size, position), before)
+
     def _dataset(self, first_sample: int) -> Dataset:
         self._next_sample = first_sample
         return RankRows(self.source, first_sample, self._rank, self._world_size, max(1, self._workers))
 
     def _take(self) -> list[Rows]:
         """This rank's rows of the next global batch."""
+        self._before = self.source.cursors.copy()
         parts: list[Rows] = [self._next() for _ in range(max(1, self._workers))]
         for rows in parts:
             numbers, lanes = rows.lanes.T
             self.source.cursors[numbers, lanes] = rows.cursors
         counts = np.array([rows.counts for rows in parts]).sum(axis=0).tolist()
-        self.counts = (counts[0], counts[1], counts[2])
         self.source.position += self.source.global_batch_size
         self._next_sample = self.source.position
+        self.counts = (*counts, *self.source.pieces_read(self._rank, self._world_size))
         return parts
 
     def _micro_batches(self, parts: Sequence[Rows]) -> list[Batch]:

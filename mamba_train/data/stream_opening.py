@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_train.config import DataConfig, EncoderKind
+from mamba_train.config_data import DataConfig, EncoderKind
 from mamba_train.data.batches import EVERYTHING
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.documents import Log
@@ -24,6 +24,7 @@ from mamba_train.data.prepare import check_prepared
 from mamba_train.data.remote_files import HttpFile, Patience, is_address
 from mamba_train.data.shard_job import find_inputs
 from mamba_train.data.shards import write_durably
+from mamba_train.data.stored_files import readable
 from mamba_train.data.streams import StreamFile
 from mamba_train.data.text_files import TEXT_SUFFIXES
 from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
@@ -107,9 +108,15 @@ def _list(place: str, key: str, data: DataConfig, log: Log) -> list[StreamFile]:
         return _of_hub(place, key)
     inputs, paths = find_inputs([place], "train", TEXT_SUFFIXES, hub_options(data, place, key), log, key)
     return [
-        StreamFile(entry.name, entry.size, place if entry.hub else str(paths[entry.name]), entry.hub)
+        StreamFile(entry.name, 0, place, entry.hub) if entry.hub else _local(entry.name, paths[entry.name])
         for entry in inputs
     ]
+
+
+def _local(name: str, path: Path) -> StreamFile:
+    with readable(path):
+        known = path.stat()
+    return StreamFile(name, known.st_size, str(path), modified=known.st_mtime)
 
 
 def _remote(pattern: str, key: str, data: DataConfig) -> list[StreamFile]:

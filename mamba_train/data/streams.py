@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mamba_train.config import BadDocuments, DataConfig, EncoderKind
+from mamba_train.config_data import BadDocuments, DataConfig, EncoderKind
 from mamba_train.data.bad_documents import BadDocumentFilter
 from mamba_train.data.batches import EVERYTHING, BatchSource, WindowForm
 from mamba_train.data.documents import Log
@@ -36,12 +36,16 @@ ENCODE_CHARACTERS = {EncoderKind.tokenizers: 1 << 14, EncoderKind.fastokens: 1 <
 
 @dataclass(frozen=True)
 class StreamFile:
-    """One file, or one part of a dataset of the hub; `place` is its path or address, `size` its stored bytes."""
+    """One file, or one part of a dataset of the hub; `place` is its path or address, `size` its stored bytes.
+
+    modified: when it was last written, in seconds since 1970; 0 where nobody says.
+    """
 
     name: str
     size: int
     place: str
     hub: HubText | None = None
+    modified: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """JSON values for `from_json`."""
@@ -91,6 +95,7 @@ class StreamSource:
         self.tokenizer, self.data, self.form = tokenizer, data, form
         self.global_batch_size, self.seed = global_batch_size, seed
         self.changes: list[dict[str, object]] = []  # as in BatchSource; there are none in streams
+        self.rewritten: list[str] = []  # files of the same size as before, written since the checkpoint's first start
         self.position = 0
         self.set_stages([Stage(step, step * global_batch_size, weights) for step, weights in stages])
 
@@ -116,25 +121,72 @@ class StreamSource:
 
     def gather(self, rank: int, world_size: int, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Learn from the other ranks where their lanes are; total: sums a tensor over all ranks."""
+        mine = self._lanes_of(rank, world_size)
+        self.cursors = total(torch.from_numpy(self.cursors * mine[None, :, None])).numpy()
+
+    def _lanes_of(self, rank: int, world_size: int) -> np.ndarray:
+        """Which lanes a rank reads, bool (lanes)."""
         # Rows begin at another lane than 0 where the batch had another size before.
         rows = (np.arange(self.n_lanes) - self.position) % self.global_batch_size
-        mine = rows * world_size // self.global_batch_size == rank
-        self.cursors = total(torch.from_numpy(self.cursors * mine[None, :, None])).numpy()
+        return np.asarray(rows * world_size // self.global_batch_size == rank)
+
+    def pieces_read(self, rank: int, world_size: int) -> list[int]:
+        """How many files, or parts of files, the lanes of a rank have read to the end, all together; of each source."""
+        epochs, pieces = self.cursors[:, self._lanes_of(rank, world_size), :2].sum(axis=1).T.tolist()
+        return [
+            epoch * self.lane_order(name).n_pieces + piece
+            for name, epoch, piece in zip(self.names, epochs, pieces, strict=True)
+        ]
+
+    def epochs_of(self, pieces_read: Sequence[int]) -> dict[str, float]:
+        """How often each source was read, in files that were read to the end; pieces_read: of all ranks."""
+        return {
+            name: read / (self.n_lanes * max(1, self.lane_order(name).n_pieces))
+            for name, read in zip(self.names, pieces_read, strict=True)
+        }
+
+    def documents_read(self, samples: np.ndarray, before: np.ndarray) -> dict[str, list[list[int | None]]]:
+        """By file, the lines of the first and last document of each of these samples' windows, in the order of reading.
+
+        before: what `cursors` were before. null: from the beginning of what the lane has of a file, or to its end.
+        """
+        found: dict[str, list[list[int | None]]] = {}
+        numbers = self.mixture.locate(samples)[0]
+        for number, lane in zip(numbers.tolist(), (samples % self.n_lanes).tolist(), strict=True):
+            name = self.names[number]
+            order, files = self.lane_order(name), self.files[name]
+            first, last = Cursor(*before[number, lane].tolist()), self.cursor(number, lane)
+            if first == last:  # the lane had ended
+                continue
+            # At its beginning a lane does not know yet which documents there are.
+            begins = None if first == Cursor() else order.line(lane, first)
+            ends = None if self._has_ended(last) else order.line(lane, last)
+            if first[:2] == last[:2]:
+                spans: list[tuple[Cursor, list[int | None]]] = [(first, [begins, ends])]
+            else:
+                spans = [(first, [begins, None]), *([(last, [None, ends])] if ends is not None else [])]
+            for cursor, span in spans:
+                file = files[order.pieces(lane, cursor.epoch)[cursor.piece].file]
+                found.setdefault(file.name, []).append(span)
+        return found
 
     def own_state(self) -> dict[str, Any]:
         """Where the lanes are, for the checkpoint, in JSON values that a person can read."""
         return {
+            "newest_file": max((file.modified for listed in self.files.values() for file in listed), default=0.0),
             "lanes": {
                 name: [self._described(name, lane, Cursor(*cursor)) for lane, cursor in enumerate(cursors.tolist())]
                 for name, cursors in zip(self.names, self.cursors, strict=True)
-            }
+            },
         }
 
     def _described(self, name: str, lane: int, cursor: Cursor) -> dict[str, Any]:
         pieces = self.lane_order(name).pieces(lane, cursor.epoch)
-        ended = cursor.epoch > 0 and not self.data.repeat
-        file = self.files[name][pieces[cursor.piece].file].name if pieces and not ended else None
+        file = self.files[name][pieces[cursor.piece].file].name if pieces and not self._has_ended(cursor) else None
         return {"file": file, **cursor._asdict()}
+
+    def _has_ended(self, cursor: Cursor) -> bool:
+        return cursor.epoch > 0 and not self.data.repeat
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `own_state` gave. Raises ValueError (`data.lanes`) for another number of lanes."""
@@ -149,6 +201,8 @@ class StreamSource:
                 )
             self.cursors[number] = [[lane[field] for field in Cursor._fields] for lane in saved]
         self.position = state["samples"]
+        everything = [file for listed in self.files.values() for file in listed]
+        self.rewritten = [file.place for file in everything if file.modified > state["newest_file"]]
 
     def cursor(self, number: int, lane: int) -> Cursor:
         """Where a lane of the source `names[number]` is."""
@@ -173,7 +227,7 @@ class StreamSource:
         )  # fmt: skip
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Nothing: how long an epoch is shows when it is over (the checkpoint has the epoch of each lane)."""
+        """Nothing: a number of samples does not say; see `epochs_of`."""
         return {}
 
     def bytes_per_target(self, sample: int) -> float:

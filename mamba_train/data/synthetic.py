@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models
 
-from mamba_train.config import DataConfig, SyntheticTask
+from mamba_train.config_data import DataConfig, SyntheticTask
 from mamba_train.data.documents import Split
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.shards import write_durably

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from mamba_train.config import SyntheticTask
+from mamba_train.config_data import SyntheticTask
 
 INK, TRAINED = "#0072B2", "#444444"
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mamba_train.config import SyntheticTask
+from mamba_train.config_data import SyntheticTask
 from mamba_train.data.synthetic import NO_LABEL, SyntheticCorpus
 
 TOKENS_AT_ONCE = 1 << 17

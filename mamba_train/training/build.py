@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from mamba_train import run_folder
 from mamba_train.checkpoint import resume_policy, storage
 from mamba_train.checkpoint.layout import checkpoints_dir, step_folders
-from mamba_train.config import Config, DataSource, ProgressMode
+from mamba_train.config import Config, ProgressMode, data_limit_seconds
+from mamba_train.config_data import DataSource
 from mamba_train.data import cached_shards
 from mamba_train.data.batches import BatchSource, WindowForm
 from mamba_train.data.cached_shards import CachedSource
@@ -35,8 +36,10 @@ from mamba_train.ranks import Ranks, join
 from mamba_train.training.audit import audit, format_audit
 from mamba_train.training.forward_check import check_forward_loss
 from mamba_train.training.hook_list import hooks_of
+from mamba_train.training.hooks.alerts import Alerts
 from mamba_train.training.hooks.base import Hook
 from mamba_train.training.hooks.harness import task_manager
+from mamba_train.training.hooks.watchdog import WatchdogHook
 from mamba_train.training.initial_weights import find_initial_weights, load_initial_weights
 from mamba_train.training.preemption import StopRequest
 from mamba_train.training.restoring import restore_tensors
@@ -83,13 +86,17 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
 
     lock = _HoldLock()
     ranks.first(lambda: lock.claim(run_dir, config.checkpoint.resume, log))
+    alerts = Alerts(config.alerts, run_dir, log)
+    watchdog = WatchdogHook(run_dir, config.watchdog, data_limit_seconds(config), ranks, alerts)
+    if ranks.world_size > 1:  # they wait for each other from here on
+        watchdog.start()
     events = EventLog(run_dir if is_first else None, log)
     events.listeners.append(lambda event: log(event["text"]))
     found = ranks.first(lambda: _find_checkpoint(run_dir, shown_config, fingerprints, events, log))
     checkpoint = None if found is None else Path(found)
     state = TrainState()
     if checkpoint is not None:
-        state = _resume_data(checkpoint, source, config.data.allow_changed, ranks, log)
+        state = _resume_data(checkpoint, source, config.data.allow_changed, ranks, events, log)
     loader = make_loader(config, engine, source)
     loader.begin(state.samples)  # workers come to their places while the rest starts up
     ranks.together(lambda: engine.prepare(config.model, config.optim, config.seed))
@@ -104,7 +111,9 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
         log(f"the run in {run_dir} has already reached step {state.step}; raise training.total_steps to go on")
     ranks.first(lambda: _write_run_files(run_dir, config, data, engine))
     manager = ranks.together(lambda: task_manager(config.evaluation)) if config.evaluation.tasks else None
-    hooks = hooks_of(config, engine, data, source.form, progress, shown_config, fingerprints, manager, events, log)
+    hooks = hooks_of(
+        config, engine, data, source.form, progress, shown_config, fingerprints, manager, events, alerts, watchdog, log
+    )
     return Trainer(config, engine, source, state, [*hooks, lock], stop, events, loader)
 
 
@@ -125,9 +134,13 @@ def _stream(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedStream, Sourc
     listed = ranks.first(lambda: list_stream(config.data, log))
     data = ranks.together(lambda: open_stream(config.data, listed))
     if config.data.cache_shards:
-        folder = Path(ranks.first(lambda: str(cached_shards.begin(config.data, data.tokenizer, log))))
+        begun = ranks.first(
+            lambda: {name: str(path) for name, path in cached_shards.begin(config.data, data.tokenizer, log).items()}
+        )
+        folders = {name: Path(path) for name, path in begun.items()}
         batch_size = config.training.global_batch_size
-        return data, ranks.together(lambda: CachedSource(folder, batch_size, config.seed, _form(config)))
+        source = ranks.together(lambda: CachedSource(folders, batch_size, config.seed, _form(config), data.stages))
+        return data, source
     batch_size, tokenizer = config.training.global_batch_size, data.tokenizer.serialised
     return data, StreamSource(data.files, tokenizer, config.data, batch_size, config.seed, _form(config), data.stages)
 
@@ -222,13 +235,22 @@ def _find_checkpoint(
     return str(path)
 
 
-def _resume_data(checkpoint: Path, source: Source, allow_changed: bool, ranks: Ranks, log: Log) -> TrainState:
+def _resume_data(
+    checkpoint: Path, source: Source, allow_changed: bool, ranks: Ranks, events: EventLog, log: Log
+) -> TrainState:
     record = storage.read_record(checkpoint)
     state = TrainState.from_json(record.state["train"])
     changed = ranks.together(lambda: restore(source, record.state["data"], state.step, allow_changed))
     if changed:
         names = ", ".join(name for name in changed if name) or "the training text"
         log(f"warning: data.allow_changed=true: the tokens of {names} are others than before step {state.step}")
+    if isinstance(source, StreamSource) and (rewritten := source.rewritten):
+        others = f" and {len(rewritten) - 1} more have" if len(rewritten) > 1 else " has"
+        text = (
+            f"warning: {rewritten[0]}{others} the size that the checkpoint knows and a later time: if that is a copy, "
+            "nothing is lost; if the text was edited, the tokens from here on are others"
+        )
+        events.add("files rewritten", text, step=state.step, n_files=len(rewritten))
     return state
 
 

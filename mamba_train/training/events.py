@@ -6,12 +6,14 @@ They are in the checkpoint (`TrainState.ledger`), in ledger.jsonl, in the log an
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mamba_train.data.batches import BatchSource
 from mamba_train.data.corpus import Corpus
+from mamba_train.data.stream_loader import StreamLoader
 from mamba_train.parallel.engine import StepResult
 from mamba_train.training.guard import Cause, Decision
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from mamba_train.training.trainer import Trainer
 
 LARGEST_LAYERS = 5
+KEPT_DOCUMENTS = 20  # entries whose documents stay in the checkpoint: a large batch has thousands of them
 
 
 def record_skip(trainer: Trainer, decision: Decision, result: StepResult) -> None:
@@ -38,16 +41,24 @@ def record_skip(trainer: Trainer, decision: Decision, result: StepResult) -> Non
         "grad_norm_limit": _finite(norm_limit),
         "layers": layers,
         "samples": samples,
-        "documents": documents_of(trainer.source, samples[0]),
+        "documents": documents_of(trainer, samples[0]),
     }
     state.skipped_steps.append(state.step + 1)
     state.ledger.append(entry)
     trainer.events.add("skip", _text(entry, decision, trainer.guard.limits), **entry)
+    for old in state.ledger[:-KEPT_DOCUMENTS]:
+        old.pop("documents", None)  # ledger.jsonl has them
 
 
-def documents_of(source: Any, first_sample: int) -> dict[str, list[list[int]]]:
-    """By shard, the first and last document of each window of a global batch; nothing where there are no shards."""
+def documents_of(trainer: Trainer, first_sample: int) -> Mapping[str, Sequence[Sequence[int | None]]]:
+    """By shard or file, the first and last document of each window of the global batch that is being made.
+
+    On all ranks. Nothing where there are neither.
+    """
+    source, loader = trainer.source, trainer.loader
     found: dict[str, list[list[int]]] = {}
+    if isinstance(loader, StreamLoader):
+        return loader.documents(trainer.engine.ranks.sum)
     if not isinstance(source, BatchSource):
         return found
     for corpus, start in source.places(first_sample + np.arange(source.global_batch_size)):

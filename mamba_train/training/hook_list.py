@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mamba_train.checkpoint.layout import checkpoints_dir
-from mamba_train.config import Config, DataSource
+from mamba_train.config import Config
+from mamba_train.config_data import DataSource
 from mamba_train.data.batches import WindowForm
 from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.stream_opening import AnyOpened
@@ -43,6 +44,8 @@ def hooks_of(
     fingerprints: dict[str, str],
     manager: Any,
     events: EventLog,
+    alerts: Alerts,
+    watchdog: WatchdogHook,
     log: Log,
 ) -> list[Hook]:
     """In the order in which they run: those that measure, the record, the checkpoint, and what may fail then."""
@@ -64,8 +67,6 @@ def hooks_of(
     if logging.memory_snapshot:
         inspection.append(MemorySnapshotHook(run_dir, engine.rank, engine.device, log))
     task_at_steps, task_at_end = _task_hooks(config, data, log)
-    alerts = Alerts(config.alerts, run_dir, log)
-    watchdog = WatchdogHook(run_dir, config.watchdog, engine.ranks, alerts)
     return [
         watchdog,
         *inspection,

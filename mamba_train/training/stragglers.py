@@ -33,6 +33,7 @@ class Stragglers:
         self._steps = 0
         self._clock = _Forward(engine.model, engine.device) if self._on else None
         self._hosts: list[str] | None = None
+        self._named: set[int] = set()
 
     def begin(self) -> None:
         """A step begins."""
@@ -59,7 +60,7 @@ class Stragglers:
         self._clock.end()
 
     def compare(self, step: int, values: list[float]) -> Metrics:
-        """Metrics of the sum over the ranks of what `own` gave; an event when one rank is far behind the others."""
+        """Metrics of the sum over the ranks of what `own` gave; an event when a rank is first far behind the others."""
         if not values:
             return {}
         rows = [values[first : first + len(PARTS)] for first in range(0, len(values), len(PARTS))]
@@ -67,7 +68,8 @@ class Stragglers:
         slowest = max(range(len(busy)), key=lambda rank: busy[rank])
         usual = statistics.median(busy)
         ratio = busy[slowest] / usual if usual > 0 else 1.0
-        if ratio > self._config.straggler_ratio:
+        if ratio > self._config.straggler_ratio and slowest not in self._named:
+            self._named.add(slowest)  # once in a start: it may be slow for weeks, and the metrics go on saying so
             self._name(step, slowest, ratio, rows)
         return {
             "ranks/slowest": slowest,

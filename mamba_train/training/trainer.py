@@ -5,7 +5,7 @@ with them is the engine's matter. The loop connects the two and counts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -230,13 +230,17 @@ class Trainer:
             **self._epochs(),
         }
 
-    def _stream_counts(self, n_left_out: int, n_repeated: int) -> Metrics:
-        """What went wrong while the tokens of this step were read, on all ranks."""
+    def _stream_counts(self, n_left_out: int, n_repeated: int, *pieces_read: int) -> Metrics:
+        """What went wrong while the tokens of this step were read, and how far the lanes are, on all ranks."""
         if not isinstance(self.source, StreamSource):
             return {}
-        return {"data/left_out_documents": n_left_out, "data/repeated_requests": n_repeated}
+        counts = {"data/left_out_documents": n_left_out, "data/repeated_requests": n_repeated}
+        return {**counts, **_named_epochs(self.source.epochs_of(pieces_read))}
 
     def _epochs(self) -> Metrics:
         """How many times each source of the data has been read."""
-        epochs = self.source.epochs(self.state.samples)
-        return {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}
+        return _named_epochs(self.source.epochs(self.state.samples))
+
+
+def _named_epochs(epochs: Mapping[str, float]) -> Metrics:
+    return {f"epochs/{name}" if name else "epochs": value for name, value in epochs.items()}

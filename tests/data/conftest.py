@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config_data import DataConfig, DataSource
 from mamba_train.data.corpus import Corpus
 from tests.data.folders import write_folder
+from tests.data.pile_documents import stdlib_documents
+from tests.data.streams import write_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = [
@@ -71,3 +73,17 @@ def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
         return Corpus.open(folder, "train")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Real documents, small ones."""
+    return [text[:600] for found in stdlib_documents().values() for text in found][:700]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """A small tokenizer of them."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    write_tokenizer(path, texts[::5])
+    return path

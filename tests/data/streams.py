@@ -8,7 +8,7 @@ from typing import Any
 
 import zstandard
 
-from mamba_train.config import DataConfig, DataSource, MixtureStage
+from mamba_train.config_data import DataConfig, DataSource, MixtureStage
 from mamba_train.data.batches import WindowForm
 from mamba_train.data.stream_loader import StreamLoader
 from mamba_train.data.stream_opening import list_stream, open_stream

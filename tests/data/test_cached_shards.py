@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config_data import DataConfig, DataSource, MixtureStage
 from mamba_train.data.batches import WindowForm
 from mamba_train.data.cached_shards import FAILURE_NAME, CachedSource, begin
 from mamba_train.data.corpus import ReadError
@@ -44,10 +44,10 @@ def windows(source: CachedSource, n: int) -> list[tuple[str, int]]:
 
 def test_the_files_are_those_of_data_prep_and_the_order_is_no_matter_of_time(data: DataConfig, tmp_path: Path) -> None:
     said: list[str] = []
-    folder = begin(data, load_tokenizer(data.tokenizer or ""), said.append)
-    early = CachedSource(folder, BATCH, 3, FORM)
+    folder = begin(data, load_tokenizer(data.tokenizer or ""), said.append)[""]
+    early = CachedSource({"": folder}, BATCH, 3, FORM)
     first = early.batch(0, slice(None)).tokens  # waits for the first group alone
-    n_ready = len(early._groups)
+    n_ready = len(early.groups[""].known)
     n_groups = len(Job.from_json((folder / "job.json").read_text()).groups)
     assert n_groups == 3
     assert n_ready == 1
@@ -56,15 +56,16 @@ def test_the_files_are_those_of_data_prep_and_the_order_is_no_matter_of_time(dat
         assert time.monotonic() < give_up, said
         time.sleep(0.05)
 
-    late = CachedSource(folder, BATCH, 3, FORM)
+    late = CachedSource({"": folder}, BATCH, 3, FORM)
     late.places(np.array([10**6]))  # all groups are known before the first sample is asked for
     assert np.array_equal(late.batch(0, slice(None)).tokens, first)
-    n = late._ends[-1]
+    n = late.groups[""].n_windows
+    assert n is not None
     found = windows(late, 2 * n)
     assert found == windows(early, 2 * n)
     assert len(set(found[:n])) == len(set(found[n:])) == n
     assert found[:n] != found[n:]
-    assert windows(CachedSource(folder, BATCH, 4, FORM), 100) != found[:100]
+    assert windows(CachedSource({"": folder}, BATCH, 4, FORM), 100) != found[:100]
     assert late.epochs(3 * n) == {"": 3.0}
 
     out = tmp_path / "prepared"
@@ -74,8 +75,8 @@ def test_the_files_are_those_of_data_prep_and_the_order_is_no_matter_of_time(dat
     command("verify", folder, "--workers", 1)
 
     state = state_of(late, 5 * BATCH)
-    assert restore(CachedSource(folder, BATCH, 3, FORM), state, 5, allow_changed=False) == []
-    assert begin(data, load_tokenizer(data.tokenizer or ""), said.append) == folder
+    assert restore(CachedSource({"": folder}, BATCH, 3, FORM), state, 5, allow_changed=False) == []
+    assert begin(data, load_tokenizer(data.tokenizer or ""), said.append) == {"": folder}
     assert "3 of 3 groups of shards are finished" in said[-2] + said[-1]
 
 
@@ -83,14 +84,14 @@ def test_the_signal_of_a_job_whose_time_is_up_does_not_end_the_making(data: Data
     """SLURM sends it to all processes; the run itself stops when it can."""
     fresh = DataConfig(**{**vars(data), "cache_dir": str(tmp_path / "cache")})
     before = set(multiprocessing.active_children())
-    folder = begin(fresh, load_tokenizer(data.tokenizer or ""), lambda line: None)
+    folder = begin(fresh, load_tokenizer(data.tokenizer or ""), lambda line: None)[""]
     started = set(multiprocessing.active_children()) - before
     assert len(started) == 1  # before the loader starts processes of its own
     for process in started:
         os.kill(process.pid or 0, signal.SIGUSR1)
-    source = CachedSource(folder, BATCH, 3, FORM)
+    source = CachedSource({"": folder}, BATCH, 3, FORM)
     source.places(np.array([10**6]))  # waits for all groups
-    assert len(source._groups) == 3
+    assert len(source.groups[""].known) == 3
 
 
 def test_what_cannot_be_made_ends_the_waiting_with_the_reason(data: DataConfig, tmp_path: Path) -> None:
@@ -98,9 +99,9 @@ def test_what_cannot_be_made_ends_the_waiting_with_the_reason(data: DataConfig, 
     file.parent.mkdir()
     file.write_text('{"text": "good"}\n{"text": 3}\n')
     broken = DataConfig(**{**vars(data), "path": str(file.parent), "cache_dir": str(tmp_path / "cache")})
-    folder = begin(broken, load_tokenizer(data.tokenizer or ""), lambda line: None)
+    folder = begin(broken, load_tokenizer(data.tokenizer or ""), lambda line: None)[""]
     with pytest.raises(ReadError, match=r"train-00000 will not be made: .*0.jsonl:2: field 'text' .* must be a string"):
-        CachedSource(folder, BATCH, 0, FORM).batch(0, slice(None))
+        CachedSource({"": folder}, BATCH, 0, FORM).batch(0, slice(None))
     assert (folder / FAILURE_NAME).exists()
 
 
@@ -109,12 +110,12 @@ def test_a_text_smaller_than_a_window_is_refused(data: DataConfig, tmp_path: Pat
     file.parent.mkdir()
     file.write_text('{"text": "good"}\n')
     small = DataConfig(**{**vars(data), "path": str(file.parent), "cache_dir": str(tmp_path / "cache")})
-    folder = begin(small, load_tokenizer(data.tokenizer or ""), lambda line: None)
+    folder = begin(small, load_tokenizer(data.tokenizer or ""), lambda line: None)[""]
     found: list[BaseException] = []
 
     def read() -> None:
         try:
-            CachedSource(folder, BATCH, 0, FORM).batch(0, slice(None))
+            CachedSource({"": folder}, BATCH, 0, FORM).batch(0, slice(None))
         except ReadError as error:
             found.append(error)
 
@@ -124,3 +125,33 @@ def test_a_text_smaller_than_a_window_is_refused(data: DataConfig, tmp_path: Pat
     assert [str(error) for error in found] == [
         f"data.sequence_length={LENGTH}: no group of data.path has so many tokens"
     ]
+
+
+def test_a_mixture_of_sources_is_exact_and_each_has_its_own_order(data: DataConfig, tmp_path: Path) -> None:
+    root = Path(data.path or "")
+    other = write_files(tmp_path / "other", [make_texts(300, seed=9)], ".jsonl")
+    mixture = [MixtureStage(0, {"a": 3.0, "b": 1.0}), MixtureStage(300, {"b": 1.0})]
+    mixed = DataConfig(**{**vars(data), "path": None, "sources": {"a": str(root), "b": str(other)}, "mixture": mixture})
+    folders = begin(mixed, load_tokenizer(data.tokenizer or ""), lambda line: None)
+    assert folders["a"] == begin(data, load_tokenizer(data.tokenizer or ""), lambda line: None)[""]
+    stages = [(stage.from_step, stage.weights) for stage in mixture]
+    source = CachedSource(folders, BATCH, 3, FORM, stages)
+    found = [(str(corpus.folder), start) for corpus, start in source.places(np.arange(400 * BATCH))]
+    assert sum(folder == str(folders["b"]) for folder, _ in found[:2048]) == 512
+    assert all(folder == str(folders["b"]) for folder, _ in found[300 * BATCH :])
+    # Of each source window after window, epoch after epoch, whatever is read of the other.
+    for name, folder in folders.items():
+        places = source.groups[name]
+        mine = [start for where, start in found if where == str(folder)]
+        assert mine == [places.place(ordinal, 3)[1] for ordinal in range(len(mine))]
+    assert [places.place(n, 3)[1] for n in range(100)] != [source.groups["a"].place(n, 3)[1] for n in range(100)]
+    epochs = source.epochs(400 * BATCH)
+    n_windows = source.groups["b"].n_windows
+    assert n_windows is not None
+    assert epochs["b"] == sum(folder == str(folders["b"]) for folder, _ in found) / n_windows
+    assert 2 < source.bytes_per_target(8) < 8
+    state = state_of(source, 5 * BATCH)
+    assert restore(CachedSource(folders, BATCH, 3, FORM, stages), state, 5, allow_changed=False) == []
+    swapped = CachedSource({"a": folders["b"], "b": folders["a"]}, BATCH, 3, FORM, stages)
+    with pytest.raises(ValueError, match="are not the checkpoint's"):
+        restore(swapped, state, 5, allow_changed=False)

@@ -5,14 +5,8 @@ steps and started again with another world size, other workers and another micro
 feed to a model must be what the pure function says, in one process and without a loader.
 """
 
-import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +17,7 @@ import pytest
 from mamba_train.data.tokenizer import train_tokenizer
 from tests.data.digests import digest
 from tests.data.folders import write_text_folder
+from tests.data.loader_ranks import Start, records, run_to_the_end, run_until_killed
 from tests.data.pile_documents import pile_file, read_pile
 from tests.data.rank_process import SAVE_INTERVAL, fed, make_source
 from tests.helpers import REPOSITORY
@@ -30,15 +25,6 @@ from tests.helpers import REPOSITORY
 TOTAL_STEPS = 90
 GLOBAL_BATCH_SIZE = 48  # divides by 1, 2, 3 and 4
 STAGE_STEPS = (0, 50, 71)  # the first is longer than a block of 2,048 samples; none of them ends with one
-
-
-@dataclass(frozen=True)
-class Start:
-    """One start of a run: on how many ranks, with how many workers each, in micro-batches of how many rows."""
-
-    world_size: int
-    workers: int
-    micro_batch_size: int
 
 
 @pytest.fixture(scope="module")
@@ -76,55 +62,6 @@ def expected(spec: dict[str, Any]) -> list[str]:
     found = [digest(tokens) for tokens in steps]
     assert len(set(found)) == TOTAL_STEPS
     return found
-
-
-def launch(spec: dict[str, Any], start: Start, output: Path, swap: bool = False) -> list[subprocess.Popen]:
-    """Start all ranks."""
-    output.mkdir(exist_ok=True)
-    number = len(list(output.glob("spec-*")))
-    path = output / f"spec-{number}.json"
-    mine = {**spec, **vars(start), "output": str(output), "rendezvous": str(output / f"rendezvous-{number}")}
-    path.write_text(json.dumps({**mine, "swap": swap}))
-    script = str(Path(__file__).with_name("rank_process.py"))
-    return [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(path)],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-            stderr=(output / f"errors-{number}-{rank}.txt").open("w"),
-        )
-        for rank in range(start.world_size)
-    ]
-
-
-def records(output: Path) -> list[dict[str, Any]]:
-    path = output / "steps.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def errors(output: Path) -> str:
-    return "\n".join(path.read_text() for path in sorted(output.glob("errors-*")))
-
-
-def run_until_killed(spec: dict[str, Any], start: Start, output: Path, step: int) -> None:
-    """Start all ranks and kill them all as soon as a step is done."""
-    n_before = len(records(output))
-    ranks = launch(spec, start, output)
-    while True:
-        done = records(output)[n_before:]
-        if done and done[-1]["step"] >= step:
-            break
-        assert all(rank.poll() is None for rank in ranks), errors(output)
-        time.sleep(0.002)
-    for rank in ranks:
-        os.kill(rank.pid, signal.SIGKILL)
-    for rank in ranks:
-        assert rank.wait() == -signal.SIGKILL
-
-
-def run_to_the_end(spec: dict[str, Any], start: Start, output: Path, swap: bool = False) -> None:
-    for rank in launch(spec, start, output, swap):
-        assert rank.wait(timeout=120) == 0, errors(output)
 
 
 STARTS = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config_data import DataConfig, DataSource
 from mamba_train.data.manifest import read_manifest
 from mamba_train.data.prepare import prepare
 

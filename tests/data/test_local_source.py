@@ -8,7 +8,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mamba_train.config import BadDocuments
+from mamba_train.config_data import BadDocuments
 from mamba_train.data.bad_documents import BadDocumentFilter
 from mamba_train.data.documents import Document, cut_tail
 from mamba_train.data.local_source import LocalSource

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mamba_train.config import DataConfig, DataSource, MixtureStage
+from mamba_train.config_data import DataConfig, DataSource, MixtureStage
 from mamba_train.data.opening import OpenedData, open_data
 from tests.data.folders import numbered, write_folder
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config_data import DataConfig, DataSource
 from mamba_train.data import prepare as module
 from mamba_train.data.batches import WindowForm
 from mamba_train.data.corpus import Corpus
@@ -27,7 +27,7 @@ MakeConfig = Callable[..., DataConfig]
 # A process that prepares, and that kills itself at its n-th write to the file system if asked to.
 CHILD = """
 import os, signal, sys
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config_data import DataConfig, DataSource
 from mamba_train.data.prepare import prepare
 
 path, cache, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])

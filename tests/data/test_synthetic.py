@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mamba_train.config import DataConfig, DataSource, SyntheticTask
+from mamba_train.config_data import DataConfig, DataSource, SyntheticTask
 from mamba_train.data.batches import Batch, BatchSource, WindowForm
 from mamba_train.data.loader import BatchLoader
 from mamba_train.data.opening import open_data

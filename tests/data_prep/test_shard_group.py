@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config_data import DataConfig, DataSource
 from mamba_train.data import shard_group
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.manifest import file_sha256, find_problem, read_manifest

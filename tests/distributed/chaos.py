@@ -37,8 +37,8 @@ SETTINGS = [
     "engine=ddp", "training.global_batch_size=6", f"checkpoint.interval_steps={INTERVAL}", "checkpoint.keep_last=3",
     "checkpoint.verify_forward=false", "schedule=constant", "schedule.warmup_steps=5", "logging.wandb=offline",
     "training.validation_interval_steps=25", "guard.window_steps=12", "guard.min_steps=6", "guard.rollback_after=3",
-    "watchdog.heartbeat_seconds=0.5", "watchdog.step_seconds=10", "watchdog.straggler_interval_steps=20",
-    "watchdog.straggler_ratio=100",
+    "watchdog.heartbeat_seconds=0.5", "watchdog.step_seconds=10", "watchdog.between_steps_seconds=40",
+    "watchdog.straggler_interval_steps=20", "watchdog.straggler_ratio=100",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mamba_train.config import DataConfig, DataSource
+from mamba_train.config_data import DataConfig, DataSource
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.prepare import prepare
 from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer

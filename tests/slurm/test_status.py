@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mamba_train.monitor.heartbeat import FOLDER as HEARTBEATS
 from mamba_train.monitor.heartbeat import Heartbeat
 from slurm import status
 from slurm.status import find_runs, show
@@ -185,8 +186,11 @@ def test_it_needs_no_torch(repository: Path) -> None:
 
 def test_ranks_that_are_silent_or_behind_are_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queue(monkeypatch, "RUNNING|1:00|23:59:00|node[1-2]|None\n")
-    for rank, (step, ago) in enumerate([(58, 4), (58, 5), (58, 300), (50, 5)]):
-        heartbeat = {"rank": rank, "host": f"node{rank}", "pid": 1, "activity": "step", "step": step, "time": NOW - ago}
-        Heartbeat(run_dir, rank).write(heartbeat)
+    # Whatever its own clock says: the second is an hour behind. The last one gives a sign of life every five minutes.
+    ranks = [(58, 4, 0, 10.0), (58, 5, 3600, 10.0), (58, 300, 0, 10.0), (50, 5, 0, 10.0), (58, 290, 0, 300.0)]
+    for rank, (step, ago, clock, every) in enumerate(ranks):
+        heartbeat = {"rank": rank, "host": f"node{rank}", "pid": 1, "activity": "step", "step": step}
+        Heartbeat(run_dir, rank).write({**heartbeat, "time": NOW - ago - clock, "every_seconds": every})
+        os.utime(run_dir / HEARTBEATS / f"rank_{rank:05d}.json", (NOW - ago, NOW - ago))
     line = next(line for line in show([run_dir], 0).splitlines() if line.startswith("ranks"))
-    assert line == ("ranks   4, step 58, last sign of life 0:04 ago; silent: rank 2 on node2; behind: rank 3 on node3")
+    assert line == ("ranks   5, step 58, last sign of life 0:04 ago; silent: rank 2 on node2; behind: rank 3 on node3")

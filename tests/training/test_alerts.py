@@ -1,6 +1,8 @@
 """The command of the user's: it hears of what matters, and whatever it does the training goes on."""
 
 import shlex
+import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from mamba_train.monitor.event_log import EventLog, append, read_events
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.alerts import Alerts
 from mamba_train.training.preemption import Stopped
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, environment, train_command
 from tests.training.test_preemption import AskedAt
 from tests.training.test_rollback import GUARD
 from tests.training.test_trainer import Poison, make_config
@@ -90,14 +92,6 @@ def test_a_disk_that_is_full_is_said_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert append is not full
 
 
-def test_a_rank_that_stays_slow_is_told_of_once(tmp_path: Path) -> None:
-    alerts = Alerts(AlertsConfig(f"echo $MAMBA_TRAIN_EVENT_STEP >> {tmp_path}/told"), tmp_path, print)
-    for step, rank in ((50, 3), (100, 3), (150, 1), (200, 3)):
-        alerts.on_event({"kind": "straggler", "text": f"rank {rank} is slow", "step": step, "rank": rank})
-        alerts.wait()
-    assert (tmp_path / "told").read_text().split() == ["50", "150"]
-
-
 def test_the_command_in_the_documentation_is_one_that_hydra_takes() -> None:
     page = (REPOSITORY / "docs" / "operations.md").read_text()
     (line,) = [line for line in page.splitlines() if line.startswith("python train.py") and "alerts.command" in line]
@@ -105,3 +99,18 @@ def test_the_command_in_the_documentation_is_one_that_hydra_takes() -> None:
     command = compose_config([override]).alerts.command
     assert command is not None
     assert shlex.split(command)[-1] == "$WEBHOOK_URL"
+
+
+def test_ctrl_c_is_a_stop_and_no_failure(tmp_path: Path, corpus: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        train_command(run_dir, corpus, "training.total_steps=100000"), cwd=REPOSITORY, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.splitlines()[-1].split(":")[0]) == (1, "interrupted"), said
+    assert [event["kind"] for event in read_events(run_dir)] == ["start", "stopped"]

@@ -1,5 +1,6 @@
 """Several refused steps in a row: back to a good checkpoint, past the data, and the same after a kill at any point."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,9 @@ from mamba_train.checkpoint.layout import step_folders
 from mamba_train.checkpoint.storage import load
 from mamba_train.data.corpus import Corpus
 from mamba_train.monitor.event_log import read_events
+from mamba_train.monitor.jsonl import JsonlSink
 from mamba_train.training.build import build_trainer
+from mamba_train.training.events import KEPT_DOCUMENTS
 from mamba_train.training.hooks.base import Hook, Metrics
 from mamba_train.training.hooks.checkpointing import CheckpointHook
 from mamba_train.training.hooks.recording import RecordingHook
@@ -195,3 +198,26 @@ def test_a_run_gives_up_when_there_is_nothing_to_go_back_to(tmp_path: Path, corp
 def test_without_rollbacks_steps_are_only_skipped(tmp_path: Path, corpus: Path) -> None:
     trainer = train(tmp_path / "run", corpus, set(range(12, 20)), overrides=("guard.rollback_after=0",))
     assert trainer.state.skipped_steps == list(range(12, 20))
+
+
+def test_the_checkpoint_keeps_the_documents_of_the_last_entries_only(tmp_path: Path, corpus: Path) -> None:
+    trainer = train(tmp_path / "run", corpus, set(range(5, 30)), overrides=("guard.rollback_after=0",))
+    ledger = trainer.state.ledger
+    assert [entry["step"] for entry in ledger] == list(range(5, 30))
+    assert ["documents" in entry for entry in ledger] == [False] * (25 - KEPT_DOCUMENTS) + [True] * KEPT_DOCUMENTS
+    assert all(event["documents"] for event in read_events(tmp_path / "run") if event["kind"] == "skip")
+
+
+def test_a_full_disk_does_not_stop_a_rollback(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build_trainer(make_config(tmp_path / "run", corpus, *GUARD))
+
+    def full(self: JsonlSink, step: int) -> None:
+        if trainer.state.step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JsonlSink, "cut_at", full)
+    trainer.hooks = [Poison({12, 13, 14}), *trainer.hooks]
+    trainer.run()
+    assert trainer.state.step == 30
+    (event,) = [event for event in read_events(tmp_path / "run") if event["kind"] == "tracking"]
+    assert "metrics.jsonl cannot be cut" in event["text"]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mamba_train.composition import compose_config
+from mamba_train.monitor.event_log import read_events
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.rollback import RollbackHook
 from tests.data.conftest import make_texts
@@ -192,3 +193,58 @@ def test_a_rollback_that_a_kill_has_interrupted_passes_over_the_same_text(
     records = metrics(tmp_path / "killed")
     assert [record["step"] for record in records] == list(range(1, 25))
     assert [record["step"] for record in records if record["skipped"]] == [11, 12, 13, 14]
+
+
+@pytest.mark.slow
+def test_a_skip_names_the_documents_of_all_ranks(text: Path, tmp_path: Path) -> None:
+    # So narrow that the noise of a healthy run is outside.
+    narrow = ["guard.min_steps=2", "guard.deviations=1e-9", "guard.loss_rise=1e-9", "guard.rollback_after=0"]
+    found = []
+    for ranks, engine in ((1, []), (2, ["engine=ddp", "engine.device=cpu"])):
+        result = run(text, tmp_path / str(ranks), *narrow, *engine, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        events = [event for event in read_events(tmp_path / str(ranks)) if event["kind"] == "skip"]
+        found.append({event["step"]: event["documents"] for event in events})
+        epochs = [record["epochs"] for record in metrics(tmp_path / str(ranks))]
+        assert epochs == sorted(epochs)
+        assert epochs[0] == 0
+    both = found[0].keys() & found[1].keys()
+    assert both
+    assert all(found[0][step] == found[1][step] for step in both)
+    assert all(sum(map(len, documents.values())) >= 4 for documents in found[1].values()), "of each row"
+
+
+def test_files_that_were_written_since_are_named(text: Path, tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "text", [make_texts(160, seed=i) for i in range(3)])
+    (tmp_path / "tokenizer.json").write_bytes((text.parent / "tokenizer.json").read_bytes())
+    config = compose_config(command(folder, tmp_path / "run", "training.total_steps=8")[2:])
+    build_trainer(config).run()
+    config.training.total_steps = 12
+    build_trainer(config).run()
+    assert "files rewritten" not in [event["kind"] for event in read_events(tmp_path / "run")]
+    later = time.time() + 60
+    for name in ("001", "002"):
+        os.utime(folder / f"{name}.jsonl.zst", (later, later))
+    for total_steps in (16, 20):  # said once
+        config.training.total_steps = total_steps
+        build_trainer(config).run()
+    (event,) = [event for event in read_events(tmp_path / "run") if event["kind"] == "files rewritten"]
+    assert event["n_files"] == 2
+    assert "001.jsonl.zst and 1 more have the size that the checkpoint knows and a later time" in event["text"]
+
+
+def test_shards_of_a_mixture_are_made_meanwhile(text: Path, tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "text", [make_texts(160, seed=3)])
+    sources = [f"+data.sources.a={text}", f"+data.sources.b={folder}"]
+    mixture = "data.mixture=[{from_step:0,weights:{a:3,b:1}},{from_step:6,weights:{b:1}}]"
+    options = [option for option in command(text, tmp_path / "run")[2:] if not option.startswith("data.path=")]
+    options += ["data.cache_shards=true", "data.cache_workers=1", f"data.cache_dir={tmp_path / 'cache'}"]
+    options += [*sources, mixture, "schedule=constant"]
+    found = []
+    for starts in ([12], [5, 12]):
+        run_dir = tmp_path / str(len(starts))
+        for total_steps in starts:
+            build_trainer(compose_config([*options, f"run_dir={run_dir}", f"training.total_steps={total_steps}"])).run()
+        found.append(losses(run_dir))
+    assert found[0] == found[1]
+    assert {"epochs/a", "epochs/b"} <= metrics(tmp_path / "1")[-1].keys()

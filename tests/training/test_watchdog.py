@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from mamba_train.config import AlertsConfig, WatchdogConfig
+from mamba_train.config import AlertsConfig, Config, WatchdogConfig, data_limit_seconds
+from mamba_train.config_data import DataConfig, DataSource
 from mamba_train.monitor.event_log import read_events
 from mamba_train.monitor.heartbeat import FOLDER, Heartbeat, forget_ranks, read_heartbeats
 from mamba_train.ranks import Launch, Ranks
@@ -26,19 +27,23 @@ from tests.helpers import REPOSITORY, metrics, train_command
 
 QUICK = ["watchdog.heartbeat_seconds=0.3", "watchdog.step_seconds=2", "alerts.timeout_seconds=5"]
 
-# Run by python -c: train.py whose step 5 sleeps in the place that is said, with or without the interpreter's lock.
+# Run by python -c: train.py whose step 5 sleeps in the place that is said: in Python, with the interpreter's lock, or
+# where it waits for its data.
 HANGING = """
 import ctypes, sys, time
 from mamba_train.training.trainer import Trainer
 step = Trainer._step
 where, seconds = sys.argv.pop(1), float(sys.argv.pop(1))
 def hang():
-    if where == "python":
+    if where != "lock":
         time.sleep(seconds)
     else:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # PyDLL keeps the lock
 def hanging(trainer):
-    if trainer.state.step == 4:
+    if trainer.state.step == 4 and where == "data":
+        take = trainer.loader._step
+        trainer.loader._step = lambda sample: (time.sleep(seconds), take(sample))[1]
+    elif trainer.state.step == 4:
         time.sleep(1)  # the watchdog has seen this step
         hang()
     return step(trainer)
@@ -70,6 +75,7 @@ def test_a_step_that_hangs_ends_with_stacks_an_alert_and_a_restart(tmp_path: Pat
     (hang,) = [event for event in read_events(tmp_path / "run") if event["kind"] == "hang"]
     assert hang["step"] == 5
     stacks = (tmp_path / "run" / "hangs" / "step_00000005_rank_00000.txt").read_text()
+    assert hang["files"] == ["step_00000005_rank_00000.txt"], "a single process has no collective operations"
     assert "in hang" in stacks
     assert "in _watch" in stacks
     assert told.read_text() == "hang 5\n"
@@ -91,12 +97,31 @@ def test_a_slow_step_is_left_alone_and_nothing_is_left_behind(tmp_path: Path, co
     assert list((tmp_path / "run" / FOLDER).iterdir()) == []
 
 
+def test_waiting_for_data_has_a_limit_of_its_own(tmp_path: Path, corpus: Path) -> None:
+    patient = run_hanging("data", 6, tmp_path / "patient", corpus, "watchdog.data_seconds=60", "training.total_steps=5")
+    assert patient.returncode == 0, patient.stderr
+    assert [event["kind"] for event in read_events(tmp_path / "patient")] == ["start", "finished"]
+    result = run_hanging("data", 60, tmp_path / "run", corpus, "watchdog.data_seconds=3", "watchdog.step_seconds=50")
+    assert result.returncode == EXIT_RESTART, result.stderr
+    assert "error: the data of step 5 has not come within 3 s (watchdog.data_seconds) to rank 0 on" in result.stderr
+    assert [event["kind"] for event in read_events(tmp_path / "run")] == ["start", "hang"]
+
+
+def test_a_stream_may_be_as_patient_as_it_says(tmp_path: Path) -> None:
+    config = Config(data=DataConfig(source=DataSource.shards), watchdog=WatchdogConfig(step_seconds=300.0))
+    assert data_limit_seconds(config) == 300.0
+    config.data = DataConfig(source=DataSource.stream, network_retries=2, network_timeout_seconds=60.0)
+    assert data_limit_seconds(config) == 2 * 600 + 3 * 60
+    config.watchdog.data_seconds = 1000.0
+    assert data_limit_seconds(config) == 1000.0
+
+
 def test_a_heartbeat_is_replaced_whole(tmp_path: Path) -> None:
     heartbeats = [Heartbeat(tmp_path, rank) for rank in (0, 3)]
     for number in (100_000, 7):
         for rank, heartbeat in zip((0, 3), heartbeats, strict=True):
             heartbeat.write({"rank": rank, "step": number})
-    assert read_heartbeats(tmp_path) == {0: {"rank": 0, "step": 7}, 3: {"rank": 3, "step": 7}}
+    assert {rank: (of["rank"], of["step"]) for rank, of in read_heartbeats(tmp_path).items()} == {0: (0, 7), 3: (3, 7)}
     forget_ranks(tmp_path, 2)
     assert list(read_heartbeats(tmp_path)) == [0]
     heartbeats[0].close()
@@ -137,7 +162,7 @@ def leave(run_dir: Path, monkeypatch: pytest.MonkeyPatch, rank: int, world_size:
     monkeypatch.setattr("mamba_train.training.hooks.watchdog.os._exit", left)
     config = WatchdogConfig(heartbeat_seconds=0.3, step_seconds=2.0)
     alerts = Alerts(AlertsConfig(), run_dir, print)
-    hook = WatchdogHook(run_dir, config, Ranks(Launch(rank, world_size), HashStore()), alerts)
+    hook = WatchdogHook(run_dir, config, 2.0, Ranks(Launch(rank, world_size), HashStore()), alerts)
     hook.begin("step", 7)
     began = time.monotonic()
     try:
@@ -228,7 +253,85 @@ def test_a_stopped_rank_is_named_and_the_run_starts_again_and_finishes(tmp_path:
     written = sorted(path.name for path in (run_dir / "hangs").glob("step_*.txt"))
     assert [name.split("rank_")[1] for name in written] == ["00000.txt", "00002.txt"]
     assert "in _step" in (run_dir / "hangs" / written[0]).read_text()
+    record = json.loads((run_dir / "hangs" / written[0]).with_suffix(".collectives.json").read_text())
+    assert record["entries"][-1]["profiling_name"].endswith("all_reduce"), "what it waits in"
+    assert record["entries"][-1]["timeout_ms"] > 1000 * data_limit_seconds(Config(data=DataConfig(source="stream")))
     keys = ("step", "loss", "grad_norm", "lr")
     ours, theirs = ([[r[key] for key in keys] for r in metrics(folder)] for folder in (run_dir, plain))
     assert ours == theirs
     assert json.loads((run_dir / "ledger.jsonl").read_text().splitlines()[0])["kind"] == "start"
+
+
+SLOW_RANK = str(REPOSITORY / "tests" / "distributed" / "slow_rank.py")
+# Rank 1 waits for its data in each step, for longer than a step may take.
+LATE_DATA = ["engine=ddp", "training.global_batch_size=4", "training.total_steps=3", *QUICK]
+
+
+def late_data(run_dir: Path, corpus: Path, seconds: float, *more: str) -> list[str]:
+    more = ("schedule.warmup_steps=1", *more)
+    return torchrun(2, SLOW_RANK, "data", "1", str(seconds), *overrides(corpus, run_dir, *LATE_DATA, *more))
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_one_that_waits_for_its_data(tmp_path: Path, corpus: Path) -> None:
+    command = late_data(tmp_path / "run", corpus, 4, "watchdog.data_seconds=60")
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [event["kind"] for event in read_events(tmp_path / "run")] == ["start", "finished"]
+
+
+@pytest.mark.slow
+def test_a_rank_whose_data_does_not_come_says_so(tmp_path: Path, corpus: Path) -> None:
+    command = late_data(tmp_path / "run", corpus, 100, "watchdog.data_seconds=8", "watchdog.first_step_seconds=10")
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode != 0
+    assert "the data of step 1 has not come within 10 s (watchdog.data_seconds) to rank 1 on" in result.stderr
+    (hang,) = [event for event in read_events(tmp_path / "run") if event["kind"] == "hang"]
+    assert hang["silent"] == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_while_it_waits_for_its_data_is_named(tmp_path: Path, corpus: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            late_data(run_dir, corpus, 30, "watchdog.data_seconds=600", "watchdog.first_step_seconds=5"),
+            cwd=REPOSITORY, env=child_environment(), stdout=stream, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    beats = wait_for(lambda: (b := read_heartbeats(run_dir)).get(1, {}).get("activity") == "data of step" and b)
+    os.kill(beats[1]["pid"], signal.SIGSTOP)
+    (hang,) = wait_for(lambda: [event for event in read_events(run_dir) if event["kind"] == "hang"])
+    assert hang["silent"] == [1]
+    assert "step 1 has not ended within 5 s: no sign of life of rank 1" in hang["text"]
+    assert process.wait(120) != 0, log.read_text()[-3000:]
+
+
+@pytest.mark.slow
+def test_a_start_up_that_hangs_is_ended_too(tmp_path: Path, corpus: Path) -> None:
+    more = overrides(
+        corpus, tmp_path / "run", *LATE_DATA, "schedule.warmup_steps=1", "watchdog.between_steps_seconds=5"
+    )
+    command = torchrun(2, SLOW_RANK, "start", "1", "100", *more)
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, timeout=200
+    )
+    assert "error: start has not ended within 5 s" in result.stderr
+    names = {path.name for path in (tmp_path / "run" / "hangs").iterdir()}
+    assert {"step_00000000_rank_00000.txt", "step_00000000_rank_00001.txt"} <= names
+
+
+@pytest.mark.slow
+def test_a_start_up_that_fails_leaves_no_sign_of_life(tmp_path: Path, corpus: Path) -> None:
+    short = [*LATE_DATA, "schedule.warmup_steps=1"]
+    for more, code in (([], 0), (["model.d_state=8"], 1)):  # that is not the checkpoint's
+        command = torchrun(2, str(REPOSITORY / "train.py"), *overrides(corpus, tmp_path / "run", *short, *more))
+        result = subprocess.run(
+            command, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, timeout=200
+        )
+        assert result.returncode == code, result.stderr[-3000:]
+    assert "model.d_state was 4, is 8" in result.stderr
+    assert not list((tmp_path / "run").glob(f"{FOLDER}/*"))

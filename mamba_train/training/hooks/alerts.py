@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,6 @@ class Alerts:
     def __init__(self, config: AlertsConfig, run_dir: Path, log: Callable[[str], None]) -> None:
         self._config, self._run_dir, self._log = config, run_dir, log
         self._threads: list[threading.Thread] = []
-        self._slow_ranks: set[int] = set()  # that have been told of
 
     @property
     def longest_wait_seconds(self) -> float:
@@ -39,10 +39,6 @@ class Alerts:
         """Run the command, and do not wait for it."""
         if self._config.command is None or event["kind"] not in KINDS:
             return
-        if event["kind"] == "straggler":  # found again every so many steps, for days: told once in a start
-            if event["rank"] in self._slow_ranks:
-                return
-            self._slow_ranks.add(event["rank"])
         thread = threading.Thread(target=self._run, args=(event,), name="alert", daemon=True)
         self._threads.append(thread)
         thread.start()
@@ -106,7 +102,9 @@ class LifeHook(Hook):
         self._events.add("finished", f"finished after step {trainer.state.step}", step=trainer.state.step)
 
     def close(self, failed: bool) -> None:
-        if failed and self._last not in ENDS:
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):  # on its way out of the trainer
+            self._events.add("stopped", "interrupted by Ctrl-C; the same command goes on from the newest checkpoint")
+        elif failed and self._last not in ENDS:
             self._events.add("failed", "ended with an error; the log has it")
         self._alerts.wait()
 

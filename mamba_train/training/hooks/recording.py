@@ -68,7 +68,11 @@ class RecordingHook(Hook):
         if self._jsonl is not None:
             first = records[0]["step"]
             assert first is not None
-            cut = self._jsonl.cut_at(int(first) - 1)
+            try:
+                cut = self._jsonl.cut_at(int(first) - 1)
+            except OSError as error:  # as with any record: a full disk does not stop the training
+                cut = None
+                self._events.add("tracking", f"{self._jsonl.path} cannot be cut ({error}): it has some steps twice")
             if cut is not None:
                 self._log(f"metrics after step {int(first) - 1} were moved to {cut}")
             for record in records:

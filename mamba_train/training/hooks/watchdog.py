@@ -4,8 +4,12 @@ A thread of each rank writes a sign of life every few seconds and looks at the c
 for a rank that does not come hangs on all ranks, so each of them finds out by itself: it writes the Python stacks of
 all its threads and, where there is one, NCCL's flight record into the run folder, names the ranks that give no sign of
 life, and leaves with EXIT_RESTART. Whoever started the processes (torchrun, srun) ends the others.
+
+Waiting for data has a limit of its own, as a stream may be patient with its server. The other ranks wait in the step
+meanwhile: as long as a rank is alive and waits for its data, their time does not count.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -13,11 +17,12 @@ import platform
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from mamba_train.config import WatchdogConfig
+from mamba_train.data.loader import BatchLoader
 from mamba_train.monitor.event_log import EventLog
 from mamba_train.monitor.heartbeat import Heartbeat, forget_ranks, read_heartbeats
 from mamba_train.ranks import Ranks
@@ -33,6 +38,10 @@ BACKSTOP_SECONDS = 60.0
 SILENT_INTERVALS = 3
 # So much later than the others may the rank be that speaks for them: each looks at the clock once in an interval.
 SPEAKER_INTERVALS = 2
+
+
+IN_STEP = ("first step", "step")
+DATA = "data of step"
 
 
 @dataclass(frozen=True)
@@ -55,15 +64,21 @@ class _EndOfHooks(Hook):
 class WatchdogHook(Hook):
     """The first hook of the list; `at_end` is the last one.
 
-    The first step has a long limit, as there is something to compile and to open; so have the hooks between two steps,
-    which validate and save.
+    The first step has a long limit, as there is something to compile and to open; so have the start-up, which loads,
+    and the hooks between two steps, which validate and save.
     """
 
-    def __init__(self, run_dir: Path, config: WatchdogConfig, ranks: Ranks, alerts: Alerts) -> None:
+    def __init__(
+        self, run_dir: Path, config: WatchdogConfig, data_seconds: float, ranks: Ranks, alerts: Alerts
+    ) -> None:
+        """data_seconds: how long a rank may wait for the data of a step."""
         self._run_dir, self._config, self._ranks, self._alerts = run_dir, config, ranks, alerts
+        self._data_seconds = data_seconds
+        self._loader: BatchLoader | None = None
+        self._others_waited_at = 0.0  # when another rank was last seen waiting for its data
         self._host = platform.node()
         self._heartbeat = Heartbeat(run_dir, ranks.rank)
-        self._activity = _Activity("start", 0, time.monotonic(), config.first_step_seconds)
+        self.begin("start", 0)
         self.first_step = 0  # of this start
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -77,15 +92,23 @@ class WatchdogHook(Hook):
         limit = limits.get(name, config.between_steps_seconds)
         self._activity = _Activity(name, step, time.monotonic(), limit)
 
-    def on_start(self, trainer: Trainer) -> None:
-        self.first_step = trainer.state.step + 1
-        self.begin("first step", self.first_step)
+    def start(self) -> None:
+        """Watch from now on; the run folder is this run's. Several ranks are watched from their start-up on."""
+        self.begin("start", 0)
         if self._ranks.rank == 0:
             forget_ranks(self._run_dir, self._ranks.world_size)
-        self._beat()
         if self._config.enabled:
+            atexit.register(self.close, failed=True)  # after a start-up that has failed nobody else closes it
+            self._beat()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
+
+    def on_start(self, trainer: Trainer) -> None:
+        if self._thread is None:
+            self.start()
+        self.first_step = trainer.state.step + 1
+        self._loader = trainer.loader
+        self.begin("first step", self.first_step)
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         self.begin("after the step", trainer.state.step)
@@ -97,6 +120,7 @@ class WatchdogHook(Hook):
         self.begin("finishing", trainer.state.step)
 
     def close(self, failed: bool) -> None:
+        atexit.unregister(self.close)
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
@@ -108,10 +132,21 @@ class WatchdogHook(Hook):
                     Path(self._backstop.name).unlink()
         self._heartbeat.close()
 
+    def _now(self) -> _Activity:
+        """What the main thread does; in a step, the time that it or another rank has waited for data is left out."""
+        activity, loader = self._activity, self._loader
+        if loader is None or activity.name not in IN_STEP:
+            return activity
+        waiting_since = loader.waiting_since
+        if waiting_since is None:
+            return replace(activity, since=max(activity.since, loader.came_at, self._others_waited_at))
+        of_first_step = activity.limit_seconds if activity.name == "first step" else 0.0
+        return _Activity(DATA, activity.step, waiting_since, max(self._data_seconds, of_first_step))
+
     def _watch(self) -> None:
         pause = min(self._config.heartbeat_seconds, self._config.step_seconds / 4)
         while True:
-            activity = self._activity
+            activity = self._now()
             self._beat()
             if time.monotonic() - activity.since > activity.limit_seconds:
                 self._end(activity)
@@ -121,7 +156,7 @@ class WatchdogHook(Hook):
                 return
 
     def _beat(self) -> None:
-        activity = self._activity
+        activity = self._now()
         self._heartbeat.write(
             {
                 "rank": self._ranks.rank,
@@ -130,6 +165,7 @@ class WatchdogHook(Hook):
                 "activity": activity.name,
                 "step": activity.step,
                 "for_seconds": round(time.monotonic() - activity.since, 1),
+                "every_seconds": self._config.heartbeat_seconds,
                 "time": round(time.time(), 2),
             }
         )
@@ -148,11 +184,13 @@ class WatchdogHook(Hook):
     def _end(self, activity: _Activity) -> None:
         interval, rank = self._config.heartbeat_seconds, self._ranks.rank
         longest_alert = self._alerts.longest_wait_seconds
-        self._set_backstop((SILENT_INTERVALS + SPEAKER_INTERVALS) * interval + longest_alert)
+        self._set_backstop((2 * SILENT_INTERVALS + SPEAKER_INTERVALS) * interval + longest_alert)
+        if activity.name in IN_STEP and self._others_wait_for_data():
+            return
         files = self._write_evidence(activity)
         before = read_heartbeats(self._run_dir)
         self._stay(SILENT_INTERVALS * interval)
-        if self._closed.is_set() or self._activity is not activity:
+        if self._closed.is_set() or self._now() != activity:
             return  # it was only slow, and has gone on meanwhile
         now = read_heartbeats(self._run_dir)
         silent = [other for other in before if other != rank and before[other] == now.get(other)]
@@ -174,6 +212,18 @@ class WatchdogHook(Hook):
         os.write(sys.stderr.fileno(), f"error: {text}\n".encode())
         os._exit(EXIT_RESTART)
 
+    def _others_wait_for_data(self) -> bool:
+        """Whether another rank is alive and waits for its data, or has until now."""
+        before = {rank: of for rank, of in read_heartbeats(self._run_dir).items() if of["activity"] == DATA}
+        if not before:
+            return False
+        self._stay(SILENT_INTERVALS * self._config.heartbeat_seconds)
+        now = read_heartbeats(self._run_dir)
+        alive = any(now.get(rank) != of for rank, of in before.items())
+        if alive:
+            self._others_waited_at = time.monotonic()
+        return alive
+
     def _stay(self, seconds: float) -> None:
         """Go on giving signs of life, until the run is closed."""
         end = time.monotonic() + seconds
@@ -183,9 +233,16 @@ class WatchdogHook(Hook):
     def _text(self, activity: _Activity, now: dict[int, dict[str, Any]], silent: list[int]) -> str:
         what = f"{activity.name} {activity.step}" if "step" in activity.name else activity.name
         text = f"{what} has not ended within {activity.limit_seconds:g} s"
+        if activity.name == DATA:
+            text = (
+                f"the data of step {activity.step} has not come within {activity.limit_seconds:g} s "
+                f"(watchdog.data_seconds) to rank {self._ranks.rank} on {self._host}"
+            )
         if silent:
             named = [f"rank {rank} (process {now[rank]['pid']} on {now[rank]['host']})" for rank in silent]
             return f"{text}: no sign of life of {', '.join(named)}"
+        if activity.name == DATA:
+            return f"{text}: look at the disk or the server that it comes from"
         places = sorted({(of["activity"], of["step"]) for of in now.values()})
         others = [rank for rank, of in now.items() if (of["activity"], of["step"]) != (activity.name, activity.step)]
         if others and len(places) > 1:
@@ -196,7 +253,7 @@ class WatchdogHook(Hook):
         return f"{text}; all ranks are alive and in it: {FOLDER}/ in the run folder says where each of them is"
 
     def _write_evidence(self, activity: _Activity) -> list[str]:
-        """The Python stacks of this process, and NCCL's record of its last operations where it keeps one."""
+        """The Python stacks of this process, and torch's record of its last collective operations."""
         written = []
         stem = self._run_dir / FOLDER / f"step_{activity.step:08d}_rank_{self._ranks.rank:05d}"
         with contextlib.suppress(OSError):
@@ -206,19 +263,20 @@ class WatchdogHook(Hook):
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             written.append(stem.with_suffix(".txt").name)
-            if record := _nccl_record():
-                stem.with_suffix(".nccl.json").write_bytes(record)
-                written.append(stem.with_suffix(".nccl.json").name)
+            if self._ranks.world_size > 1 and (record := flight_record()):
+                stem.with_suffix(".collectives.json").write_bytes(record)
+                written.append(stem.with_suffix(".collectives.json").name)
         return written
 
 
-def _nccl_record() -> bytes | None:
+def flight_record() -> bytes | None:
+    """What torch's flight recorder knows of the last collective operations (of NCCL, on the CPU of gloo), in JSON."""
     import torch
 
-    if not torch.cuda.is_available():
-        return None
     try:  # not a public interface: whatever it does must not keep the process from ending
-        record = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json")()  # noqa: B009 (mypy does not know it)
+        c10d = torch._C._distributed_c10d
+        dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json")  # noqa: B009
+        record: bytes | str = dump()
     except Exception:
         return None
-    return record if isinstance(record, bytes) else str(record).encode()
+    return record if isinstance(record, bytes) else record.encode()
