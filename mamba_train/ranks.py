@@ -27,8 +27,8 @@ T = TypeVar("T")
 # Between two questions to the store: often at first, then seldom, as there may be hundreds who ask.
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.01, 0.5
 PART_CHARACTERS = 4 << 20  # the store hangs up on whoever sends it more than 8 MiB at once
-# Of a collective operation: ranks may wait long for one that saves or has no data yet, and the watchdog knows better.
-COLLECTIVE_TIMEOUT = timedelta(hours=12)
+# Of a collective operation, where a watchdog knows better how long ranks may wait for each other.
+WATCHED_TIMEOUT = timedelta(days=7)
 # Jobs of one cluster that share a node must not meet at one port.
 FIRST_PORT, N_PORTS = 20000, 20000
 
@@ -155,6 +155,17 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
+    def wait_as_watched(self) -> None:
+        """Collective operations, in all groups that there are, may take as long as a watchdog lets them.
+
+        Otherwise torch ends them after 10 minutes with NCCL, 30 with gloo.
+        """
+        if self.world_size > 1:
+            from torch.distributed import distributed_c10d
+
+            for group in list(distributed_c10d._world.pg_map):
+                distributed_c10d._set_pg_timeout(WATCHED_TIMEOUT, group)
+
     def new_key(self) -> str:
         """A name in the store that all ranks agree on and that is used once."""
         self._n_shared += 1
@@ -223,9 +234,7 @@ def join() -> Ranks:
     tcp = dist.TCPStore(host, port, is_master=listens, timeout=timedelta(minutes=10))
     # A restart by torchrun finds the keys of the attempt before it.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
-    dist.init_process_group(
-        backend, store=store, rank=here.rank, world_size=here.world_size, timeout=COLLECTIVE_TIMEOUT
-    )
+    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size)
     _joined = Ranks(here, store)
     return _joined
 

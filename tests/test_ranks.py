@@ -1,11 +1,15 @@
-"""What rank 0 finds out alone reaches the others, however much it is."""
+"""What rank 0 finds out alone reaches the others, however much it is, and they wait for each other long enough."""
 
+import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from mamba_train.ranks import PART_CHARACTERS, Launch, Ranks
+from mamba_train.ranks import PART_CHARACTERS, WATCHED_TIMEOUT, Launch, Ranks
+from tests.helpers import REPOSITORY
 
 
 def test_a_value_may_be_larger_than_the_store_takes_at_once() -> None:
@@ -27,3 +31,24 @@ def test_a_value_may_be_larger_than_the_store_takes_at_once() -> None:
         )
         assert list(found) == [value, value]
     assert asked == [1]
+
+
+WATCHED = """
+import json, torch, torch.distributed as dist
+from mamba_train.ranks import Launch, Ranks, lone_group
+lone_group()
+groups = [dist.group.WORLD, dist.new_group([0])]
+for watched in (False, True):
+    if watched:
+        Ranks(Launch(0, 2), dist.HashStore()).wait_as_watched()
+    for group in groups:
+        dist.all_reduce(torch.ones(1), group=group)
+entries = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())["entries"]
+print([entry["timeout_ms"] / 1000 for entry in entries])
+"""
+
+
+def test_collective_operations_wait_as_long_as_a_watchdog_lets_them() -> None:
+    result = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [1800.0] * 2 + [WATCHED_TIMEOUT.total_seconds()] * 2

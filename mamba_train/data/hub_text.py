@@ -5,6 +5,8 @@ library decides how files become rows; each of its shards (files) is one input, 
 spread and a killed group begins again at the start of its shard.
 """
 
+import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,11 +132,22 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _stream(part: HubText, option: str = "--input") -> Any:
-    # Here, because the import takes a second that local files need not wait for.
-    from datasets import load_dataset
-
+    whole = (part.name, part.config, part.hub_split, part.revision)
     try:
-        return load_dataset(part.name, part.config, split=part.hub_split, revision=part.revision, streaming=True)
+        with _asking:  # many lanes are opened at once
+            return _load(*whole) if Path(part.name).exists() else _load_once(*whole)
     except Exception as error:  # the library raises many kinds: no such name, no such split, no network
         reason = " ".join(str(error).split())
         raise ValueError(f"{option} hf:{part.name}: cannot be opened, split {part.hub_split!r} ({reason})") from error
+
+
+def _load(name: str, config: str | None, split: str, revision: str | None) -> Any:
+    # Here, because the import takes a second that local files need not wait for.
+    from datasets import load_dataset
+
+    return load_dataset(name, config, split=split, revision=revision, streaming=True)
+
+
+# The library asks the hub each time, which takes many questions badly; at a commit the answer stays the same.
+_load_once = functools.lru_cache(maxsize=16)(_load)
+_asking = threading.Lock()

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,10 @@ class Rows:
     lanes: np.ndarray
     cursors: np.ndarray
     counts: tuple[int, int, int]
+
+    def pin_memory(self) -> "Rows":
+        """For the DataLoader, which does it in a thread while the device computes."""
+        return replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass
@@ -147,7 +151,6 @@ class StreamLoader(BatchLoader):
         super().__init__(source, *arguments, **options)
         assert isinstance(source, StreamSource)
         self.finite = not source.data.repeat
-        self._pins, self._pin_memory = self._pin_memory, False  # pinned here, when the rows are put together
         self._workers = min(self._workers, self._n_rows)
         self._before = source.cursors
 
@@ -201,16 +204,25 @@ class StreamLoader(BatchLoader):
         return parts
 
     def _micro_batches(self, parts: Sequence[Rows]) -> list[Batch]:
-        whole = _joined([rows.batch for rows in parts], self.source.form.length + 1)
-        if self._pins:
-            whole = whole.pin_memory()
+        """The rows of the processes in micro-batches; where these are the same rows, nothing is copied."""
         found = []
         for first in range(0, self._n_rows, self._micro_batch_size):
-            rows = slice(first, first + self._micro_batch_size)
-            seq_idx = None if whole.seq_idx is None else whole.seq_idx[rows]
-            lengths = None if whole.lengths is None else whole.lengths[rows]
-            found.append(Batch(whole.tokens[rows], seq_idx, whole.unpredictable_after, lengths=lengths))
+            pieces, begin = [], 0
+            for batch in (rows.batch for rows in parts):
+                end = begin + len(batch.tokens)
+                here = slice(max(first, begin) - begin, min(first + self._micro_batch_size, end) - begin)
+                if here.start < here.stop:
+                    pieces.append(_rows_of(batch, here))
+                begin = end
+            whole = _joined(pieces, self.source.form.length + 1)
+            found.append(whole.pin_memory() if self._pin_memory and len(pieces) > 1 else whole)
         return found
+
+
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    seq_idx = None if batch.seq_idx is None else batch.seq_idx[rows]
+    lengths = None if batch.lengths is None else batch.lengths[rows]
+    return Batch(batch.tokens[rows], seq_idx, batch.unpredictable_after, lengths=lengths)
 
 
 def _joined(parts: Sequence[Batch], length: int) -> Batch:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -261,3 +262,21 @@ def test_a_dataset_is_opened_again_where_it_broke_off(monkeypatch: pytest.Monkey
     failures = iter([(2, KeyError("text"))])
     with pytest.raises(ValueError, match="cannot be read beyond row 2"):
         list(read_hub(part, Fields("text"), patience=PATIENCE))
+
+
+def test_the_hub_is_asked_once_by_a_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """However many lanes are opened at the same time, and again after a failure."""
+    datasets = pytest.importorskip("datasets")
+    folder = write_files(tmp_path / "text", [[f"{file} {n}" for n in range(5)] for file in range(3)], ".jsonl")
+    load, asked = datasets.load_dataset, []
+
+    def asks(name: str, *arguments: Any, **options: Any) -> Any:
+        asked.append(name)
+        return load(str(folder), split="train", streaming=True)
+
+    monkeypatch.setattr("datasets.load_dataset", asks)
+    parts = [HubText("owner/asked-once", None, "a" * 40, "train", shard, 3) for shard in (0, 1, 2, 0)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda part: [record.text for record in read_hub(part, Fields("text"))], parts))
+    assert found == [[f"{file} {n}" for n in range(5)] for file in (0, 1, 2, 0)]
+    assert asked == ["owner/asked-once"]

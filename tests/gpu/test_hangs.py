@@ -87,8 +87,8 @@ def begin(script: str, log: Path, *arguments: str, restarts: int = 0) -> "subpro
 
 def options(texts: Path, run_dir: Path, engine: str) -> list[str]:  # noqa: F811
     return overrides(
-        texts, run_dir, f"engine={engine}", "engine.device=cuda", "training.total_steps=300",
-        "checkpoint.interval_steps=50", "training.validation_interval_steps=100", "logging.ssm_health_interval_steps=0",
+        texts, run_dir, f"engine={engine}", "engine.device=cuda", "training.total_steps=150",
+        "checkpoint.interval_steps=25", "training.validation_interval_steps=75", "logging.ssm_health_interval_steps=0",
         "watchdog.heartbeat_seconds=0.3", "watchdog.step_seconds=4", "alerts.timeout_seconds=5",
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ def test_a_stopped_rank_is_named_with_the_record_of_nccl(texts: Path, tmp_path: 
     assert last["profiling_name"].startswith("nccl:")
     assert last["state"] != "completed"
     assert process.wait(120) == 0, log.read_text()[-3000:]
-    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 301))
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 151))
     assert sorted(event["kind"] for event in read_events(run_dir)) == ["finished", "hang", "start", "start"]
 
 

@@ -98,6 +98,7 @@ class WatchdogHook(Hook):
         if self._ranks.rank == 0:
             forget_ranks(self._run_dir, self._ranks.world_size)
         if self._config.enabled:
+            self._ranks.wait_as_watched()
             atexit.register(self.close, failed=True)  # after a start-up that has failed nobody else closes it
             self._beat()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -108,6 +109,8 @@ class WatchdogHook(Hook):
             self.start()
         self.first_step = trainer.state.step + 1
         self._loader = trainer.loader
+        if self._config.enabled:
+            self._ranks.wait_as_watched()  # in the groups of the engine, too
         self.begin("first step", self.first_step)
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
