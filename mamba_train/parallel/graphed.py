@@ -1,17 +1,21 @@
-"""The forward and backward pass of a micro-batch as one CUDA graph: one launch instead of several thousand.
+"""The passes of a micro-batch, and the update, as CUDA graphs: one launch instead of several thousand.
 
 A layer launches about fifty small kernels each way, and Python needs longer to launch them than a GPU needs to compute
-them unless the micro-batch is large.
+them unless the micro-batch is large. The update waits for the host's decision, and every millisecond that Python then
+needs the GPU is idle.
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]  # inputs, targets, seq_idx, n_targets
 Shapes = tuple[torch.Size | None, ...]
@@ -56,6 +60,11 @@ class GraphedPasses:
         self._recording.graph.replay()
         return self._recording.loss.clone()  # the next replay writes there
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether there is a graph, and so the gradients stay where they are."""
+        return self._recording is not None
+
     def _record(self, arguments: Arguments) -> _Recording | None:
         """None, and a line in the log, where something cannot be recorded."""
         inputs, targets, seq_idx, n_targets = arguments
@@ -63,18 +72,8 @@ class GraphedPasses:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        try:
-            graph = torch.cuda.CUDAGraph()
-            # A recording that fails would leave its own stream as the current one.
-            with torch.cuda.stream(torch.cuda.current_stream()):
-                # Other threads (the checkpoint's, the one that pins batches) may go on with what they do.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    loss = self._passes(*static)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            _log.warning("engine.cuda_graphs: the step cannot be recorded, it goes on without a graph: %s", reason)
-            return None
-        return _Recording(graph, static, loss)
+        recorded = record(lambda: self._passes(*static), "the step")
+        return None if recorded is None else _Recording(recorded[0], static, recorded[1])
 
     def clear_gradients(self) -> None:
         """Zeros where the graph adds to; before there is one, no gradients at all."""
@@ -83,6 +82,40 @@ class GraphedPasses:
                 parameter.grad = None
         else:
             torch._foreach_zero_([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+
+
+class GraphedUpdate:
+    """Calls `update`, which reads and writes the same memory every time, and from the second call on replays it."""
+
+    def __init__(self, update: Callable[[], object]) -> None:
+        self._update = update
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        self._calls += 1
+        if self._calls == 2 and (recorded := record(self._update, "the update")) is not None:
+            self._graph = recorded[0]
+        if self._graph is None:
+            self._update()
+        else:
+            self._graph.replay()
+
+
+def record(work: Callable[[], T], name: str) -> tuple[torch.cuda.CUDAGraph, T] | None:
+    """A graph of what `work` launches and what it returned; None, and a line in the log, where that cannot be."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        # A recording that fails would leave its own stream as the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            # Other threads (the checkpoint's, the one that pins batches) may go on with what they do.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = work()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        _log.warning("engine.cuda_graphs: %s cannot be recorded, it goes on without a graph: %s", name, reason)
+        return None
+    return graph, result
 
 
 def _copy(tensor: Tensor) -> Tensor:

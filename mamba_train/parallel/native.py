@@ -18,8 +18,9 @@ from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfi
 from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
+from mamba_train.parallel.cast_once import CastOnce
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
-from mamba_train.parallel.graphed import GraphedPasses
+from mamba_train.parallel.graphed import GraphedPasses, GraphedUpdate
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks
@@ -29,6 +30,7 @@ class NativeEngine:
     """One device, or the ground that DDP and FSDP2 stand on."""
 
     may_record = True  # the passes of a micro-batch as a CUDA graph: nothing in them speaks with other ranks
+    casts_once = True  # a copy of each matrix for a whole step, see `CastOnce`
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
@@ -56,11 +58,20 @@ class NativeEngine:
         self._parameters = dict(model.named_parameters())
         self._optimizer = make_optimizer(self._parameters, optim)
         draw_pieces(self.pieces().model, model_config, seed)
+        self._casts: CastOnce | None = None
+        if self.casts_once and self.compute_dtype is not torch.float32 and not self.config.compile:
+            self._casts = CastOnce((m for block in model.blocks() for m in block.modules()), self.compute_dtype)
         if self.config.compile:
             for block in model.blocks():
                 block.compile()  # in place, so that parameter names stay as they are
         self.model: nn.Module = self._wrapped(model)
         self._graphed = GraphedPasses(partial(accumulate, self), list(model.parameters())) if self._records() else None
+        self._graphed_update = GraphedUpdate(self._update_in_graph)
+        # What an update reads besides: in memory, as a graph has to read it there.
+        self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
+        self._optimizer.grad_scale = self._divisor  # type: ignore[attr-defined]  # the update divides gradients by it
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr
 
     def _records(self) -> bool:
         """Whether the passes of a micro-batch become a CUDA graph."""
@@ -74,6 +85,8 @@ class NativeEngine:
         return model
 
     def compute(self) -> AbstractContextManager:
+        if self._casts is not None:
+            self._casts.refresh()
         if self.compute_dtype is torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
@@ -92,6 +105,8 @@ class NativeEngine:
 
     def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
         if self._graphed is not None:
+            if self._casts is not None:
+                self._casts.refresh()
             return self._graphed(inputs, targets, seq_idx, n_targets)
         return accumulate(self, inputs, targets, seq_idx, n_targets)
 
@@ -103,16 +118,31 @@ class NativeEngine:
         judgement = (judge or only_finite(self))(square)
         by_layer = self._layer_norms() if self.config.layer_grad_norms or judgement.skip else {}
         if not judgement.skip:
-            if judgement.grad_norm > self._max_grad_norm:
-                torch._foreach_mul_(gradients, self._max_grad_norm / (judgement.grad_norm + 1e-6))
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
+            self._lr.fill_(lr)
+            self._divisor.fill_(max(1.0, (judgement.grad_norm + 1e-6) / self._max_grad_norm))
+            if self._graphed is not None and self._graphed.keeps_gradients:
+                self._graphed_update()
+                return StepResult(judgement.grad_norm, judgement.skip, by_layer)
+            self._update()
         if self._graphed is not None:
             self._graphed.clear_gradients()
         else:
             self._optimizer.zero_grad(set_to_none=True)
         return StepResult(judgement.grad_norm, judgement.skip, by_layer)
+
+    def _update(self) -> None:
+        self._optimizer.step()
+        if self._casts is not None:
+            self._casts.refresh(all_of_them=True)
+
+    @torch.no_grad()
+    def _update_in_graph(self) -> None:
+        """All that follows the decision to apply a step."""
+        for group in self._optimizer.param_groups:
+            group["capturable"] = torch.cuda.is_current_stream_capturing()  # torch records only what says so
+        self._update()
+        assert self._graphed is not None, "who else would call this"
+        self._graphed.clear_gradients()
 
     def _layer_norms(self) -> dict[str, float]:
         gradients = {name: _local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
