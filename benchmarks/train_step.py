@@ -1,9 +1,9 @@
 """Whole training steps beside `mamba_ssm`'s `MambaLMHeadModel`: tokens per second, memory, MFU, time by kernel.
 
-    python -m benchmarks.train_step [--models mamba_130m mamba_370m] [--steps 8] [--kernels]
+    python -m benchmarks.train_step [--models mamba_130m mamba_370m] [--steps 8] [--kernels ours]
     python -m benchmarks.train_step --models mamba_370m --micro-batches 1 2 4 16 [--global-batch 16]
 
-One process, one GPU; benchmarks/step_models.py says what a step is. Without --micro-batches each runs at those that
+One process, one GPU; benchmarks/step_models.py says what a step is. Without --micro-batches each runs at the one that
 served it best (`BEST`). With --global-batch a step is so many sequences, in micro-batches. --recompute says which
 values of engine.recompute ours runs with. A rate is the median over the steps after the warm-up, with quartiles, from
 events on the GPU: nothing waits between two steps but what the step itself waits for. The peak is torch's allocator's.
@@ -27,14 +27,8 @@ from benchmarks.step_models import VOCABULARY, Batches, Step, model_config, ours
 from mamba_train.config import ModelConfig, Recompute
 from mamba_train.monitor.flops import flops_per_token
 
-# Of ours, of the peer's: sequences of 2,048 in 80 GB.
-BEST = {
-    "mamba_130m": ([32, 16], [32]),
-    "mamba_370m": ([16, 8], [16]),
-    "mamba_1.4b": ([8, 4], [8]),
-    "mamba2_130m": ([32, 16], [32]),
-    "mamba2_1.3b": ([8, 4], [8]),
-}
+# Sequences of 2,048 tokens: the micro-batches that served both best in 80 GB, of those that fit.
+BEST = {"mamba_130m": 32, "mamba_370m": 16, "mamba_1.4b": 8, "mamba2_130m": 32, "mamba2_1.3b": 8}
 WARM_UP = 4  # compiled, recorded, replayed, and once more
 PROFILED = 2  # steps
 
@@ -125,15 +119,15 @@ def table(name: str, arguments: argparse.Namespace, peak: float) -> None:
 
     best_of_peer = 0.0
     if not arguments.no_peer:
-        for rows in arguments.micro_batches or BEST[name][1]:
-            found = attempt("mamba_ssm", peer(config), run(rows), flops, peak, arguments.kernels)
+        for rows in arguments.micro_batches or [BEST[name]]:
+            found = attempt("mamba_ssm", peer(config), run(rows), flops, peak, arguments.kernels == "both")
             best_of_peer = max(best_of_peer, found or 0.0)
             print()
             clean()
-    for rows in arguments.micro_batches or BEST[name][0]:
+    for rows in arguments.micro_batches or [BEST[name]]:
         for policy in arguments.recompute:
             step = ours(config, Recompute(policy), False if arguments.no_graphs else None)
-            found = attempt(f"ours {policy}", step, run(rows), flops, peak, arguments.kernels)
+            found = attempt(f"ours {policy}", step, run(rows), flops, peak, arguments.kernels is not None)
             del step
             clean()
             ratio = found / best_of_peer if found and best_of_peer else 0.0
@@ -158,7 +152,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the model, to try this out or to fill the compilers' caches")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--no-graphs", action="store_true", help="ours with engine.cuda_graphs=false")
-    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--kernels", choices=["ours", "both"])
     arguments = parser.parse_args()
     import mamba_ssm
 

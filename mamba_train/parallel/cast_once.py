@@ -7,7 +7,7 @@ changed, and the matrix product itself adds to the fp32 gradient: 8 bytes, and o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,15 +17,19 @@ from torch.nn import functional as F
 
 
 class CastOnce:
-    """Has the linear layers among `modules` compute with copies of their weights in `dtype` wherever autocast is on."""
+    """Has the linear layers among `modules` compute with copies of their weights in `dtype` wherever autocast is on.
+
+    on_gradient, when set: is called with each weight to whose gradient a backward pass has added.
+    """
 
     def __init__(self, modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
         linears = [module for module in modules if isinstance(module, nn.Linear) and module.bias is None]
         self._weights = [linear.get_parameter("weight") for linear in linears]
         self._copies = [torch.empty_like(weight, dtype=dtype, requires_grad=False) for weight in self._weights]
         self._versions: list[int | None] = [None] * len(linears)
+        self.on_gradient: Callable[[Tensor], None] | None = None
         for linear, weight, copy in zip(linears, self._weights, self._copies, strict=True):
-            linear.forward = partial(_forward, weight, copy)
+            linear.forward = partial(self._linear, weight, copy)
 
     @torch.no_grad()
     def refresh(self, *, all_of_them: bool = False) -> None:
@@ -41,30 +45,31 @@ class CastOnce:
             torch._foreach_copy_(copies, weights)
         self._versions = list(versions)
 
-
-def _forward(weight: Tensor, copy: Tensor, x: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight)
-    return _CastLinear.apply(x.to(copy.dtype), weight, copy)
+    def _linear(self, weight: Tensor, copy: Tensor, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight)
+        return _CastLinear.apply(x.to(copy.dtype), weight, copy, self)
 
 
 class _CastLinear(torch.autograd.Function):
     """x (..., in) times the transpose of `copy` (out, in); the gradient of `weight` is added to `weight.grad`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, copy: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, copy: Tensor, casts: CastOnce) -> Tensor:
         ctx.save_for_backward(x, copy)
-        ctx.weight = weight
+        ctx.weight, ctx.casts = weight, casts
         return F.linear(x, copy)
 
     @staticmethod
-    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, copy = ctx.saved_tensors
         weight: nn.Parameter = ctx.weight
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)  # and not the bare product, whose kernel may sum in another order
         add_product(weight.grad, y_grad.flatten(0, -2).t(), x.flatten(0, -2))
-        return y_grad @ copy if ctx.needs_input_grad[0] else None, None, None
+        if ctx.casts.on_gradient is not None:
+            ctx.casts.on_gradient(weight)
+        return y_grad @ copy if ctx.needs_input_grad[0] else None, None, None, None
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -8,7 +8,7 @@ needs the GPU is idle.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,37 +33,37 @@ class GraphedPasses:
 
     The first call of each shape runs as it is: it compiles what there is to compile. Only one shape is recorded, the
     first that comes twice, because a graph keeps the memory of its activations; others run as they are. The same
-    kernels run in the same order either way, so the numbers are the same.
-    Whoever clears the gradients must keep their memory (`clear_gradients`), which the graph adds to.
+    kernels run in the same order either way, so the numbers are the same. `variant` tells apart passes of the same
+    shape that do not launch the same; each has a graph, and all of them one memory.
+    Whoever clears the gradients must keep their memory once `has_recorded`, as a graph adds to it.
     """
 
     def __init__(self, passes: Callable[..., Tensor], parameters: list[nn.Parameter]) -> None:
         self._passes = passes
         self._parameters = parameters
-        self._seen: set[Shapes] = set()
+        self._seen: set[tuple[Shapes, bool]] = set()
         self._recorded: Shapes | None = None
-        self._recording: _Recording | None = None
+        self._recordings: dict[bool, _Recording | None] = {}
+        self.has_recorded = False
 
-    def __call__(self, *arguments: *Arguments) -> Tensor:
+    def __call__(self, *arguments: *Arguments, variant: bool = False) -> Tensor:
         shapes = tuple(None if argument is None else argument.shape for argument in arguments)
-        if shapes not in self._seen:
-            self._seen.add(shapes)
+        if (shapes, variant) not in self._seen:
+            self._seen.add((shapes, variant))
             return self._passes(*arguments)
-        if self._recorded is None:
-            self._recorded = shapes
-            self._recording = self._record(arguments)
-        if self._recording is None or shapes != self._recorded:
+        self._recorded = self._recorded or shapes
+        if shapes != self._recorded:
             return self._passes(*arguments)
-        for static, argument in zip(self._recording.arguments, arguments, strict=True):
+        if variant not in self._recordings:
+            self._recordings[variant] = self._record(arguments)
+        recording = self._recordings[variant]
+        if recording is None:
+            return self._passes(*arguments)
+        for static, argument in zip(recording.arguments, arguments, strict=True):
             if static is not None and argument is not None:
                 static.copy_(argument)
-        self._recording.graph.replay()
-        return self._recording.loss.clone()  # the next replay writes there
-
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether there is a graph, and so the gradients stay where they are."""
-        return self._recording is not None
+        recording.graph.replay()
+        return recording.loss.clone()  # the next replay writes there
 
     def _record(self, arguments: Arguments) -> _Recording | None:
         """None, and a line in the log, where something cannot be recorded."""
@@ -72,16 +72,12 @@ class GraphedPasses:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        recorded = record(lambda: self._passes(*static), "the step")
-        return None if recorded is None else _Recording(recorded[0], static, recorded[1])
-
-    def clear_gradients(self) -> None:
-        """Zeros where the graph adds to; before there is one, no gradients at all."""
-        if self._recording is None:
-            for parameter in self._parameters:
-                parameter.grad = None
-        else:
-            torch._foreach_zero_([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        others = [other.graph.pool() for other in self._recordings.values() if other is not None]
+        recorded = record(lambda: self._passes(*static), "the step", others[0] if others else None)
+        if recorded is None:
+            return None
+        self.has_recorded = True
+        return _Recording(recorded[0], static, recorded[1])
 
 
 class GraphedUpdate:
@@ -102,14 +98,17 @@ class GraphedUpdate:
             self._graph.replay()
 
 
-def record(work: Callable[[], T], name: str) -> tuple[torch.cuda.CUDAGraph, T] | None:
-    """A graph of what `work` launches and what it returned; None, and a line in the log, where that cannot be."""
+def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T] | None:
+    """A graph of what `work` launches and what it returned; None, and a line in the log, where that cannot be.
+
+    pool: memory of another graph, which never runs at the same time.
+    """
     try:
         graph = torch.cuda.CUDAGraph()
         # A recording that fails would leave its own stream as the current one.
         with torch.cuda.stream(torch.cuda.current_stream()):
             # Other threads (the checkpoint's, the one that pins batches) may go on with what they do.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 result = work()
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]

@@ -26,6 +26,7 @@ from mamba_train.config import (
 )
 from mamba_train.model.contract import rule_for
 from mamba_train.model.language_model import MambaLM, padded_vocab_size
+from mamba_train.parallel.sharded import layers_per_unit
 from mamba_train.parallel.zero import LIVE_ELEMENTS, PREFETCHED_ELEMENTS, REDUCED_ELEMENTS
 
 MASTER_BYTES = 4  # fp32: weights, gradients, and each of AdamW's two moments
@@ -101,15 +102,17 @@ def _fsdp(
     sizes: Sizes, engine: EngineConfig, world_size: int, value_bytes: int, n_micro_batches: int
 ) -> dict[str, float]:
     shards = world_size // engine.replicas
-    layer_bytes = value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32
-    # The layer at work, the next one on its way, and the buffer that it arrives in; or all of them.
-    n_gathered = 3.0 if engine.reshard_after_forward else 1 + (sizes.total - sizes.root) / sizes.layer
+    n_layers = (sizes.total - sizes.root) / sizes.layer
+    in_unit = layers_per_unit(round(n_layers), sizes.layer)
+    unit_bytes = in_unit * (value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32)
+    # The unit at work, the next one on its way, and the buffer that it arrives in; or all of them.
+    n_gathered = 3.0 if engine.reshard_after_forward else 1 + n_layers / in_unit
     memory = {
         "weights (fp32 masters, sharded)": MASTER_BYTES * sizes.total / shards,
         SHARDED_GRADIENTS: MASTER_BYTES * sizes.total / shards,
         "AdamW moments (2 x fp32, sharded)": 2 * MASTER_BYTES * sizes.total / shards,
-        "gathered weights": 4 * sizes.root + n_gathered * layer_bytes,
-        "gradients being summed over the ranks": 8.0 * max(sizes.root, sizes.layer),
+        "gathered weights": 4 * sizes.root + n_gathered * unit_bytes,
+        "gradients being summed over the ranks": 8.0 * max(sizes.root, in_unit * sizes.layer),
     }
     if n_micro_batches > 1 and not engine.reduce_each_micro_batch:
         # The part of this rank takes their place, layer by layer.

@@ -30,6 +30,7 @@ class NativeEngine:
     """One device, or the ground that DDP and FSDP2 stand on."""
 
     may_record = True  # the passes of a micro-batch as a CUDA graph: nothing in them speaks with other ranks
+    _variant = False  # of the next micro-batch: which of two graphs is its
     casts_once = True  # a copy of each matrix for a whole step, see `CastOnce`
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
@@ -66,7 +67,7 @@ class NativeEngine:
                 block.compile()  # in place, so that parameter names stay as they are
         self.model: nn.Module = self._wrapped(model)
         self._graphed = GraphedPasses(partial(accumulate, self), list(model.parameters())) if self._records() else None
-        self._graphed_update = GraphedUpdate(self._update_in_graph)
+        self._graphed_update = GraphedUpdate(self._update)
         # What an update reads besides: in memory, as a graph has to read it there.
         self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
         self._optimizer.grad_scale = self._divisor  # type: ignore[attr-defined]  # the update divides gradients by it
@@ -107,7 +108,7 @@ class NativeEngine:
         if self._graphed is not None:
             if self._casts is not None:
                 self._casts.refresh()
-            return self._graphed(inputs, targets, seq_idx, n_targets)
+            return self._graphed(inputs, targets, seq_idx, n_targets, variant=self._variant)
         return accumulate(self, inputs, targets, seq_idx, n_targets)
 
     @torch.no_grad()
@@ -120,29 +121,32 @@ class NativeEngine:
         if not judgement.skip:
             self._lr.fill_(lr)
             self._divisor.fill_(max(1.0, (judgement.grad_norm + 1e-6) / self._max_grad_norm))
-            if self._graphed is not None and self._graphed.keeps_gradients:
+            if self._graphed is not None and self._graphed.has_recorded:
                 self._graphed_update()
-                return StepResult(judgement.grad_norm, judgement.skip, by_layer)
-            self._update()
-        if self._graphed is not None:
-            self._graphed.clear_gradients()
+            else:
+                self._update()
         else:
-            self._optimizer.zero_grad(set_to_none=True)
+            self._clear_gradients()
         return StepResult(judgement.grad_norm, judgement.skip, by_layer)
 
+    @torch.no_grad()
     def _update(self) -> None:
+        """All that follows the decision to apply a step."""
+        for group in self._optimizer.param_groups:
+            group["capturable"] = self._is_recording()  # torch records only what says so
         self._optimizer.step()
         if self._casts is not None:
             self._casts.refresh(all_of_them=True)
+        self._clear_gradients()
 
-    @torch.no_grad()
-    def _update_in_graph(self) -> None:
-        """All that follows the decision to apply a step."""
-        for group in self._optimizer.param_groups:
-            group["capturable"] = torch.cuda.is_current_stream_capturing()  # torch records only what says so
-        self._update()
-        assert self._graphed is not None, "who else would call this"
-        self._graphed.clear_gradients()
+    def _is_recording(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _clear_gradients(self) -> None:
+        if self._graphed is not None and self._graphed.has_recorded:
+            torch._foreach_zero_([p.grad for p in self._parameters.values() if p.grad is not None])
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
 
     def _layer_norms(self) -> dict[str, float]:
         gradients = {name: _local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
