@@ -43,7 +43,7 @@ def model_config(name: str, layers: int | None = None) -> ModelConfig:
 
 def ours(config: ModelConfig, policy: Recompute = Recompute.auto, graphs: bool | None = None) -> Step:
     # Drawing 1.4 billion numbers on the CPU, as a run does for its bits, would be most of the benchmark.
-    native.draw_pieces = _draw_on_device
+    native.draw_pieces = draw_on_device
     engine = native.NativeEngine(EngineConfig(recompute=policy, cuda_graphs=graphs), join())
     engine.prepare(config, OptimConfig(lr=LEARNING_RATE, max_grad_norm=MAX_NORM), seed=0)
 
@@ -58,7 +58,7 @@ def ours(config: ModelConfig, policy: Recompute = Recompute.auto, graphs: bool |
 
 
 @torch.no_grad()
-def _draw_on_device(pieces: Mapping[str, Piece], config: ModelConfig, seed: int) -> None:
+def draw_on_device(pieces: Mapping[str, Piece], config: ModelConfig, seed: int) -> None:
     for name, piece in pieces.items():
         role = rule_for(name).role
         if len(piece.shape) < 2 or role is Role.a_log:

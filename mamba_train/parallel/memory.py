@@ -70,7 +70,7 @@ def memory_per_device(config: Config, model: ModelConfig, world_size: int) -> di
             "copies of the matrices in bf16": 0 if value_bytes == 4 else value_bytes * sizes.cast,
         }
     head = padded_vocab_size(model) * model.d_model
-    activations = activation_bytes(model, value_bytes, engine.recompute, micro_batch_tokens)
+    activations = activation_bytes(model, value_bytes, engine.recompute, micro_batch_tokens, engine.recompute_layers)
     made = 0.0
     if not _recorded(engine, world_size):
         made = sum(memory.get(row, 0.0) for row in _made_at_the_end(engine, n_micro_batches))
@@ -103,7 +103,7 @@ def _fsdp(
 ) -> dict[str, float]:
     shards = world_size // engine.replicas
     n_layers = (sizes.total - sizes.root) / sizes.layer
-    in_unit = layers_per_unit(round(n_layers), sizes.layer)
+    in_unit = layers_per_unit(engine, round(n_layers), sizes.layer)
     unit_bytes = in_unit * (value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32)
     # The unit at work, the next one on its way, and the buffer that it arrives in; or all of them.
     n_gathered = 3.0 if engine.reshard_after_forward else 1 + n_layers / in_unit
@@ -163,8 +163,13 @@ def count(model: ModelConfig) -> Sizes:
     return Sizes(total, cast, root, layers[largest], fp32_of_layers.get(largest, 0))
 
 
-def activation_bytes(model: ModelConfig, value_bytes: int, recompute: Recompute, n_tokens: int) -> int:
-    """Of one micro-batch: what the backward pass finds of the forward pass, and what it computes again at once."""
+def activation_bytes(
+    model: ModelConfig, value_bytes: int, recompute: Recompute, n_tokens: int, layers: int | None = None
+) -> int:
+    """Of one micro-batch: what the backward pass finds of the forward pass, and what it computes again at once.
+
+    layers: as `engine.recompute_layers`.
+    """
     d, e, n = model.d_model, model.expand * model.d_model, model.d_state
     whole = activation_bytes_per_token(model, value_bytes)
     if recompute is Recompute.none:
@@ -172,7 +177,7 @@ def activation_bytes(model: ModelConfig, value_bytes: int, recompute: Recompute,
     states = 4 * e * n // (GPU_CHUNK if model.mixer is MixerKind.mamba1 else model.chunk_size)
     if recompute in (Recompute.scan, Recompute.auto):
         # Δ, y before and after the gate, and the states: in the backward pass those of one layer.
-        n_mamba1 = sum(mixer is MixerKind.mamba1 for mixer in layer_mixers(model))
+        n_mamba1 = sum(mixer is MixerKind.mamba1 for mixer in layer_mixers(model)[:layers])
         return (whole - max(0, n_mamba1 - 1) * (3 * value_bytes * e + states)) * n_tokens
     inputs = (4 + value_bytes) * d * model.n_layer  # hidden and residual of each layer
     if recompute is Recompute.keep_scan:

@@ -50,7 +50,7 @@ class NativeEngine:
         with torch.device("meta"):
             model = MambaLM(model_config)
         check_drawable(model)
-        recompute_activations(model, self.config.recompute, self.device)
+        recompute_activations(model, self.config.recompute, self.device, self.config.recompute_layers)
         self._shard(model)
         model.to_empty(device=self.device)
         self.model_config = model_config

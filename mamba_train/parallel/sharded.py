@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mamba_train.checkpoint.pieces import Piece
-from mamba_train.config import EngineConfig, Precision
+from mamba_train.config import EngineConfig, Precision, Recompute
 from mamba_train.model.language_model import MambaLM
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.ranks import Ranks, lone_group
@@ -46,7 +46,7 @@ class ShardedEngine(NativeEngine):
         reshard = self.config.reshard_after_forward
         blocks = model.blocks()
         largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
-        n = layers_per_unit(len(blocks), largest)
+        n = layers_per_unit(self.config, len(blocks), largest)
         for unit in (blocks[first : first + n] for first in range(0, len(blocks), n)):
             modules = [named for block in unit for named in block.named_modules()]
             sensitive = [module for name, module in modules if name in ("norm", "mixer.ssm", "mlp_norm")]
@@ -85,12 +85,14 @@ class ShardedEngine(NativeEngine):
         return self._mesh.ndim == 1 or self._mesh.get_local_rank("replica") == 0
 
 
-def layers_per_unit(n_layer: int, layer_parameters: int) -> int:
+def layers_per_unit(config: EngineConfig, n_layer: int, layer_parameters: int) -> int:
     """How many layers are gathered together; layer_parameters: of the largest.
 
     Each unit costs Python some milliseconds in a step, for which the GPU waits when it needs less for the unit's
     layers; but only with several units does one travel while another is computed with.
     """
+    if config.recompute in (Recompute.layer, Recompute.keep_scan):
+        return 1  # what a layer does again must not depend on whether another one has gathered its weights
     return max(1, min(n_layer // LEAST_UNITS, UNIT_PARAMETERS // layer_parameters))
 
 
