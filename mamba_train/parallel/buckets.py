@@ -31,7 +31,7 @@ class GradientBuckets:
 
     def __init__(self, parameters: Sequence[nn.Parameter], reduce_dtype: torch.dtype) -> None:
         self._reduce_dtype = reduce_dtype
-        self._is_last = True
+        self._is_last = False
         self._bucket_of: dict[nn.Parameter, _Bucket] = {}
         self._buckets = [self._make(group) for group in _groups(list(parameters)[::-1])]
         for parameter in parameters:

@@ -23,11 +23,14 @@ class ReplicatedEngine(NativeEngine):
         if self._casts is not None:
             self._casts.on_gradient = self._buckets.complete
 
+    def _records(self) -> bool:
+        return super()._records() and self.config.cuda_graphs is True
+
     def _before_micro_batch(self, *, is_last: bool) -> None:
-        self._buckets.begin(is_last=is_last)
         self._variant = is_last
 
     def backward(self, loss: Tensor) -> None:
+        self._buckets.begin(is_last=self._variant)
         super().backward(loss)
         self._buckets.finish()
 
