@@ -214,7 +214,11 @@ def _engine(config: Config) -> Iterable[Problem]:
         yield "engine.compile", engine.compile, "expected false with engine=deepspeed; engine=fsdp compiles"
     records = engine.name in (EngineKind.single, EngineKind.ddp)
     if engine.cuda_graphs and not records and not (engine.name is EngineKind.auto and launch().world_size == 1):
-        yield "engine.cuda_graphs", engine.cuda_graphs, f"expected null or false with engine={engine.name}"
+        yield (
+            "engine.cuda_graphs",
+            engine.cuda_graphs,
+            f"expected null or false with engine={engine.name}; engine=single and engine=ddp record",
+        )
     if engine.recompute_layers is not None:
         if engine.recompute is not Recompute.scan:
             yield "engine.recompute_layers", engine.recompute_layers, "expected null without engine.recompute=scan"
