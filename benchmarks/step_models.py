@@ -91,17 +91,18 @@ def peer_model(config: ModelConfig) -> nn.Module:
 
 
 def peer(config: ModelConfig) -> Step:
-    return peer_step(peer_model(config), LEARNING_RATE, weight_decay=0.1)
+    step = peer_step(peer_model(config), OptimConfig(lr=LEARNING_RATE, max_grad_norm=MAX_NORM))
+    return lambda batches: step(batches, LEARNING_RATE)
 
 
-def peer_step(model: nn.Module, lr: float, weight_decay: float) -> Step:
-    """A step of mamba_ssm's model as its users write it; returns the mean loss."""
+def peer_step(model: nn.Module, optim: OptimConfig) -> Callable[[Batches, float], Tensor]:
+    """Steps of mamba_ssm's model as its users write them: of micro-batches and a learning rate; the mean loss."""
     kept = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False) or p.ndim == 1]
     decayed = [p for p in model.parameters() if not any(p is other for other in kept)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
-    def step(batches: Batches) -> object:
+    def step(batches: Batches, lr: float) -> Tensor:
         n_targets = sum(batch[:, 1:].numel() for batch in batches)
         total = torch.zeros((), device="cuda")
         for batch in batches:
@@ -111,7 +112,9 @@ def peer_step(model: nn.Module, lr: float, weight_decay: float) -> Step:
                 loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
             (loss / n_targets).backward()
             total += loss.detach() / n_targets
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return total
