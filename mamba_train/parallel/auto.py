@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mamba_train.config import Config, EngineConfig, EngineKind, Recompute
+from mamba_train.config import Config, EngineConfig, EngineKind, MixerKind, Recompute, layer_mixers
 from mamba_train.data.tokenizer import load_tokenizer
 from mamba_train.model.language_model import resolve_model_config
 from mamba_train.parallel.memory import GIB, OVERHEAD_BYTES, fits, memory_per_device
@@ -34,28 +34,35 @@ def resolve_auto(config: Config, ranks: Ranks, log: Callable[[str], None]) -> En
         engine = dataclasses.replace(engine, name=EngineKind(name))
     if engine.recompute is not Recompute.auto:
         return engine
-
-    def fewest() -> int | None:
-        device_bytes = _device_bytes(config)
-        chosen = dataclasses.replace(config, engine=engine)
-        return None if device_bytes is None else layers_to_recompute(chosen, ranks.world_size, device_bytes)
-
-    layers = ranks.first(fewest)
-    if layers:  # None on the CPU
+    chosen = dataclasses.replace(config, engine=engine)
+    layers = ranks.first(lambda: layers_to_recompute(chosen, ranks.world_size, _device_bytes(config)))
+    if layers:
         log(f"engine.recompute=auto: {layers} layers compute their scan again, so that a step fits")
-        return dataclasses.replace(engine, recompute=Recompute.scan, recompute_layers=layers)
-    return dataclasses.replace(engine, recompute=Recompute.none)
+    return with_recompute(engine, layers)
 
 
-def layers_to_recompute(config: Config, world_size: int, device_bytes: float) -> int:
-    """The fewest layers with engine.recompute=scan that let a step fit; all layers when nothing does."""
+def layers_to_recompute(config: Config, world_size: int, device_bytes: float | None) -> int:
+    """The fewest layers with engine.recompute=scan that let a step fit; all layers when nothing does.
+
+    device_bytes: what a GPU has, None on the CPU, where nothing is computed again.
+    """
     model = resolve_model_config(config.model, probable_vocab_size(config))
+    if device_bytes is None or MixerKind.mamba1 not in layer_mixers(model):
+        return 0
+    limit = USED * device_bytes
 
     def fit(layers: int) -> bool:
-        engine = dataclasses.replace(config.engine, recompute=Recompute.scan, recompute_layers=layers)
-        return fits(dataclasses.replace(config, engine=engine), model, world_size, USED * device_bytes)
+        engine = with_recompute(config.engine, layers)
+        return fits(dataclasses.replace(config, engine=engine), model, world_size, limit)
 
     return bisect.bisect_left(range(model.n_layer), True, key=fit)
+
+
+def with_recompute(engine: EngineConfig, layers: int) -> EngineConfig:
+    """The same with engine.recompute=scan in so many layers."""
+    if layers == 0:
+        return dataclasses.replace(engine, recompute=Recompute.none)
+    return dataclasses.replace(engine, recompute=Recompute.scan, recompute_layers=layers)
 
 
 def choose_engine(config: Config, world_size: int, device_bytes: float | None) -> tuple[EngineKind, str]:
