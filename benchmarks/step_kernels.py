@@ -29,7 +29,8 @@ AMBIGUOUS = ("forward_kernel", "backward_kernel")  # of the convolution and of t
 def kernel_times(call: Callable[[], object], calls: int) -> dict[str, tuple[float, float]]:
     """Milliseconds and launches of each kernel in a call."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    # acc_events: without it the profiler warns of a cycle that there is not.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()

@@ -19,11 +19,13 @@ from torch.nn import functional as F
 
 from benchmarks.mixer import peer as assert_fused_path
 from mamba_train.checkpoint.pieces import Piece
+from mamba_train.composition import compose_config
 from mamba_train.config import EngineConfig, MixerKind, ModelConfig, OptimConfig, Recompute
 from mamba_train.model.contract import Role, rule_for
 from mamba_train.model.initialise import draw
 from mamba_train.model.language_model import padded_vocab_size, resolve_model_config
 from mamba_train.parallel import native
+from mamba_train.parallel.auto import layers_to_recompute, with_recompute
 from mamba_train.ranks import join
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
@@ -41,10 +43,26 @@ def model_config(name: str, layers: int | None = None) -> ModelConfig:
     return resolve_model_config(config, VOCABULARY)
 
 
-def ours(config: ModelConfig, policy: Recompute = Recompute.auto, graphs: bool | None = None) -> Step:
+def engine_config(model: ModelConfig, policy: Recompute, graphs: bool | None, rows: int, length: int) -> EngineConfig:
+    """What a run with these settings gets; "auto" as train.py resolves it."""
+    shape = [
+        f"training.micro_batch_size={rows}",
+        f"training.global_batch_size={rows}",
+        f"data.sequence_length={length}",
+    ]
+    config = compose_config([*shape, "engine=single", "run_dir=unused"])
+    config.model = model
+    config.engine = EngineConfig(recompute=policy, cuda_graphs=graphs)
+    if policy is not Recompute.auto:
+        return config.engine
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return with_recompute(config.engine, layers_to_recompute(config, 1, memory))
+
+
+def ours(config: ModelConfig, settings: EngineConfig) -> Step:
     # Drawing 1.4 billion numbers on the CPU, as a run does for its bits, would be most of the benchmark.
     native.draw_pieces = draw_on_device
-    engine = native.NativeEngine(EngineConfig(recompute=policy, cuda_graphs=graphs), join())
+    engine = native.NativeEngine(settings, join())
     engine.prepare(config, OptimConfig(lr=LEARNING_RATE, max_grad_norm=MAX_NORM), seed=0)
 
     def step(batches: Batches) -> object:
@@ -70,10 +88,15 @@ def draw_on_device(pieces: Mapping[str, Piece], config: ModelConfig, seed: int) 
 
 
 def peer_model(config: ModelConfig) -> nn.Module:
-    """mamba_ssm's model of the same shape, on the GPU."""
+    """mamba_ssm's model of the same shape, on the GPU.
+
+    Its first step tries some 200 launch shapes of Triton; here each for 20 ms, not 125.
+    """
+    import triton.testing
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
+    triton.testing.do_bench.__defaults__ = (5, 15, *triton.testing.do_bench.__defaults__[2:])
     is_mamba2 = config.mixer is MixerKind.mamba2
     if not is_mamba2:
         assert_fused_path(config.d_model)

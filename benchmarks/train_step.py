@@ -5,10 +5,11 @@
 
 One process, one GPU; benchmarks/step_models.py says what a step is. Without --micro-batches each runs at the one that
 served it best (`BEST`). With --global-batch a step is so many sequences, in micro-batches. --recompute says which
-values of engine.recompute ours runs with. A rate is the median over the steps after the warm-up, with quartiles, from
-events on the GPU: nothing waits between two steps but what the step itself waits for. The peak is torch's allocator's.
-MFU = 6 × parameters of the matrices × tokens/s over the rate of a bf16 product of 8192³, measured first. --kernels adds
-the GPU time of a step by kind of kernel, in ms, what of the step no kernel ran in, and the longest kernels.
+values of engine.recompute ours runs with; "auto", the default here and of train.py, is what fits, and shown as such:
+"scan 16/48" are 16 of 48 layers. A rate is the median over the steps after the warm-up, with quartiles, from events on
+the GPU: nothing waits between two steps but what the step itself waits for. The peak is torch's allocator's. MFU = 6 ×
+parameters of the matrices × tokens/s over the rate of a bf16 product of 8192³, measured first. --kernels adds the GPU
+time of a step by kind of kernel, in ms, and the longest kernels.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ import torch
 
 from benchmarks.selective_scan import ask_device, graph_time
 from benchmarks.step_kernels import kernel_times, print_kernels
-from benchmarks.step_models import VOCABULARY, Batches, Step, model_config, ours, peer
+from benchmarks.step_models import VOCABULARY, Batches, Step, engine_config, model_config, ours, peer
 from mamba_train.config import ModelConfig, Recompute
 from mamba_train.monitor.flops import flops_per_token
 
 # Sequences of 2,048 tokens: the micro-batches that served both best in 80 GB, of those that fit.
 BEST = {"mamba_130m": 32, "mamba_370m": 16, "mamba_1.4b": 8, "mamba2_130m": 32, "mamba2_1.3b": 8}
-WARM_UP = 4  # compiled, recorded, replayed, and once more
+WARM_UP = 4  # compiled, recorded, the update recorded, and once more
 PROFILED = 2  # steps
 
 
@@ -73,7 +74,7 @@ def measure(name: str, step: Step, run: Run, flops: float, peak: float, kernels:
     memory = torch.cuda.max_memory_allocated() / 2**30
     sizes = f"{run.rows:3d}" + (f" x {run.micro_batches}" if run.micro_batches > 1 else "")
     print(
-        f"  {name:11s} {sizes:7s} {median:9,.0f} ({low:,.0f} to {high:,.0f}) tokens/s, {1e3 * run.tokens / median:.1f} "
+        f"  {name:15s} {sizes:7s} {median:9,.0f} ({low:,.0f} to {high:,.0f}) tokens/s, {1e3 * run.tokens / median:.1f} "
         f"ms, {memory:.1f} GiB, MFU {flops * median / peak:.3f}",
         end="",
         flush=True,
@@ -92,7 +93,7 @@ def attempt(name: str, make: Step | None, run: Run, flops: float, peak: float, k
         assert make is not None
         return measure(name, make, run, flops, peak, kernels)
     except torch.OutOfMemoryError:
-        print(f"  {name:11s} {run.rows:3d} out of memory", end="", flush=True)
+        print(f"  {name:15s} {run.rows:3d} out of memory", end="", flush=True)
         return None
 
 
@@ -117,21 +118,26 @@ def table(name: str, arguments: argparse.Namespace, peak: float) -> None:
         whole = arguments.global_batch or rows
         return Run(rows, max(1, whole // rows), arguments.length, arguments.steps)
 
-    best_of_peer = 0.0
-    if not arguments.no_peer:
-        for rows in arguments.micro_batches or [BEST[name]]:
-            found = attempt("mamba_ssm", peer(config), run(rows), flops, peak, arguments.kernels == "both")
-            best_of_peer = max(best_of_peer, found or 0.0)
-            print()
-            clean()
+    best_of_ours = 0.0
     for rows in arguments.micro_batches or [BEST[name]]:
         for policy in arguments.recompute:
-            step = ours(config, Recompute(policy), False if arguments.no_graphs else None)
-            found = attempt(f"ours {policy}", step, run(rows), flops, peak, arguments.kernels is not None)
+            graphs = False if arguments.no_graphs else None
+            settings = engine_config(config, Recompute(policy), graphs, rows, arguments.length)
+            label = f"ours {settings.recompute}"
+            if settings.recompute_layers:
+                label += f" {settings.recompute_layers}/{config.n_layer}"
+            step = ours(config, settings)
+            found = attempt(label, step, run(rows), flops, peak, arguments.kernels is not None)
+            best_of_ours = max(best_of_ours, found or 0.0)
             del step
             clean()
-            ratio = found / best_of_peer if found and best_of_peer else 0.0
-            print(f", {ratio:.2f} times the peer's best" if ratio else "", flush=True)
+            print(flush=True)
+    if arguments.no_peer:
+        return
+    for rows in arguments.micro_batches or [BEST[name]]:
+        found = attempt("mamba_ssm", peer(config), run(rows), flops, peak, arguments.kernels == "both")
+        clean()
+        print(f"; our best is {best_of_ours / found:.2f} times that" if found else "", flush=True)
 
 
 def clean() -> None:

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]  # inputs, targets, seq_idx, n_targets
 Shapes = tuple[torch.Size | None, ...]
+Variant = tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,23 @@ class GraphedPasses:
     The first call of each shape runs as it is: it compiles what there is to compile. Only one shape is recorded, the
     first that comes twice, because a graph keeps the memory of its activations; others run as they are. The same
     kernels run in the same order either way, so the numbers are the same. `variant` tells apart passes of the same
-    shape that do not launch the same; each has a graph, and all of them one memory.
+    shape that do not launch the same; each has a graph, and all of them one memory. While `may_record` is false
+    nothing is recorded: a variant's first call would need memory of its own beside the graph of another.
     Whoever clears the gradients must keep their memory once `has_recorded`, as a graph adds to it.
     """
 
     def __init__(self, passes: Callable[..., Tensor], parameters: list[nn.Parameter]) -> None:
         self._passes = passes
         self._parameters = parameters
-        self._seen: set[tuple[Shapes, bool]] = set()
+        self._seen: set[tuple[Shapes, Variant]] = set()
         self._recorded: Shapes | None = None
-        self._recordings: dict[bool, _Recording | None] = {}
+        self._recordings: dict[Variant, _Recording | None] = {}
         self.has_recorded = False
+        self.may_record = True
 
-    def __call__(self, *arguments: *Arguments, variant: bool = False) -> Tensor:
+    def __call__(self, *arguments: *Arguments, variant: Variant = ()) -> Tensor:
         shapes = tuple(None if argument is None else argument.shape for argument in arguments)
-        if (shapes, variant) not in self._seen:
+        if (shapes, variant) not in self._seen or not self.may_record:
             self._seen.add((shapes, variant))
             return self._passes(*arguments)
         self._recorded = self._recorded or shapes

@@ -30,7 +30,7 @@ class NativeEngine:
     """One device, or the ground that DDP and FSDP2 stand on."""
 
     may_record = True  # the passes of a micro-batch as a CUDA graph: nothing in them speaks with other ranks
-    _variant = False  # of the next micro-batch: which of two graphs is its
+    _is_first, _is_last = True, True  # of the micro-batches of a step
     casts_once = True  # a copy of each matrix for a whole step, see `CastOnce`
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
@@ -67,6 +67,8 @@ class NativeEngine:
                 block.compile()  # in place, so that parameter names stay as they are
         self.model: nn.Module = self._wrapped(model)
         self._graphed = GraphedPasses(partial(accumulate, self), list(model.parameters())) if self._records() else None
+        if self._graphed is not None:
+            self._graphed.may_record = False
         self._graphed_update = GraphedUpdate(self._update)
         # What an update reads besides: in memory, as a graph has to read it there.
         self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
@@ -102,13 +104,18 @@ class NativeEngine:
         """Gradients need to be summed over the ranks after the last micro-batch only."""
 
     def backward(self, loss: Tensor) -> None:
+        if self._casts is not None:
+            self._casts.first = self._is_first
         loss.backward()
+        self._is_first = False
 
     def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
         if self._graphed is not None:
             if self._casts is not None:
                 self._casts.refresh()
-            return self._graphed(inputs, targets, seq_idx, n_targets, variant=self._variant)
+            loss = self._graphed(inputs, targets, seq_idx, n_targets, variant=(self._is_first, self._is_last))
+            self._is_first = False
+            return loss
         return accumulate(self, inputs, targets, seq_idx, n_targets)
 
     @torch.no_grad()
@@ -127,6 +134,9 @@ class NativeEngine:
                 self._update()
         else:
             self._clear_gradients()
+        self._is_first = True
+        if self._graphed is not None:
+            self._graphed.may_record = True  # every kind of micro-batch has been there
         return StepResult(judgement.grad_norm, judgement.skip, by_layer)
 
     @torch.no_grad()
@@ -144,7 +154,9 @@ class NativeEngine:
 
     def _clear_gradients(self) -> None:
         if self._graphed is not None and self._graphed.has_recorded:
-            torch._foreach_zero_([p.grad for p in self._parameters.values() if p.grad is not None])
+            overwritten = set() if self._casts is None else set(self._casts.weights)
+            kept = [p.grad for p in self._parameters.values() if p not in overwritten]
+            torch._foreach_zero_([gradient for gradient in kept if gradient is not None])
         else:
             self._optimizer.zero_grad(set_to_none=True)
 

@@ -27,10 +27,10 @@ class ReplicatedEngine(NativeEngine):
         return super()._records() and self.config.cuda_graphs is True
 
     def _before_micro_batch(self, *, is_last: bool) -> None:
-        self._variant = is_last
+        self._is_last = is_last
 
     def backward(self, loss: Tensor) -> None:
-        self._buckets.begin(is_last=self._variant)
+        self._buckets.begin(is_last=self._is_last)
         super().backward(loss)
         self._buckets.finish()
 
