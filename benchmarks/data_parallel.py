@@ -4,7 +4,8 @@
       [--model mamba_1.4b] [--rows 8] [--engines single fsdp ddp] [--steps 12]
 
 Each engine runs on all GPUs, one process each; "single" is the same step on every GPU by itself, at the same time and
-without a word between them, so that it has the same host and the same heat. Medians of the steps after the warm-up, by
+without a word between them, so that it has the same host and the same heat. With one process it says what an engine
+costs where there is nobody to speak with. Medians of the steps after the warm-up, by
 events on the first GPU, with quartiles. "fsdp-kept" is engine.reshard_after_forward=false, "ddp-graphs"
 engine.cuda_graphs=true, "...-bf16" engine.reduce_precision=bf16.
 """
@@ -101,7 +102,8 @@ def main() -> None:
         del engine
         gc.collect()
         torch.cuda.empty_cache()
-        dist.barrier()
+        if ranks.world_size > 1:
+            dist.barrier()
         low, median, high = statistics.quantiles(times, n=4)
         n_gpus = 1 if name.startswith("single") else ranks.world_size
         rate = 1e3 * n_gpus * args.micro_batches * args.rows * args.length / median

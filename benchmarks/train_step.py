@@ -150,9 +150,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(BEST), choices=list(BEST))
     parser.add_argument("--micro-batches", type=int, nargs="*", help="sequences, of both; default: the best of each")
     parser.add_argument("--global-batch", type=int, help="sequences of a step; default: one micro-batch")
-    parser.add_argument(
-        "--recompute", nargs="*", default=["scan", "none"], choices=[policy.value for policy in Recompute]
-    )
+    parser.add_argument("--recompute", nargs="*", default=["auto"], choices=[policy.value for policy in Recompute])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--layers", type=int, help="of the model, to try this out or to fill the compilers' caches")
