@@ -26,6 +26,7 @@ from mamba_train.model.initialise import draw
 from mamba_train.model.language_model import padded_vocab_size, resolve_model_config
 from mamba_train.parallel import native
 from mamba_train.parallel.auto import layers_to_recompute, with_recompute
+from mamba_train.parallel.graphed import GraphedPasses
 from mamba_train.ranks import join
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
@@ -118,28 +119,37 @@ def peer(config: ModelConfig) -> Step:
     return lambda batches: step(batches, LEARNING_RATE)
 
 
-def peer_step(model: nn.Module, optim: OptimConfig) -> Callable[[Batches, float], Tensor]:
-    """Steps of mamba_ssm's model as its users write them: of micro-batches and a learning rate; the mean loss."""
+def peer_step(model: nn.Module, optim: OptimConfig, graphs: bool = False) -> Callable[[Batches, float], Tensor]:
+    """Steps of mamba_ssm's model, of micro-batches and a learning rate; returns the mean loss.
+
+    As its users write them, launch by launch; graphs: with the passes as a CUDA graph, which changes no number.
+    """
     kept = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False) or p.ndim == 1]
     decayed = [p for p in model.parameters() if not any(p is other for other in kept)]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
+    def passes(inputs: Tensor, targets: Tensor, _: None, n_targets: Tensor) -> Tensor:
+        # A graph must find no casts of an earlier call.
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=not graphs):
+            logits = model(inputs.contiguous()).logits
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum") / n_targets
+        loss.backward()
+        return loss.detach()
+
+    call = GraphedPasses(passes, list(model.parameters())) if graphs else passes
+
     def step(batches: Batches, lr: float) -> Tensor:
-        n_targets = sum(batch[:, 1:].numel() for batch in batches)
+        n_targets = torch.full((), float(sum(batch[:, 1:].numel() for batch in batches)), device="cuda")
         total = torch.zeros((), device="cuda")
         for batch in batches:
             tokens = batch.to("cuda", non_blocking=True)
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                logits = model(tokens[:, :-1].contiguous()).logits
-                loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-            (loss / n_targets).backward()
-            total += loss.detach() / n_targets
+            total += call(tokens[:, :-1], tokens[:, 1:], None, n_targets)
         nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not graphs)
         return total
 
     return step
