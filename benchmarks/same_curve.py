@@ -4,9 +4,10 @@
 
 Overrides are those of train.py: any prepared folder (`data=shards data.path=...`), text files (`data=local`) or the
 sources of the standard library. Trains ours once and the peer twice; two runs of the peer differ because its backward
-adds in an order that is not fixed. The peer's passes are replayed as a CUDA graph, without which it takes minutes. --jobs 3: all at once, and speeds that mean nothing. Prints the mean of the last 100
-losses of each, and how far the curves lie apart (root mean square of the difference of means of 25 losses). What the
-runs have is written after every 100 steps, so that a benchmark cut short still says something (--report).
+adds in an order that is not fixed. The peer's passes are replayed as a CUDA graph, without which it takes minutes.
+--jobs 3: all at once, and speeds that mean nothing. Prints the mean of the last 100 losses of each, and how far the
+curves lie apart (root mean square of the difference of means of 25 losses). What the runs have is written after every
+100 steps, so that a benchmark cut short still says something (--report).
 """
 
 from __future__ import annotations
