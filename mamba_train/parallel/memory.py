@@ -26,6 +26,7 @@ from mamba_train.config import (
 )
 from mamba_train.model.contract import rule_for
 from mamba_train.model.language_model import MambaLM, padded_vocab_size
+from mamba_train.parallel.sharded import layers_per_unit
 from mamba_train.parallel.zero import LIVE_ELEMENTS, PREFETCHED_ELEMENTS, REDUCED_ELEMENTS
 
 MASTER_BYTES = 4  # fp32: weights, gradients, and each of AdamW's two moments
@@ -69,7 +70,7 @@ def memory_per_device(config: Config, model: ModelConfig, world_size: int) -> di
             "copies of the matrices in bf16": 0 if value_bytes == 4 else value_bytes * sizes.cast,
         }
     head = padded_vocab_size(model) * model.d_model
-    activations = activation_bytes(model, value_bytes, engine.recompute, micro_batch_tokens)
+    activations = activation_bytes(model, value_bytes, engine.recompute, micro_batch_tokens, engine.recompute_layers)
     made = 0.0
     if not _recorded(engine, world_size):
         made = sum(memory.get(row, 0.0) for row in _made_at_the_end(engine, n_micro_batches))
@@ -101,15 +102,17 @@ def _fsdp(
     sizes: Sizes, engine: EngineConfig, world_size: int, value_bytes: int, n_micro_batches: int
 ) -> dict[str, float]:
     shards = world_size // engine.replicas
-    layer_bytes = value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32
-    # The layer at work, the next one on its way, and the buffer that it arrives in; or all of them.
-    n_gathered = 3.0 if engine.reshard_after_forward else 1 + (sizes.total - sizes.root) / sizes.layer
+    n_layers = (sizes.total - sizes.root) / sizes.layer
+    in_unit = layers_per_unit(engine, round(n_layers), sizes.layer)
+    unit_bytes = in_unit * (value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32)
+    # The unit at work, the next one on its way, and the buffer that it arrives in; or all of them.
+    n_gathered = 3.0 if engine.reshard_after_forward else 1 + n_layers / in_unit
     memory = {
         "weights (fp32 masters, sharded)": MASTER_BYTES * sizes.total / shards,
         SHARDED_GRADIENTS: MASTER_BYTES * sizes.total / shards,
         "AdamW moments (2 x fp32, sharded)": 2 * MASTER_BYTES * sizes.total / shards,
-        "gathered weights": 4 * sizes.root + n_gathered * layer_bytes,
-        "gradients being summed over the ranks": 8.0 * max(sizes.root, sizes.layer),
+        "gathered weights": 4 * sizes.root + n_gathered * unit_bytes,
+        "gradients being summed over the ranks": 8.0 * max(sizes.root, in_unit * sizes.layer),
     }
     if n_micro_batches > 1 and not engine.reduce_each_micro_batch:
         # The part of this rank takes their place, layer by layer.
@@ -160,8 +163,13 @@ def count(model: ModelConfig) -> Sizes:
     return Sizes(total, cast, root, layers[largest], fp32_of_layers.get(largest, 0))
 
 
-def activation_bytes(model: ModelConfig, value_bytes: int, recompute: Recompute, n_tokens: int) -> int:
-    """Of one micro-batch: what the backward pass finds of the forward pass, and what it computes again at once."""
+def activation_bytes(
+    model: ModelConfig, value_bytes: int, recompute: Recompute, n_tokens: int, layers: int | None = None
+) -> int:
+    """Of one micro-batch: what the backward pass finds of the forward pass, and what it computes again at once.
+
+    layers: as `engine.recompute_layers`.
+    """
     d, e, n = model.d_model, model.expand * model.d_model, model.d_state
     whole = activation_bytes_per_token(model, value_bytes)
     if recompute is Recompute.none:
@@ -169,7 +177,7 @@ def activation_bytes(model: ModelConfig, value_bytes: int, recompute: Recompute,
     states = 4 * e * n // (GPU_CHUNK if model.mixer is MixerKind.mamba1 else model.chunk_size)
     if recompute in (Recompute.scan, Recompute.auto):
         # Δ, y before and after the gate, and the states: in the backward pass those of one layer.
-        n_mamba1 = sum(mixer is MixerKind.mamba1 for mixer in layer_mixers(model))
+        n_mamba1 = sum(mixer is MixerKind.mamba1 for mixer in layer_mixers(model)[:layers])
         return (whole - max(0, n_mamba1 - 1) * (3 * value_bytes * e + states)) * n_tokens
     inputs = (4 + value_bytes) * d * model.n_layer  # hidden and residual of each layer
     if recompute is Recompute.keep_scan:
