@@ -66,8 +66,8 @@ def forward(
     align = alignment(channels, x.stride(0), x.stride(1))
     with torch.cuda.device_of(x):
         forward_kernel[(batch * chunks * -(-channels // shape.block),)](
-            *(x, weight, bias, seq_idx, initial_state, y, final_state),
-            *(x.stride(0) // align, x.stride(1) // align, weight.stride(0), weight.stride(1)),
+            *(x, weight.contiguous(), bias, seq_idx, initial_state, y, final_state),
+            *(x.stride(0) // align, x.stride(1) // align),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             *(length, channels // align, chunks, shape.steps),
             *(width, silu, align, shape.block, shape.unroll),
@@ -110,9 +110,8 @@ def backward(
     align = alignment(channels, *strides)
     with torch.cuda.device_of(x):
         backward_kernel[(batch * chunks * -(-channels // shape.block),)](
-            *(y_grad, final_grad, x, weight, bias, seq_idx, initial_state, x_grad, state_grad, parts),
+            *(y_grad, final_grad, x, weight.contiguous(), bias, seq_idx, initial_state, x_grad, state_grad, parts),
             *(stride // align for stride in strides),
-            *(weight.stride(0), weight.stride(1)),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             *(length, channels // align, chunks, shape.steps),
             *(width, silu, align, shape.block, shape.unroll),

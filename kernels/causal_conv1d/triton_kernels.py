@@ -38,13 +38,23 @@ def _row_before(x, initial_state, t, x_row, channels, c, is_channel, WIDTH: tl.c
 
 
 @triton.jit
-def _taps(weight, weight_channel, weight_tap, c, is_channel, WIDTH: tl.constexpr):
-    """The filters by lag: the first multiplies the input of the same position."""
-    taps = ()
-    for lag in tl.static_range(WIDTH):
-        tap = weight + c * weight_channel + (WIDTH - 1 - lag) * weight_tap
-        taps = taps + (tl.load(tap, mask=is_channel, other=0.0).to(tl.float32),)
-    return taps
+def _taps(weight, c, is_channel, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The filters by lag: the first multiplies the input of the same position. Read side by side, then taken apart."""
+    PADDED: tl.constexpr = 2 if WIDTH == 2 else 4
+    tap = tl.arange(0, PADDED)
+    is_tap = is_channel[:, None]
+    if PADDED != WIDTH:
+        is_tap = is_tap & (tap < WIDTH)
+    filters = tl.load(weight + c[:, None] * WIDTH + tap, mask=is_tap, other=0.0).to(tl.float32)
+    if WIDTH == 2:
+        oldest, newest = tl.split(filters)
+        return (newest, oldest)
+    even, odd = tl.split(filters.reshape(BLOCK, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    if WIDTH == 3:
+        return (third, second, first)
+    return (fourth, third, second, first)
 
 
 @triton.jit
@@ -61,8 +71,7 @@ def _before_activation(rows, now: tl.constexpr, taps, bias, age, WIDTH: tl.const
 
 @triton.jit(
     do_not_specialize=[
-        *("x_batch", "x_row", "weight_channel", "weight_tap", "seq_batch", "seq_row"),
-        *("length", "channels", "chunks", "steps"),
+        *("x_batch", "x_row", "seq_batch", "seq_row", "length", "channels", "chunks", "steps"),
     ]
 )
 def forward_kernel(
@@ -75,8 +84,6 @@ def forward_kernel(
     final_state,
     x_batch,
     x_row,
-    weight_channel,
-    weight_tap,
     seq_batch,
     seq_row,
     length,
@@ -112,7 +119,7 @@ def forward_kernel(
     if initial_state is not None:
         initial_state += batch * (WIDTH - 1) * channels
 
-    taps = _taps(weight, weight_channel, weight_tap, c, is_channel, WIDTH)
+    taps = _taps(weight, c, is_channel, WIDTH, BLOCK)
     offset = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
         offset = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
@@ -156,8 +163,7 @@ def forward_kernel(
 @triton.jit(
     do_not_specialize=[
         *("grad_batch", "grad_row", "x_batch", "x_row", "out_batch", "out_row"),
-        *("weight_channel", "weight_tap", "seq_batch", "seq_row"),
-        *("length", "channels", "chunks", "steps"),
+        *("seq_batch", "seq_row", "length", "channels", "chunks", "steps"),
     ]
 )
 def backward_kernel(
@@ -177,8 +183,6 @@ def backward_kernel(
     x_row,
     out_batch,
     out_row,
-    weight_channel,
-    weight_tap,
     seq_batch,
     seq_row,
     length,
@@ -224,7 +228,7 @@ def backward_kernel(
         final_grad += batch * (WIDTH - 1) * channels
 
     zeros = tl.zeros([BLOCK], tl.float32)
-    taps = _taps(weight, weight_channel, weight_tap, c, is_channel, WIDTH)
+    taps = _taps(weight, c, is_channel, WIDTH, BLOCK)
     offset = zeros
     if bias is not None:
         offset = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
