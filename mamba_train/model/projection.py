@@ -59,7 +59,7 @@ class MixedProduct(torch.autograd.Function):
 def weight_gradient(y_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient (columns of y_grad, columns of x) of the weight in x · weightᵀ, summed in fp32, in `dtype`."""
     left, right = y_grad.flatten(0, -2).t(), x.flatten(0, -2)
-    if x.is_cuda and x.dtype != dtype:
+    if x.is_cuda and x.dtype != dtype and not torch.compiler.is_compiling():
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)
 
