@@ -47,14 +47,16 @@ def _taps(weight, c, is_channel, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
         is_tap = is_tap & (tap < WIDTH)
     filters = tl.load(weight + c[:, None] * WIDTH + tap, mask=is_tap, other=0.0).to(tl.float32)
     if WIDTH == 2:
-        oldest, newest = tl.split(filters)
-        return (newest, oldest)
-    even, odd = tl.split(filters.reshape(BLOCK, 2, 2))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    if WIDTH == 3:
-        return (third, second, first)
-    return (fourth, third, second, first)
+        first, second = tl.split(filters)
+        taps = (second, first)
+    else:
+        even, odd = tl.split(filters.reshape(BLOCK, 2, 2))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        taps = (third, second, first)
+        if WIDTH == 4:
+            taps = (fourth, third, second, first)
+    return taps
 
 
 @triton.jit
