@@ -247,17 +247,32 @@ def backward_kernel(
 
     x_here, y_grad_here = x + start * x_row + c, y_grad + start * grad_row + c
     x_grad_here = x_grad + (start - (WIDTH - 1)) * out_row + c
+    read_stop = min(stop + WIDTH - 1, length)
+    x_ahead = ()  # what the next round reads is asked for before this one computes
+    y_grad_ahead = ()
+    for u in tl.static_range(UNROLL):
+        mask = is_channel & (start + u < read_stop)
+        x_ahead = x_ahead + (tl.load(x_here + u * x_row, mask=mask, other=0.0),)
+        y_grad_ahead = y_grad_ahead + (tl.load(y_grad_here + u * grad_row, mask=mask, other=0.0),)
     for t0 in range(start, stop + WIDTH - 1, UNROLL):
         rows = history
         grads = ()
         ages = ()
+        x_here += UNROLL * x_row
+        y_grad_here += UNROLL * grad_row
+        x_next = ()
+        y_grad_next = ()
         for u in tl.static_range(UNROLL):
-            mask = is_channel & (t0 + u < length)
-            rows = rows + (_row(x_here + u * x_row, mask),)
-            grads = grads + (_row(y_grad_here + u * grad_row, mask),)
+            rows = rows + (x_ahead[u].to(tl.float32),)
+            grads = grads + (y_grad_ahead[u].to(tl.float32),)
+            mask = is_channel & (t0 + UNROLL + u < read_stop)
+            x_next = x_next + (tl.load(x_here + u * x_row, mask=mask, other=0.0),)
+            y_grad_next = y_grad_next + (tl.load(y_grad_here + u * grad_row, mask=mask, other=0.0),)
             if PACKED:
                 age = tl.where(_begins_document(seq_idx, t0 + u, seq_row, length), 0, age + 1)
             ages = ages + (age,)
+        x_ahead = x_next
+        y_grad_ahead = y_grad_next
         for u in tl.static_range(UNROLL):
             t = t0 + u
             age_here = ages[u]
@@ -297,8 +312,6 @@ def backward_kernel(
                 target = state_grad + (position + WIDTH - 1) * channels + c
                 tl.store(target, complete.to(state_grad.dtype.element_ty), mask=is_channel & (position < 0))
         history = rows[UNROLL:]
-        x_here += UNROLL * x_row
-        y_grad_here += UNROLL * grad_row
         x_grad_here += UNROLL * out_row
 
     parts += (pid // groups).to(tl.int64) * KINDS * channels + c
