@@ -1,6 +1,7 @@
-"""A projection without bias whose fp32 weight gets its gradient from a product that leaves its sums in fp32.
+"""A projection without bias, with its backward written out: where gradients go, and in which dtype.
 
-PyTorch's own under autocast rounds that gradient to bf16, writes it to memory, and converts it back.
+The gradient of the input is written where the operator that made the input wants it. That of an fp32 weight leaves its
+product in fp32 where that is not slower; PyTorch's own under autocast is rounded to bf16, written, and converted back.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# Elements of a gradient up to which its product is not slower in fp32 than in bf16 with a conversion. On an H100, for
+# 16,384 tokens: 3072 x 768 0.106 and 0.110 ms, 2560 x 5120 0.629 and 0.627, 10240 x 2560 1.165 and 1.124.
+LARGEST_IN_FP32 = 2**23
 
 
 class Projection(nn.Linear):
@@ -51,25 +56,29 @@ class MixedProduct(torch.autograd.Function):
                 weight_grad = weight_gradient(y_grad, x, ctx.weight_dtype)
             del x  # it may have been computed again, just for this
             if ctx.needs_input_grad[0]:
-                x_grad = _memory(ctx.origin, matrix, (*y_grad.shape[:-1], matrix.shape[1]))
-                torch.mm(y_grad.flatten(0, -2), matrix, out=x_grad.flatten(0, -2))
+                x_grad = input_gradient(y_grad, matrix, ctx.origin)
         return x_grad, weight_grad
 
 
 def weight_gradient(y_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient (columns of y_grad, columns of x) of the weight in x · weightᵀ, summed in fp32, in `dtype`."""
     left, right = y_grad.flatten(0, -2).t(), x.flatten(0, -2)
-    if x.is_cuda and x.dtype != dtype and not torch.compiler.is_compiling():
+    is_mixed = x.is_cuda and x.dtype != dtype and not torch.compiler.is_compiling()
+    if is_mixed and left.shape[0] * right.shape[1] <= LARGEST_IN_FP32:
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)
 
 
-def _memory(origin: Any, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Where to write the gradient of what the node `origin` returned.
+def input_gradient(y_grad: Tensor, weight: Tensor, origin: Any) -> Tensor:
+    """The gradient y_grad · weight of an input that the node `origin` of autograd returned, where that one wants it.
 
-    One with an attribute `wide_grad`, like `FusedSSM`, wants it to be the second half of what is then left there.
+    One with an attribute `wide_grad`, like `FusedSSM`, wants it to be the second half of a tensor that it finds there.
     """
-    if not hasattr(origin, "wide_grad"):
-        return like.new_empty(shape)
-    origin.wide_grad = like.new_empty((*shape[:-1], 2 * shape[-1]))
-    return origin.wide_grad.chunk(2, dim=-1)[1]
+    shape = (*y_grad.shape[:-1], weight.shape[1])
+    if hasattr(origin, "wide_grad"):
+        origin.wide_grad = weight.new_empty((*shape[:-1], 2 * shape[-1]))
+        x_grad = origin.wide_grad.chunk(2, dim=-1)[1]
+    else:
+        x_grad = weight.new_empty(shape)
+    torch.mm(y_grad.flatten(0, -2), weight, out=x_grad.flatten(0, -2))
+    return x_grad
