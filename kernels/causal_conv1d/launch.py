@@ -11,7 +11,6 @@ from kernels.dispatch import alignment, processors, triton_unsupported
 
 WIDTHS = (2, 3, 4)
 MAX_WIDTH = max(WIDTHS)
-AT_ONCE = 16  # programs of the backward that a multiprocessor has room for: 128 registers for each thread
 
 
 class Shape(NamedTuple):
@@ -39,18 +38,20 @@ def forward_shape() -> Shape:
     return Shape(block=256, warps=2, unroll=4, steps=8)
 
 
-def backward_shape(batch: int, length: int, channels: int, processors: int) -> Shape:
+def backward_shape(batch: int, length: int, channels: int, processors: int, with_more: bool) -> Shape:
     """The backward kernel: rounds of programs that fill the GPU, as few as give a program about 200 steps at most.
 
-    Each has sums to leave, and some steps to walk for its neighbour, so that short ones cost more.
+    Each has sums to leave, and some steps to walk for its neighbour, so that short ones cost more. with_more: three
+    inputs, which need 202 registers where a lane has four channels and 80 where it has two.
     """
-    block, unroll, most, least = 128, 4, 192, 32
+    block, warps, at_once = (256, 4, 6) if with_more else (128, 1, 16)  # at once: on a multiprocessor
+    unroll, most, least = 4, 192, 32
     sequences = batch * -(-channels // block)
-    places = processors * AT_ONCE
+    places = processors * at_once
     rounds = max(1, -(-sequences * length // (places * most)))
     chunks = max(1, rounds * places // sequences)
     steps = -(-length // chunks) + MAX_WIDTH - 1
-    return Shape(block, warps=1, unroll=unroll, steps=max(least, -(-steps // unroll) * unroll))
+    return Shape(block, warps, unroll, steps=max(least, -(-steps // unroll) * unroll))
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -100,10 +101,11 @@ def backward(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     x_grad: Tensor | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator's backward: gradients of x, weight, bias, initial state; empty for an absent one.
 
-    x_grad: where the first one goes, with neighbouring channels side by side.
+    x_grad: where the first one goes, with neighbouring channels side by side. more: what there is to add to y_grad.
     """
     from kernels.causal_conv1d.triton_kernels import backward_kernel
     from kernels.sum_parts import COLUMNS, ROWS, sum_parts
@@ -117,7 +119,8 @@ def backward(
     state_grad = x.new_empty((0,) if initial_state is None else initial_state.shape)
     weight_grad = weight.new_empty(weight.shape)
     bias_grad = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
-    shape = backward_shape(batch, length, channels, processors(x.device.index) if x.is_cuda else 1)
+    at_once = processors(x.device.index) if x.is_cuda else 1
+    shape = backward_shape(batch, length, channels, at_once, more is not None)
     kinds = width + (bias is not None)
     chunks = -(-length // (shape.steps - (width - 1)))
     parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
@@ -125,7 +128,8 @@ def backward(
     align = alignment(channels, *strides)
     with torch.cuda.device_of(x):
         backward_kernel[(batch * chunks * -(-channels // shape.block),)](
-            *(y_grad, final_grad, x, weight.contiguous(), bias, seq_idx, initial_state, x_grad, state_grad, parts),
+            *(y_grad, _contiguous(more), final_grad, x, weight.contiguous(), bias, seq_idx, initial_state),
+            *(x_grad, state_grad, parts),
             *(stride // align for stride in strides),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             *(length, channels // align, chunks, shape.steps),

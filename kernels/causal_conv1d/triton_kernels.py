@@ -170,6 +170,7 @@ def forward_kernel(
 )
 def backward_kernel(
     y_grad,
+    more,
     final_grad,
     x,
     weight,
@@ -201,7 +202,8 @@ def backward_kernel(
 
     The gradient of a position is complete WIDTH-1 positions later: the walk goes that far into the next program's
     positions, and past the end, where the final state stands for what would have read them. `pending` holds the
-    incomplete ones. parts: (program, WIDTH by lag from the longest, then the bias, channel), fp32.
+    incomplete ones. more: a second summand of the gradient of y, contiguous. parts: (program, WIDTH by lag from the
+    longest, then the bias, channel), fp32.
     """
     PACKED: tl.constexpr = seq_idx is not None
     owned = steps - (WIDTH - 1)
@@ -248,31 +250,46 @@ def backward_kernel(
     x_here, y_grad_here = x + start * x_row + c, y_grad + start * grad_row + c
     x_grad_here = x_grad + (start - (WIDTH - 1)) * out_row + c
     read_stop = min(stop + WIDTH - 1, length)
+    more_row = channels.to(tl.int64)
+    if more is not None:
+        more += (batch * length + start) * more_row + c
     x_ahead = ()  # what the next round reads is asked for before this one computes
     y_grad_ahead = ()
+    more_ahead = ()
     for u in tl.static_range(UNROLL):
         mask = is_channel & (start + u < read_stop)
         x_ahead = x_ahead + (tl.load(x_here + u * x_row, mask=mask, other=0.0),)
         y_grad_ahead = y_grad_ahead + (tl.load(y_grad_here + u * grad_row, mask=mask, other=0.0),)
+        if more is not None:
+            more_ahead = more_ahead + (tl.load(more + u * more_row, mask=mask, other=0.0),)
     for t0 in range(start, stop + WIDTH - 1, UNROLL):
         rows = history
         grads = ()
         ages = ()
         x_here += UNROLL * x_row
         y_grad_here += UNROLL * grad_row
+        if more is not None:
+            more += UNROLL * more_row
         x_next = ()
         y_grad_next = ()
+        more_next = ()
         for u in tl.static_range(UNROLL):
             rows = rows + (x_ahead[u].to(tl.float32),)
-            grads = grads + (y_grad_ahead[u].to(tl.float32),)
+            grad = y_grad_ahead[u].to(tl.float32)
+            if more is not None:
+                grad += more_ahead[u].to(tl.float32)
+            grads = grads + (grad,)
             mask = is_channel & (t0 + UNROLL + u < read_stop)
             x_next = x_next + (tl.load(x_here + u * x_row, mask=mask, other=0.0),)
             y_grad_next = y_grad_next + (tl.load(y_grad_here + u * grad_row, mask=mask, other=0.0),)
+            if more is not None:
+                more_next = more_next + (tl.load(more + u * more_row, mask=mask, other=0.0),)
             if PACKED:
                 age = tl.where(_begins_document(seq_idx, t0 + u, seq_row, length), 0, age + 1)
             ages = ages + (age,)
         x_ahead = x_next
         y_grad_ahead = y_grad_next
+        more_ahead = more_next
         for u in tl.static_range(UNROLL):
             t = t0 + u
             age_here = ages[u]

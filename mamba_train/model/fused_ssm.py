@@ -1,7 +1,7 @@
 """The selective SSM of Mamba-1 as one node of autograd: what it saves, computes again, and where its gradients go.
 
 Composed of the same operators as the plain form, it saves passes over memory that autograd cannot: the gradients of x
-and z are written as the two halves of one tensor, that of the convolution's output is summed inside a matrix product.
+and z are written as the two halves of one tensor, that of the convolution's output is summed where it is read.
 
 With `recompute`, neither Δ nor what the scan returned is kept until the backward, but computed again there. What
 follows the SSM keeps its output, too, and is made to forget it by `forgetting`.
@@ -84,9 +84,10 @@ class FusedSSM(torch.autograd.Function):
             projected_grad = torch.cat((dt_grad @ dt_proj, B_grad, C_grad), dim=-1)
             dt_proj_grad = weight_gradient(dt_grad, dt_low, ctx.dt_proj_dtype)
             x_proj_grad = weight_gradient(projected_grad, x, x_proj_weight.dtype)
-            x_grad.flatten(0, 1).addmm_(projected_grad.flatten(0, 1), x_proj_weight.to(x.dtype))
+            through_x_proj = dt_grad  # no longer needed, and of the same size
+            through_x_proj.flatten(0, 1).addmm_(projected_grad.flatten(0, 1), x_proj_weight.to(x.dtype), beta=0)
             conv_weight_grad, conv_bias_grad = causal_conv1d_backward_into(
-                x_grad, x_given, conv_weight, conv_bias, seq_idx, x_given_grad
+                x_grad, through_x_proj, x_given, conv_weight, conv_bias, seq_idx, x_given_grad
             )
         return (
             xz_grad,

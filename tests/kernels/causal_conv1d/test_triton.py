@@ -14,11 +14,12 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 2048, 5120), (1, 131072, 5376), (3, 4063, 4200), (64, 100, 5120), (1, 7, 8)])
-def test_rounds_of_programs_are_full(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("with_more", "at_once"), [(False, 16), (True, 6)])
+def test_rounds_of_programs_are_full(with_more: bool, at_once: int, shape: tuple[int, int, int]) -> None:
     """None has a last round for a few programs, which would take as long as the others."""
     batch, length, channels = shape
-    places = 132 * launch.AT_ONCE
-    launched = launch.backward_shape(*shape, processors=132)
+    places = 132 * at_once
+    launched = launch.backward_shape(*shape, processors=132, with_more=with_more)
     assert launched.steps % launched.unroll == 0
     sequences = batch * math.ceil(channels / launched.block)
     programs = sequences * math.ceil(length / (launched.steps - launch.MAX_WIDTH + 1))
