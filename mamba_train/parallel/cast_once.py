@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mamba_train.model.projection import input_gradient
+
 
 class CastOnce:
     """Has the linear layers among `modules` compute with copies of their weights in `dtype` wherever autocast is on.
@@ -61,7 +63,7 @@ class _CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, copy: Tensor, casts: CastOnce) -> Tensor:
         ctx.save_for_backward(x, copy)
-        ctx.weight, ctx.casts = weight, casts
+        ctx.weight, ctx.casts, ctx.origin = weight, casts, x.grad_fn
         return F.linear(x, copy)
 
     @staticmethod
@@ -72,9 +74,11 @@ class _CastLinear(torch.autograd.Function):
         if weight.grad is None:
             weight.grad = torch.empty_like(weight)
         product(y_grad.flatten(0, -2).t(), x.flatten(0, -2), weight.grad, add=not is_first)
+        del x  # it may have been computed again, just for this
         if ctx.casts.on_gradient is not None:
             ctx.casts.on_gradient(weight)
-        return y_grad @ copy if ctx.needs_input_grad[0] else None, None, None, None
+        x_grad = input_gradient(y_grad, copy, ctx.origin) if ctx.needs_input_grad[0] else None
+        return x_grad, None, None, None
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
