@@ -8,12 +8,14 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
 from kernels.ssd import launch
-from kernels.ssd import triton_kernels as kernels
+from kernels.ssd.backward_kernels import gradients_kernel
+from kernels.ssd.forward_kernels import forward_kernel, states_kernel
 from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
 
 SPILLED_BYTES = {"forward_kernel": 600, "states_kernel": 100, "gradients_kernel": 480}
 FP32 = (
     "decays",
+    "before",
     "starts",
     "final_state",
     "first_carry",
@@ -41,11 +43,11 @@ def resources(
     arguments |= dict.fromkeys(("x", "B", "C", "y", "y_grad", "rows", "columns", "carries", "end_grads"), "*bf16")
     arguments |= dict.fromkeys(("x_grad", "B_grad", "C_grad"), "*bf16")
     arguments |= dict.fromkeys(("z", "ungated"), "*bf16" if everything else None)
-    if kernel is kernels.gradients_kernel:
+    if kernel is gradients_kernel:
         arguments["starts"] = "*bf16"
     if not everything:
-        arguments |= {"starts": arguments["starts"] if kernel is kernels.gradients_kernel else None}
-        arguments |= {"first_carry": None, "D_parts": None, "powers": None}
+        arguments |= {"starts": arguments["starts"] if kernel is gradients_kernel else None}
+        arguments |= {"before": None, "first_carry": None, "D_parts": None, "powers": None}
     arguments |= {"WIDE_SKIP": everything, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
     arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
     arguments |= constants
@@ -58,10 +60,10 @@ def resources(
 )
 def test_table(capability: int, tmp_path: Path) -> None:
     for kernel, shape, constants in (
-        (kernels.forward_kernel, launch.FORWARD, {}),
-        (kernels.states_kernel, launch.STATES, {"REVERSE": False}),
-        (kernels.states_kernel, launch.STATES, {"REVERSE": True}),
-        (kernels.gradients_kernel, launch.GRADIENTS, {}),
+        (forward_kernel, launch.FORWARD, {}),
+        (states_kernel, launch.STATES, {"REVERSE": False}),
+        (states_kernel, launch.STATES, {"REVERSE": True}),
+        (gradients_kernel, launch.GRADIENTS, {}),
     ):
         found = resources(kernel, shape, tmp_path, capability, **constants)
         print(kernel.__name__, f"sm_{capability}", found)
@@ -71,6 +73,6 @@ def test_table(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_option(tmp_path: Path) -> None:
-    resources(kernels.forward_kernel, launch.FORWARD, tmp_path, everything=True)
-    resources(kernels.states_kernel, launch.STATES, tmp_path, everything=True, REVERSE=True, carries=None)
-    resources(kernels.gradients_kernel, launch.GRADIENTS, tmp_path, everything=True)
+    resources(forward_kernel, launch.FORWARD, tmp_path, everything=True)
+    resources(states_kernel, launch.STATES, tmp_path, everything=True, REVERSE=True, carries=None)
+    resources(gradients_kernel, launch.GRADIENTS, tmp_path, everything=True)

@@ -1,0 +1,299 @@
+"""SSD in Triton: products that walk through time. `decay_kernels.py` explains decays and the names of axes."""
+
+import triton
+import triton.language as tl
+
+from kernels.ssd.decay_kernels import ORIGIN, ORIGIN_LOW, TOTAL, TOTAL_LOW
+from kernels.triton_math import INTERPRETED, sigmoid
+
+
+@triton.jit
+def tile(place, row, row_stride, rows, column, columns, WHOLE: tl.constexpr):
+    """(row, column) of a matrix with neighbouring columns, 0 outside of it. WHOLE: no column lies outside."""
+    mask = (row < rows)[:, None]
+    if not WHOLE:
+        mask = mask & (column < columns)[None, :]
+    return tl.load(place + (row[:, None] * row_stride + column[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def product(a, b, total, EXACT: tl.constexpr):
+    """The matrix product a·b + total in fp32; of EXACT fp32 factors by three tf32 products, which lose no more."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)  # the interpreter multiplies no bf16
+    return tl.dot(a, b, total, input_precision="tf32x3" if EXACT else "tf32")
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("x_batch", "x_row", "x_head", "B_batch", "B_row", "B_group", "C_batch", "C_row", "C_group"),
+        *("z_batch", "z_row", "z_head", "length", "heads", "group_heads", "head_dim", "states", "chunks"),
+        *("segments", "segment_chunks"),
+    ]
+)
+def forward_kernel(
+    x,
+    B,
+    C,
+    D,
+    z,
+    decays,
+    starts,
+    before,
+    y,
+    ungated,
+    final_state,
+    x_batch,
+    x_row,
+    x_head,
+    B_batch,
+    B_row,
+    B_group,
+    C_batch,
+    C_row,
+    C_group,
+    z_batch,
+    z_row,
+    z_head,
+    length,
+    heads,
+    group_heads,
+    head_dim,
+    states,
+    chunks,
+    segments,
+    segment_chunks,
+    WIDE_SKIP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EXACT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    Q: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """y of one head (of P of its channels) in a segment of the sequence, chunk after chunk, the state in registers.
+
+    starts (batch, segment, head, head_dim, state) fp32: the states before the segments, or None where there is one
+    segment that starts from 0. before: y of other states in fp32, which is added, None for none; may be y itself. The
+    strides of x, B, C, z and head_dim and states are given in units of ALIGN, which tells the compiler how wide its
+    loads may be.
+    Programs: batch x segments x heads x (head_dim / P), the last fastest.
+    """
+    head_dim = head_dim * ALIGN
+    states = states * ALIGN
+    parts = tl.cdiv(head_dim, P)
+    pid = tl.program_id(0)
+    head = pid // parts % heads
+    segment = pid // parts // heads % segments
+    batch = (pid // parts // heads // segments).to(tl.int64)
+    group = head // group_heads
+    q, n = tl.arange(0, Q), tl.arange(0, N)
+    p = pid % parts * P + tl.arange(0, P)
+    x += batch * x_batch * ALIGN + head.to(tl.int64) * x_head * ALIGN
+    B += batch * B_batch * ALIGN + group.to(tl.int64) * B_group * ALIGN
+    C += batch * C_batch * ALIGN + group.to(tl.int64) * C_group * ALIGN
+    x_row, B_row, C_row, y_row = x_row * ALIGN, B_row * ALIGN, C_row * ALIGN, heads * head_dim
+    y += batch * length * y_row + head * head_dim
+    if before is not None:
+        before += batch * length * y_row + head * head_dim
+    if z is not None:
+        z += batch * z_batch * ALIGN + head.to(tl.int64) * z_head * ALIGN
+        z_row = z_row * ALIGN
+    if ungated is not None:
+        ungated += batch * length * y_row + head * head_dim
+    padded = chunks.to(tl.int64) * Q
+    plane = tl.num_programs(0) // (parts * segments) * padded
+    decays += (batch * heads + head) * padded
+
+    is_state = (n < states)[:, None] & (p < head_dim)[None, :]
+    state_place = p[None, :] * states + n[:, None]
+    state = tl.zeros([N, P], tl.float32)
+    if starts is not None:
+        start = starts + ((batch * segments + segment) * heads + head) * head_dim * states
+        state = tl.load(start + state_place, mask=is_state, other=0.0)
+    if D is not None:
+        if WIDE_SKIP:
+            skip = tl.load(D + head * head_dim + p, mask=p < head_dim, other=0.0).to(tl.float32)[None, :]
+        else:
+            skip = tl.load(D + head).to(tl.float32)
+    is_before = q[:, None] >= q[None, :]
+
+    first = segment * segment_chunks
+    begin = first.to(tl.int64) * Q
+    for chunk in tl.range(first, min(first + segment_chunks, chunks), num_stages=STAGES):
+        rows = length - chunk * Q
+        C_tile = tile(C + begin * C_row, q, C_row, rows, n, states, WHOLE)
+        B_tile = tile(B + begin * B_row, q, B_row, rows, n, states, WHOLE)
+        x_tile = tile(x + begin * x_row, q, x_row, rows, p, head_dim, WHOLE)
+        here = decays + begin
+        total, origin = tl.load(here + TOTAL * plane + q), tl.load(here + ORIGIN * plane + q)
+        end = tl.load(here + TOTAL * plane + Q - 1)
+        power, from_start, to_end, through = total[:, None] - origin[None, :], total, end - origin, end
+        if EXACT:
+            total, origin = tl.load(here + TOTAL_LOW * plane + q), tl.load(here + ORIGIN_LOW * plane + q)
+            end = tl.load(here + TOTAL_LOW * plane + Q - 1)
+            power += total[:, None] - origin[None, :]
+            from_start, to_end, through = from_start + total, to_end + (end - origin), through + end
+
+        decay = tl.exp2(tl.where(is_before, power, float("-inf")))
+        scores = product(C_tile, tl.trans(B_tile), None, EXACT) * decay
+        out = product(C_tile, state.to(x_tile.dtype), None, EXACT) * tl.exp2(from_start)[:, None]
+        out = product(scores.to(x_tile.dtype), x_tile, out, EXACT)
+
+        written = (x_tile.to(tl.float32) * tl.exp2(to_end)[:, None]).to(x_tile.dtype)
+        state = product(tl.trans(B_tile), written, state * tl.exp2(through), EXACT)
+
+        if D is not None:
+            out += skip * x_tile.to(tl.float32)
+        is_out = (q < rows)[:, None]
+        if not WHOLE:
+            is_out = is_out & (p < head_dim)[None, :]
+        target = q[:, None] * y_row + p[None, :]
+        if before is not None:
+            out += tl.load(before + begin * y_row + target, mask=is_out, other=0.0)
+        if z is not None:
+            if ungated is not None:
+                tl.store(ungated + begin * y_row + target, out.to(ungated.dtype.element_ty), mask=is_out)
+            gate = tile(z + begin * z_row, q, z_row, rows, p, head_dim, WHOLE).to(tl.float32)
+            out *= gate * sigmoid(gate)
+        tl.store(y + begin * y_row + target, out.to(y.dtype.element_ty), mask=is_out)
+        begin += Q
+
+    if segment == segments - 1:
+        final_state += (batch * heads + head) * head_dim * states
+        tl.store(final_state + state_place, state, mask=is_state)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("rows_batch", "rows_row", "rows_head", "columns_batch", "columns_row", "columns_group"),
+        *("length", "heads", "group_heads", "head_dim", "states", "chunks", "segments", "segment_chunks"),
+    ]
+)
+def states_kernel(
+    rows,
+    columns,
+    decays,
+    first_carry,
+    carries,
+    last_carry,
+    powers,
+    rows_batch,
+    rows_row,
+    rows_head,
+    columns_batch,
+    columns_row,
+    columns_group,
+    length,
+    heads,
+    group_heads,
+    head_dim,
+    states,
+    chunks,
+    segments,
+    segment_chunks,
+    REVERSE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EXACT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    Q: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What is carried between chunks: states before each (rows x, columns B), or gradients of those after each.
+
+    The latter in REVERSE, with rows dy and columns C. first_carry, last_carry (batch, head, head_dim, state) fp32:
+    where the walk begins, where it ends; None for 0, and for what no one needs. carries: (batch, chunk, head, state,
+    head_dim). Without carries, the walk is one of a segment of the sequence that begins at 0: last_carry
+    (batch, segment, head, head_dim, state) is where it ends, powers (batch, segment, head) the logarithm of its decay.
+    Strides, head_dim and states in units of ALIGN.
+    Programs: batch x segments x heads x (states / N) x (head_dim / P), the last fastest.
+    """
+    head_dim = head_dim * ALIGN
+    states = states * ALIGN
+    p_parts, n_parts = tl.cdiv(head_dim, P), tl.cdiv(states, N)
+    pid = tl.program_id(0)
+    head = pid // p_parts // n_parts % heads
+    segment = pid // p_parts // n_parts // heads % segments
+    batch = (pid // p_parts // n_parts // heads // segments).to(tl.int64)
+    group = head // group_heads
+    q = tl.arange(0, Q)
+    n = pid // p_parts % n_parts * N + tl.arange(0, N)
+    p = pid % p_parts * P + tl.arange(0, P)
+    rows += batch * rows_batch * ALIGN + head.to(tl.int64) * rows_head * ALIGN
+    columns += batch * columns_batch * ALIGN + group.to(tl.int64) * columns_group * ALIGN
+    rows_row, columns_row = rows_row * ALIGN, columns_row * ALIGN
+    padded = chunks.to(tl.int64) * Q
+    plane = tl.num_programs(0) // (p_parts * n_parts * segments) * padded
+    decays += (batch * heads + head) * padded
+
+    is_state = (n < states)[:, None] & (p < head_dim)[None, :]
+    size = head_dim * states
+    state_place = p[None, :] * states + n[:, None]
+    walk = (batch * segments + segment) * heads + head
+    carry = tl.zeros([N, P], tl.float32)
+    if first_carry is not None:
+        carry = tl.load(first_carry + walk * size + state_place, mask=is_state, other=0.0)
+
+    step = -1 if REVERSE else 1
+    first, last = segment * segment_chunks, min((segment + 1) * segment_chunks, chunks)
+    number = last - 1 if REVERSE else first
+    begin = number.to(tl.int64) * Q
+    if carries is not None:
+        target = carries + ((batch * chunks + number) * heads + head) * size
+        target_step = heads.to(tl.int64) * size * step
+    all_power = 0.0
+    for _ in tl.range(first, last, num_stages=STAGES):
+        remaining = (length - begin).to(tl.int32)
+        rows_tile = tile(rows + begin * rows_row, q, rows_row, remaining, p, head_dim, WHOLE)
+        columns_tile = tile(columns + begin * columns_row, q, columns_row, remaining, n, states, WHOLE)
+        here = decays + begin
+        end = tl.load(here + TOTAL * plane + Q - 1)
+        if REVERSE:
+            power = tl.load(here + TOTAL * plane + q)
+            if EXACT:
+                power += tl.load(here + TOTAL_LOW * plane + q)
+        else:
+            power = end - tl.load(here + ORIGIN * plane + q)
+            if EXACT:
+                power += tl.load(here + TOTAL_LOW * plane + Q - 1) - tl.load(here + ORIGIN_LOW * plane + q)
+        if EXACT:
+            end += tl.load(here + TOTAL_LOW * plane + Q - 1)
+        if carries is not None:
+            place = target + (n[:, None] * head_dim + p[None, :])
+            if WHOLE:
+                tl.store(place, carry.to(carries.dtype.element_ty))
+            else:
+                tl.store(place, carry.to(carries.dtype.element_ty), mask=is_state)
+            target += target_step
+        else:
+            all_power += end
+        weighted = (rows_tile.to(tl.float32) * tl.exp2(power)[:, None]).to(rows_tile.dtype)
+        carry = product(tl.trans(columns_tile), weighted, carry * tl.exp2(end), EXACT)
+        begin += Q * step
+    if last_carry is not None:
+        tl.store(last_carry + walk * size + state_place, carry, mask=is_state)
+    if carries is None:
+        tl.store(powers + walk, all_power)
+
+
+@triton.jit(do_not_specialize=["heads", "size", "segments"])
+def segments_kernel(first_carry, ends, powers, heads, size, segments, BLOCK: tl.constexpr):
+    """Where segments begin, from where each would end if it began at 0: `ends` (batch, segment, head, size), in place.
+
+    first_carry: (batch, head, size) fp32, None for 0; powers: (batch, segment, head), the logarithms of what decays.
+    Programs: (batch x heads, size / BLOCK).
+    """
+    batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < size
+    carry = tl.zeros([BLOCK], tl.float32)
+    if first_carry is not None:
+        carry = tl.load(first_carry + (batch * heads + head) * size + element, mask=mask, other=0.0)
+    for segment in range(0, segments):
+        walk = (batch * segments + segment) * heads + head
+        power, end = tl.load(powers + walk), tl.load(ends + walk * size + element, mask=mask, other=0.0)
+        tl.store(ends + walk * size + element, carry, mask=mask)
+        carry = carry * tl.exp2(power) + end
