@@ -167,24 +167,35 @@ def forward_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("rows_batch", "rows_row", "rows_head", "columns_batch", "columns_row", "columns_group"),
+        *("x_batch", "x_row", "x_head", "B_batch", "B_row", "B_group"),
+        *("y_grad_batch", "y_grad_row", "y_grad_head", "C_batch", "C_row", "C_group"),
         *("length", "heads", "group_heads", "head_dim", "states", "chunks", "segments", "segment_chunks"),
     ]
 )
 def states_kernel(
-    rows,
-    columns,
+    x,
+    B,
+    y_grad,
+    C,
     decays,
-    first_carry,
-    carries,
-    last_carry,
+    first,
+    last_grad,
+    starts,
+    end_grads,
+    ends,
     powers,
-    rows_batch,
-    rows_row,
-    rows_head,
-    columns_batch,
-    columns_row,
-    columns_group,
+    x_batch,
+    x_row,
+    x_head,
+    B_batch,
+    B_row,
+    B_group,
+    y_grad_batch,
+    y_grad_row,
+    y_grad_head,
+    C_batch,
+    C_row,
+    C_group,
     length,
     heads,
     group_heads,
@@ -193,7 +204,7 @@ def states_kernel(
     chunks,
     segments,
     segment_chunks,
-    REVERSE: tl.constexpr,
+    BOTH: tl.constexpr,
     WHOLE: tl.constexpr,
     EXACT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -202,19 +213,33 @@ def states_kernel(
     N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What is carried between chunks: states before each (rows x, columns B), or gradients of those after each.
+    """What is carried between chunks: the states before each and, walking back, the gradients of those after each.
 
-    The latter in REVERSE, with rows dy and columns C. first_carry, last_carry (batch, head, head_dim, state) fp32:
-    where the walk begins, where it ends; None for 0, and for what no one needs. carries: (batch, chunk, head, state,
-    head_dim). Without carries, the walk is one of a segment of the sequence that begins at 0: last_carry
-    (batch, segment, head, head_dim, state) is where it ends, powers (batch, segment, head) the logarithm of its decay.
+    BOTH: half of the programs walk forward, from x, B and `first` (None for 0) to `starts`; the others back, from
+    y_grad, C and `last_grad` (None for 0) to `end_grads` and `ends`, the gradient of `first`. starts, end_grads:
+    (batch, chunk, head, state, head_dim); first, last_grad, ends: (batch, head, head_dim, state) fp32.
+    Otherwise all walk forward, each through a segment of the sequence, from 0: `ends` (batch, segment, head, head_dim,
+    state) are the states there, powers (batch, segment, head) the logarithms of the segments' decays.
     Strides, head_dim and states in units of ALIGN.
-    Programs: batch x segments x heads x (states / N) x (head_dim / P), the last fastest.
+    Programs: (2 if BOTH) x batch x segments x heads x (states / N) x (head_dim / P), the last fastest.
     """
     head_dim = head_dim * ALIGN
     states = states * ALIGN
     p_parts, n_parts = tl.cdiv(head_dim, P), tl.cdiv(states, N)
-    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    rows, columns, outputs = x, B, starts
+    pid, is_back = tl.program_id(0), False
+    if BOTH:
+        programs = programs // 2
+        is_back, pid = pid >= programs, pid % programs
+        rows, columns, outputs = (
+            tl.where(is_back, y_grad, x),
+            tl.where(is_back, C, B),
+            tl.where(is_back, end_grads, starts),
+        )
+        x_batch, x_row = tl.where(is_back, y_grad_batch, x_batch), tl.where(is_back, y_grad_row, x_row)
+        x_head, B_group = tl.where(is_back, y_grad_head, x_head), tl.where(is_back, C_group, B_group)
+        B_batch, B_row = tl.where(is_back, C_batch, B_batch), tl.where(is_back, C_row, B_row)
     head = pid // p_parts // n_parts % heads
     segment = pid // p_parts // n_parts // heads % segments
     batch = (pid // p_parts // n_parts // heads // segments).to(tl.int64)
@@ -222,11 +247,11 @@ def states_kernel(
     q = tl.arange(0, Q)
     n = pid // p_parts % n_parts * N + tl.arange(0, N)
     p = pid % p_parts * P + tl.arange(0, P)
-    rows += batch * rows_batch * ALIGN + head.to(tl.int64) * rows_head * ALIGN
-    columns += batch * columns_batch * ALIGN + group.to(tl.int64) * columns_group * ALIGN
-    rows_row, columns_row = rows_row * ALIGN, columns_row * ALIGN
+    rows += batch * x_batch * ALIGN + head.to(tl.int64) * x_head * ALIGN
+    columns += batch * B_batch * ALIGN + group.to(tl.int64) * B_group * ALIGN
+    x_row, B_row = x_row * ALIGN, B_row * ALIGN
     padded = chunks.to(tl.int64) * Q
-    plane = tl.num_programs(0) // (p_parts * n_parts * segments) * padded
+    plane = programs // (p_parts * n_parts * segments) * padded
     decays += (batch * heads + head) * padded
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
@@ -234,48 +259,51 @@ def states_kernel(
     state_place = p[None, :] * states + n[:, None]
     walk = (batch * segments + segment) * heads + head
     carry = tl.zeros([N, P], tl.float32)
-    if first_carry is not None:
-        carry = tl.load(first_carry + walk * size + state_place, mask=is_state, other=0.0)
+    if first is not None:
+        carry = tl.load(first + walk * size + state_place, mask=is_state & (is_back == 0), other=0.0)
+    if last_grad is not None:
+        carry += tl.load(last_grad + walk * size + state_place, mask=is_state & is_back, other=0.0)
 
-    step = -1 if REVERSE else 1
-    first, last = segment * segment_chunks, min((segment + 1) * segment_chunks, chunks)
-    number = last - 1 if REVERSE else first
-    begin = number.to(tl.int64) * Q
-    if carries is not None:
-        target = carries + ((batch * chunks + number) * heads + head) * size
+    begin_chunk, end_chunk = segment * segment_chunks, min((segment + 1) * segment_chunks, chunks)
+    number, step = begin_chunk, 1
+    if BOTH:
+        number, step = tl.where(is_back, end_chunk - 1, begin_chunk), tl.where(is_back, -1, 1)
+        target = outputs + ((batch * chunks + number) * heads + head) * size
         target_step = heads.to(tl.int64) * size * step
+    begin = number.to(tl.int64) * Q
     all_power = 0.0
-    for _ in tl.range(first, last, num_stages=STAGES):
+    for _ in tl.range(begin_chunk, end_chunk, num_stages=STAGES):
         remaining = (length - begin).to(tl.int32)
-        rows_tile = tile(rows + begin * rows_row, q, rows_row, remaining, p, head_dim, WHOLE)
-        columns_tile = tile(columns + begin * columns_row, q, columns_row, remaining, n, states, WHOLE)
+        rows_tile = tile(rows + begin * x_row, q, x_row, remaining, p, head_dim, WHOLE)
+        columns_tile = tile(columns + begin * B_row, q, B_row, remaining, n, states, WHOLE)
         here = decays + begin
         end = tl.load(here + TOTAL * plane + Q - 1)
-        if REVERSE:
-            power = tl.load(here + TOTAL * plane + q)
-            if EXACT:
-                power += tl.load(here + TOTAL_LOW * plane + q)
-        else:
-            power = end - tl.load(here + ORIGIN * plane + q)
-            if EXACT:
-                power += tl.load(here + TOTAL_LOW * plane + Q - 1) - tl.load(here + ORIGIN_LOW * plane + q)
+        power = end - tl.load(here + ORIGIN * plane + q)
+        if BOTH:
+            power = tl.where(is_back, tl.load(here + TOTAL * plane + q), power)
         if EXACT:
-            end += tl.load(here + TOTAL_LOW * plane + Q - 1)
-        if carries is not None:
+            low = tl.load(here + TOTAL_LOW * plane + Q - 1)
+            end += low
+            low -= tl.load(here + ORIGIN_LOW * plane + q)
+            if BOTH:
+                low = tl.where(is_back, tl.load(here + TOTAL_LOW * plane + q), low)
+            power += low
+        if BOTH:
             place = target + (n[:, None] * head_dim + p[None, :])
             if WHOLE:
-                tl.store(place, carry.to(carries.dtype.element_ty))
+                tl.store(place, carry.to(starts.dtype.element_ty))
             else:
-                tl.store(place, carry.to(carries.dtype.element_ty), mask=is_state)
+                tl.store(place, carry.to(starts.dtype.element_ty), mask=is_state)
             target += target_step
         else:
             all_power += end
         weighted = (rows_tile.to(tl.float32) * tl.exp2(power)[:, None]).to(rows_tile.dtype)
         carry = product(tl.trans(columns_tile), weighted, carry * tl.exp2(end), EXACT)
         begin += Q * step
-    if last_carry is not None:
-        tl.store(last_carry + walk * size + state_place, carry, mask=is_state)
-    if carries is None:
+    if BOTH:
+        tl.store(ends + walk * size + state_place, carry, mask=is_state & is_back)
+    else:
+        tl.store(ends + walk * size + state_place, carry, mask=is_state)
         tl.store(powers + walk, all_power)
 
 

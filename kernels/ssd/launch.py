@@ -196,7 +196,7 @@ def _segment_starts(
     (batch, _, heads, head_dim), states = x.shape, B.shape[3]
     ends = torch.empty((batch, segments, heads, head_dim, states), dtype=torch.float32, device=x.device)
     powers = torch.empty((batch, segments, heads), dtype=torch.float32, device=x.device)
-    walk(x, B, decays, None, None, ends, powers, chunk, False)
+    walk(x, B, decays, None, (None, None), (None, None, ends, powers), chunk)
     size = head_dim * states
     segments_kernel[(batch * heads, -(-size // SEGMENT_BLOCK))](
         *(first, ends, powers, heads, size, segments, SEGMENT_BLOCK), num_warps=4
@@ -205,37 +205,37 @@ def _segment_starts(
 
 
 def walk(
-    rows: Tensor,
-    columns: Tensor,
+    x: Tensor,
+    B: Tensor,
     decays: Tensor,
-    first: Tensor | None,
-    carries: Tensor | None,
-    last: Tensor | None,
-    powers: Tensor | None,
+    back: tuple[Tensor, Tensor] | None,
+    states: tuple[Tensor | None, Tensor | None],
+    outputs: tuple[Tensor | None, Tensor | None, Tensor, Tensor | None],
     chunk: int,
-    reverse: bool,
 ) -> None:
-    """Launch `states_kernel`, which says what the arguments are."""
+    """Launch `states_kernel`. back: y_grad, C; states: first, last_grad; outputs: starts, end_grads, ends, powers."""
     from kernels.ssd.forward_kernels import states_kernel
 
-    (batch, length, heads, head_dim), (groups, states) = rows.shape, columns.shape[2:]
-    shape, chunks = shapes(rows).states, decays.shape[3] // chunk
+    (batch, length, heads, head_dim), (groups, n_states) = x.shape, B.shape[2:]
+    shape, chunks = shapes(x).states, decays.shape[3] // chunk
+    powers = outputs[3]
     segments = 1 if powers is None else powers.shape[1]
-    p, n = min(shape.head_dim, block(head_dim)), min(shape.states, block(states))
-    walks = batch * segments * heads
-    enough = PROGRAMS_PER_PROCESSOR * processors(rows.device.index)
+    p, n = min(shape.head_dim, block(head_dim)), min(shape.states, block(n_states))
+    walks = batch * segments * heads * (1 if back is None else 2)
+    enough = PROGRAMS_PER_PROCESSOR * processors(x.device.index)
     # A state in several parts: more programs, which read the same rows and columns.
-    while n > 64 and walks * -(-states // n) * -(-head_dim // p) < enough:
+    while n > 64 and walks * -(-n_states // n) * -(-head_dim // p) < enough:
         n //= 2
-    while p > 32 and walks * -(-states // n) * -(-head_dim // p) < enough:
+    while p > 32 and walks * -(-n_states // n) * -(-head_dim // p) < enough:
         p //= 2
-    align = alignment(head_dim, states, *rows.stride()[:3], *columns.stride()[:3])
-    states_kernel[(walks * -(-states // n) * -(-head_dim // p),)](
-        *(rows, columns, decays, first, carries, last, powers),
-        *(s // align for t in (rows, columns) for s in t.stride()[:3]),
-        *(length, heads, heads // groups, head_dim // align, states // align, chunks),
+    strides = [s for t in (x, B, *(back or (x, B))) for s in t.stride()[:3]]
+    align = alignment(head_dim, n_states, *strides)
+    states_kernel[(walks * -(-n_states // n) * -(-head_dim // p),)](
+        *(x, B, *(back or (None, None)), decays, *states, *outputs),
+        *(s // align for s in strides),
+        *(length, heads, heads // groups, head_dim // align, n_states // align, chunks),
         *(segments, -(-chunks // segments)),
-        *(reverse, head_dim % p == 0 and states % n == 0, decays.shape[0] > 3, align),
+        *(back is not None, head_dim % p == 0 and n_states % n == 0, x.dtype == torch.float32, align),
         *(chunk, p, n, shape.stages),
         num_warps=shape.warps,
     )

@@ -184,8 +184,10 @@ def _run(
     def buffer(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=x.device)
 
-    starts = _carries(x, B, decays, initial, None, chunk, False)
-    end_grads = _carries(y_grad, C, decays, final_state_grad, initial_grad, chunk, True)
+    carried = (batch, chunks, heads, states, head_dim)
+    starts, end_grads = (torch.empty(carried, dtype=x.dtype, device=x.device) for _ in range(2))
+    first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
+    walk(x, B, decays, (y_grad, C), (first, last_grad), (starts, end_grads, initial_grad, None), chunk)
     BC_grads = [outputs.B.unsqueeze(0), outputs.C.unsqueeze(0)]
     if parts > 1:
         BC_grads = [buffer(parts, batch, length, groups, states) for _ in "BC"]
@@ -212,24 +214,6 @@ def _add(totals: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> tuple[T
     totals[0][:-1] += found[0][:-1]
     totals[1].add_(found[1])
     return totals
-
-
-def _carries(
-    rows: Tensor,
-    columns: Tensor,
-    decays: Tensor,
-    first: Tensor | None,
-    last: Tensor | None,
-    chunk: int,
-    reverse: bool,
-) -> Tensor:
-    """States before the chunks, or gradients of those after them: (batch, chunk, head, state, head_dim)."""
-    (batch, _, heads, head_dim), states = rows.shape, columns.shape[3]
-    shape = (batch, decays.shape[3] // chunk, heads, states, head_dim)
-    carries = torch.empty(shape, dtype=rows.dtype, device=rows.device)
-    first = None if first is None else first.float().contiguous()
-    walk(rows, columns, decays, first, carries, last, None, chunk, reverse)
-    return carries
 
 
 def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

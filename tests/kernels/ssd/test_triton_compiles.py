@@ -18,8 +18,9 @@ FP32 = (
     "before",
     "starts",
     "final_state",
-    "first_carry",
-    "last_carry",
+    "first",
+    "last_grad",
+    "ends",
     "sums",
     "through",
     "D_parts",
@@ -40,14 +41,12 @@ def resources(
     """everything: with a gate, states given and wanted, D for each channel."""
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(FP32, "*fp32")
-    arguments |= dict.fromkeys(("x", "B", "C", "y", "y_grad", "rows", "columns", "carries", "end_grads"), "*bf16")
-    arguments |= dict.fromkeys(("x_grad", "B_grad", "C_grad"), "*bf16")
+    arguments |= dict.fromkeys(("x", "B", "C", "y", "y_grad", "end_grads", "x_grad", "B_grad", "C_grad"), "*bf16")
     arguments |= dict.fromkeys(("z", "ungated"), "*bf16" if everything else None)
-    if kernel is gradients_kernel:
-        arguments["starts"] = "*bf16"
     if not everything:
-        arguments |= {"starts": arguments["starts"] if kernel is gradients_kernel else None}
-        arguments |= {"before": None, "first_carry": None, "D_parts": None, "powers": None}
+        arguments |= dict.fromkeys(("starts", "before", "first", "last_grad", "D_parts", "powers"))
+    if kernel is not forward_kernel:
+        arguments["starts"] = "*bf16"
     arguments |= {"WIDE_SKIP": everything, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
     arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
     arguments |= constants
@@ -61,8 +60,8 @@ def resources(
 def test_table(capability: int, tmp_path: Path) -> None:
     for kernel, shape, constants in (
         (forward_kernel, launch.FORWARD, {}),
-        (states_kernel, launch.STATES, {"REVERSE": False}),
-        (states_kernel, launch.STATES, {"REVERSE": True}),
+        (states_kernel, launch.STATES, {"BOTH": True}),
+        (states_kernel, launch.STATES, {"BOTH": False, "y_grad": None, "C": None, "starts": None, "end_grads": None}),
         (gradients_kernel, launch.GRADIENTS, {}),
     ):
         found = resources(kernel, shape, tmp_path, capability, **constants)
@@ -74,5 +73,5 @@ def test_table(capability: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_option(tmp_path: Path) -> None:
     resources(forward_kernel, launch.FORWARD, tmp_path, everything=True)
-    resources(states_kernel, launch.STATES, tmp_path, everything=True, REVERSE=True, carries=None)
+    resources(states_kernel, launch.STATES, tmp_path, everything=True, BOTH=True)
     resources(gradients_kernel, launch.GRADIENTS, tmp_path, everything=True)
