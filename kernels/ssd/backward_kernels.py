@@ -3,17 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.ssd.decay_kernels import (
-    DELTA,
-    DELTA_GRAD,
-    FROM_STATE,
-    OWN,
-    READ,
-    TO_STATE,
-    TOTAL,
-    TOTAL_LOW,
-    WRITTEN,
-)
+from kernels.ssd.decay_kernels import decay_planes, sum_planes
 from kernels.ssd.forward_kernels import product, tile
 from kernels.triton_math import sigmoid
 
@@ -142,14 +132,14 @@ def gradients_kernel(
             end_grad = tl.load(end_grads + head * size + state_place)
         else:
             end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0)
-        here = decays + head * padded
-        delta = tl.load(here + DELTA * plane + s)
-        total_s, total_t = tl.load(here + TOTAL * plane + s), tl.load(here + TOTAL * plane + t)
-        end = tl.load(here + TOTAL * plane + Q - 1)
+        totals, _, deltas, totals_low, _ = decay_planes(decays + head * padded, plane)
+        delta = tl.load(deltas + s)
+        total_s, total_t = tl.load(totals + s), tl.load(totals + t)
+        end = tl.load(totals + Q - 1)
         power, to_end = total_t[None, :] - total_s[:, None], end - total_s
         if EXACT:
-            total_s, total_t = tl.load(here + TOTAL_LOW * plane + s), tl.load(here + TOTAL_LOW * plane + t)
-            end = tl.load(here + TOTAL_LOW * plane + Q - 1)
+            total_s, total_t = tl.load(totals_low + s), tl.load(totals_low + t)
+            end = tl.load(totals_low + Q - 1)
             power += total_t[None, :] - total_s[:, None]
             to_end += end - total_s
         to_end = tl.exp2(to_end)
@@ -194,12 +184,12 @@ def gradients_kernel(
         target = x_grad + head * head_dim + (s[:, None] * x_grad_row + p[None, :])
         tl.store(target, found.to(x_grad.dtype.element_ty), mask=is_x)
 
-        there = sums + head * padded
-        tl.store(there + READ * plane + t, read)
-        tl.store(there + WRITTEN * plane + s, delta * delta_grad)
-        tl.store(there + DELTA_GRAD * plane + s, delta_grad + by_state_sum + own * own_product)
-        tl.store(there + TO_STATE * plane + s, delta * by_state_sum)
-        tl.store(there + OWN * plane + s, own)
+        reads, writtens, _, to_states, delta_grads, owns = sum_planes(sums + head * padded, plane)
+        tl.store(reads + t, read)
+        tl.store(writtens + s, delta * delta_grad)
+        tl.store(delta_grads + s, delta_grad + by_state_sum + own * own_product)
+        tl.store(to_states + s, delta * by_state_sum)
+        tl.store(owns + s, own)
 
     products_grad += tl.where(is_own, own_product_grad[:, None], 0.0)
     rounded = products_grad.to(B_tile.dtype)
@@ -220,16 +210,17 @@ def gradients_kernel(
         else:
             start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0)
             end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0)
-        here = decays + head * padded
-        from_start, end = tl.load(here + TOTAL * plane + t), tl.load(here + TOTAL * plane + Q - 1)
+        totals, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
+        from_start, end = tl.load(totals + t), tl.load(totals + Q - 1)
         if EXACT:
-            from_start += tl.load(here + TOTAL_LOW * plane + t)
-            end += tl.load(here + TOTAL_LOW * plane + Q - 1)
+            from_start += tl.load(totals_low + t)
+            end += tl.load(totals_low + Q - 1)
         weighted_grad = grad.to(tl.float32) * tl.exp2(from_start)[:, None]
         from_state = tl.sum(product(C_tile, start, None, EXACT) * weighted_grad, axis=1)
         C_sum = product(weighted_grad.to(grad.dtype), tl.trans(start), C_sum, EXACT)
         passed = tl.sum(tl.sum(start.to(tl.float32) * end_grad.to(tl.float32), axis=1), axis=0)
-        tl.store(sums + head * padded + FROM_STATE * plane + t, from_state)
+        _, _, from_states, _, _, _ = sum_planes(sums + head * padded, plane)
+        tl.store(from_states + t, from_state)
         tl.store(through + head * chunks, passed * tl.exp2(end))
     tl.store(C_grad + place, C_sum.to(C_grad.dtype.element_ty), mask=mask)
 

@@ -11,12 +11,24 @@ Axes: rows of a chunk q (t where they read, s where they write), head_dim p, sta
 import triton
 import triton.language as tl
 
+from kernels.sum_parts import sum_rows
 from kernels.triton_math import clamp, sigmoid, softplus
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 GONE = tl.constexpr(-160.0)  # as a power of 2: fp32 has nothing that small
-TOTAL, ORIGIN, DELTA, TOTAL_LOW, ORIGIN_LOW = (tl.constexpr(plane) for plane in range(5))  # of `decays`
-READ, WRITTEN, FROM_STATE, TO_STATE, DELTA_GRAD, OWN = (tl.constexpr(plane) for plane in range(6))  # of `sums`
+
+
+# Places, not numbers as constants: Triton compares each global constant of a kernel at every launch.
+@triton.jit
+def decay_planes(decays, plane):
+    """Where the planes of `decays` begin: totals, origins, Δ, what fp32 loses of totals, what it loses of origins."""
+    return decays, decays + plane, decays + 2 * plane, decays + 3 * plane, decays + 4 * plane
+
+
+@triton.jit
+def sum_planes(sums, plane):
+    """Where the planes of `sums` begin: read, written, from_state, to_state, delta_grad, own."""
+    return sums, sums + plane, sums + 2 * plane, sums + 3 * plane, sums + 4 * plane, sums + 5 * plane
 
 
 @triton.jit(do_not_specialize=["dt_batch", "dt_row", "dt_head", "seq_batch", "seq_row", "length", "heads", "chunks"])
@@ -65,14 +77,15 @@ def decays_kernel(
     origin = total - tl.log2(delta.to(tl.float64))
     padded = chunks.to(tl.int64) * Q
     plane = tl.num_programs(0) // chunks * heads * padded
-    target = decays + (batch * heads + head)[None, :] * padded + t[:, None]
+    totals, origins, deltas, totals_low, origins_low = decay_planes(decays, plane)
+    place = (batch * heads + head)[None, :] * padded + t[:, None]
     is_head = (head < heads)[None, :]
-    tl.store(target + TOTAL * plane, total.to(tl.float32), mask=is_head)
-    tl.store(target + ORIGIN * plane, origin.to(tl.float32), mask=is_head)
-    tl.store(target + DELTA * plane, delta, mask=is_head)
+    tl.store(totals + place, total.to(tl.float32), mask=is_head)
+    tl.store(origins + place, origin.to(tl.float32), mask=is_head)
+    tl.store(deltas + place, delta, mask=is_head)
     if EXACT:
-        tl.store(target + TOTAL_LOW * plane, rounded_off(total), mask=is_head)
-        tl.store(target + ORIGIN_LOW * plane, rounded_off(origin), mask=is_head)
+        tl.store(totals_low + place, rounded_off(total), mask=is_head)
+        tl.store(origins_low + place, rounded_off(origin), mask=is_head)
 
 
 @triton.jit
@@ -144,12 +157,14 @@ def delta_kernel(
     padded = chunks.to(tl.int64) * Q
     plane = tl.num_programs(0) // chunks * heads * padded
     place = (batch * heads + head)[None, :] * padded + t[:, None]
-    delta = tl.load(decays + DELTA * plane + place, mask=is_head, other=0.0)
-    read = tl.load(sums + READ * plane + place, mask=is_head, other=0.0).to(tl.float64)
-    read -= tl.load(sums + WRITTEN * plane + place, mask=is_head, other=0.0).to(tl.float64)
-    read += tl.load(sums + FROM_STATE * plane + place, mask=is_head, other=0.0).to(tl.float64)
-    delta_grad = tl.load(sums + DELTA_GRAD * plane + place, mask=is_head, other=0.0)
-    to_state = tl.load(sums + TO_STATE * plane + place, mask=is_head, other=0.0).to(tl.float64)
+    _, _, deltas, _, _ = decay_planes(decays, plane)
+    reads, writtens, from_states, to_states, delta_grads, owns = sum_planes(sums, plane)
+    delta = tl.load(deltas + place, mask=is_head, other=0.0)
+    read = tl.load(reads + place, mask=is_head, other=0.0).to(tl.float64)
+    read -= tl.load(writtens + place, mask=is_head, other=0.0).to(tl.float64)
+    read += tl.load(from_states + place, mask=is_head, other=0.0).to(tl.float64)
+    delta_grad = tl.load(delta_grads + place, mask=is_head, other=0.0)
+    to_state = tl.load(to_states + place, mask=is_head, other=0.0).to(tl.float64)
     passed = tl.load(through + (batch * heads + head) * chunks + chunk, mask=head < heads, other=0.0)
 
     from_here = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
@@ -166,8 +181,24 @@ def delta_kernel(
     target = dt_grad + batch * dt_grad_batch + t[:, None].to(tl.int64) * dt_grad_row + head[None, :]
     tl.store(target, grad.to(dt_grad.dtype.element_ty), mask=mask)
 
-    own = tl.load(sums + OWN * plane + place, mask=is_head, other=0.0)
+    own = tl.load(owns + place, mask=is_head, other=0.0)
     parts += tl.program_id(0).to(tl.int64) * 3 * heads + head
     tl.store(parts, tl.sum(power_grad * delta, axis=0), mask=head < heads)
     tl.store(parts + heads, tl.sum(grad, axis=0), mask=head < heads)
     tl.store(parts + 2 * heads, tl.sum(own, axis=0), mask=head < heads)
+
+
+@triton.jit(do_not_specialize=["rows", "heads"])
+def head_sums_kernel(
+    parts, A_grad, dt_bias_grad, D_grad, rows, heads, KINDS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr
+):
+    """The gradients of A, dt_bias and D, each (head) fp32: sums over the rows of what `delta_kernel` left in parts.
+
+    Programs: (heads / HEADS, 3).
+    """
+    head, kind = tl.program_id(0) * HEADS + tl.arange(0, HEADS), tl.program_id(1)
+    is_head = head < heads
+    total = sum_rows(parts, kind, head, is_head, rows, heads, KINDS, ROWS)
+    tl.store(A_grad + head, total, mask=is_head & (kind == 0))
+    tl.store(dt_bias_grad + head, total, mask=is_head & (kind == 1))
+    tl.store(D_grad + head, total, mask=is_head & (kind == 2))

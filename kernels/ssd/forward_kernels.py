@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.ssd.decay_kernels import ORIGIN, ORIGIN_LOW, TOTAL, TOTAL_LOW
+from kernels.ssd.decay_kernels import decay_planes
 from kernels.triton_math import INTERPRETED, sigmoid
 
 
@@ -104,7 +104,7 @@ def forward_kernel(
         ungated += batch * length * y_row + head * head_dim
     padded = chunks.to(tl.int64) * Q
     plane = tl.num_programs(0) // (parts * segments) * padded
-    decays += (batch * heads + head) * padded
+    totals, origins, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     state_place = p[None, :] * states + n[:, None]
@@ -126,13 +126,12 @@ def forward_kernel(
         C_tile = tile(C + begin * C_row, q, C_row, rows, n, states, WHOLE)
         B_tile = tile(B + begin * B_row, q, B_row, rows, n, states, WHOLE)
         x_tile = tile(x + begin * x_row, q, x_row, rows, p, head_dim, WHOLE)
-        here = decays + begin
-        total, origin = tl.load(here + TOTAL * plane + q), tl.load(here + ORIGIN * plane + q)
-        end = tl.load(here + TOTAL * plane + Q - 1)
+        total, origin = tl.load(totals + begin + q), tl.load(origins + begin + q)
+        end = tl.load(totals + begin + Q - 1)
         power, from_start, to_end, through = total[:, None] - origin[None, :], total, end - origin, end
         if EXACT:
-            total, origin = tl.load(here + TOTAL_LOW * plane + q), tl.load(here + ORIGIN_LOW * plane + q)
-            end = tl.load(here + TOTAL_LOW * plane + Q - 1)
+            total, origin = tl.load(totals_low + begin + q), tl.load(origins_low + begin + q)
+            end = tl.load(totals_low + begin + Q - 1)
             power += total[:, None] - origin[None, :]
             from_start, to_end, through = from_start + total, to_end + (end - origin), through + end
 
@@ -252,7 +251,7 @@ def states_kernel(
     x_row, B_row = x_row * ALIGN, B_row * ALIGN
     padded = chunks.to(tl.int64) * Q
     plane = programs // (p_parts * n_parts * segments) * padded
-    decays += (batch * heads + head) * padded
+    totals, origins, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     size = head_dim * states
@@ -276,17 +275,16 @@ def states_kernel(
         remaining = (length - begin).to(tl.int32)
         rows_tile = tile(rows + begin * x_row, q, x_row, remaining, p, head_dim, WHOLE)
         columns_tile = tile(columns + begin * B_row, q, B_row, remaining, n, states, WHOLE)
-        here = decays + begin
-        end = tl.load(here + TOTAL * plane + Q - 1)
-        power = end - tl.load(here + ORIGIN * plane + q)
+        end = tl.load(totals + begin + Q - 1)
+        power = end - tl.load(origins + begin + q)
         if BOTH:
-            power = tl.where(is_back, tl.load(here + TOTAL * plane + q), power)
+            power = tl.where(is_back, tl.load(totals + begin + q), power)
         if EXACT:
-            low = tl.load(here + TOTAL_LOW * plane + Q - 1)
+            low = tl.load(totals_low + begin + Q - 1)
             end += low
-            low -= tl.load(here + ORIGIN_LOW * plane + q)
+            low -= tl.load(origins_low + begin + q)
             if BOTH:
-                low = tl.where(is_back, tl.load(here + TOTAL_LOW * plane + q), low)
+                low = tl.where(is_back, tl.load(totals_low + begin + q), low)
             power += low
         if BOTH:
             place = target + (n[:, None] * head_dim + p[None, :])

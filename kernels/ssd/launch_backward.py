@@ -75,7 +75,7 @@ def backward(
         parts = torch.empty((batch, chunks, 3, heads), dtype=torch.float32, device=device)
         D_parts = None
         if D is not None and D.dim() == 2:
-            D_parts = torch.empty((batch, chunks, 1, heads * head_dim), dtype=torch.float32, device=device)
+            D_parts = torch.empty((batch, chunks, heads * head_dim), dtype=torch.float32, device=device)
         along = (y_grad, x, dt, B, C, seq_idx, *state_grads, initial_grad, parts, D_parts)
         size = _slice(x, B, chunks)
         for first in range(0, batch, size):
@@ -83,9 +83,9 @@ def backward(
             sliced: list[Any] = [None if t is None else t[here] for t in along] if size < batch else list(along)
             into = outputs if size == batch else Outputs(*(t[here] for t in outputs))
             _backward_slice(A, D, dt_bias, dt_softplus, dt_min, dt_max, into, shape, *sliced)
-        A_grad, bias_grad, D_grad = _sum(parts.flatten(0, 1))
+        A_grad, bias_grad, D_grad = _head_sums(parts.flatten(0, 1))
         if D_parts is not None:
-            D_grad = _sum(D_parts.flatten(0, 1))[0].view(heads, head_dim)
+            D_grad = _sum(D_parts.flatten(0, 1)).view(heads, head_dim)
     found = (outputs.x, outputs.dt, A_grad, outputs.B, outputs.C, D_grad, z_grad, bias_grad)
     grads = [x.new_empty((0,)) if g is None else v.to(g.dtype) for g, v in zip(given, found, strict=True)]
     return *grads, initial_grad  # type: ignore[return-value]
@@ -229,13 +229,24 @@ def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, 
     return ungated_grad, z_grad
 
 
-def _sum(parts: Tensor) -> tuple[Tensor, ...]:
-    """The sums over the first axis of parts (row, kind, column), in a fixed order."""
+def _head_sums(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of A, dt_bias and D from parts (row, 3, head), in a fixed order; they share no memory."""
+    from kernels.ssd.decay_kernels import head_sums_kernel
+    from kernels.sum_parts import COLUMNS, ROWS
+
+    rows, kinds, heads = parts.shape
+    A_grad, bias_grad, D_grad = (torch.empty(heads, dtype=torch.float32, device=parts.device) for _ in range(kinds))
+    head_sums_kernel[(-(-heads // COLUMNS), kinds)](
+        *(parts, A_grad, bias_grad, D_grad, rows, heads), KINDS=kinds, ROWS=ROWS, HEADS=COLUMNS
+    )
+    return A_grad, bias_grad, D_grad
+
+
+def _sum(parts: Tensor) -> Tensor:
+    """The sum over the first axis of parts (row, column), in a fixed order."""
     from kernels.sum_parts import COLUMNS, ROWS, sum_parts
 
-    rows, kinds, columns = parts.shape
-    sums = torch.empty((columns, kinds), dtype=torch.float32, device=parts.device)
-    sum_parts[(-(-columns // COLUMNS), kinds)](
-        parts, sums, None, rows, columns, KINDS=kinds, ROWS=ROWS, COLUMNS=COLUMNS
-    )
-    return tuple(sums[:, kind].clone() for kind in range(kinds))  # an operator's outputs may not share memory
+    rows, columns = parts.shape
+    total = torch.empty(columns, dtype=torch.float32, device=parts.device)
+    sum_parts[(-(-columns // COLUMNS), 1)](*(parts, total, None, rows, columns), KINDS=1, ROWS=ROWS, COLUMNS=COLUMNS)
+    return total
