@@ -61,7 +61,7 @@ def test_table(capability: int, tmp_path: Path) -> None:
     for kernel, shape, constants in (
         (forward_kernel, launch.FORWARD, {}),
         (states_kernel, launch.STATES, {"BOTH": True}),
-        (states_kernel, launch.STATES, {"BOTH": False, "y_grad": None, "C": None, "starts": None, "end_grads": None}),
+        (states_kernel, launch.STATES, {"BOTH": False, "y_grad": None, "C": None, "starts": None, "powers": "*fp32"}),
         (gradients_kernel, launch.GRADIENTS, {}),
     ):
         found = resources(kernel, shape, tmp_path, capability, **constants)
