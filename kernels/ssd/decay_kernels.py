@@ -31,7 +31,12 @@ def sum_planes(sums, plane):
     return sums, sums + plane, sums + 2 * plane, sums + 3 * plane, sums + 4 * plane, sums + 5 * plane
 
 
-@triton.jit(do_not_specialize=["dt_batch", "dt_row", "dt_head", "seq_batch", "seq_row", "length", "heads", "chunks"])
+@triton.jit(
+    do_not_specialize=[
+        *("dt_batch", "dt_row", "dt_head", "seq_batch", "seq_row"),
+        *("dt_min", "dt_max", "length", "heads", "chunks"),
+    ]
+)
 def decays_kernel(
     dt,
     A,
@@ -116,7 +121,7 @@ def begins_document(seq_idx, t, seq_row, length):
 @triton.jit(
     do_not_specialize=[
         *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head"),
-        *("length", "heads", "chunks"),
+        *("dt_min", "dt_max", "length", "heads", "chunks"),
     ]
 )
 def delta_kernel(

@@ -306,7 +306,7 @@ def states_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "size", "segments"])
-def segments_kernel(first_carry, ends, powers, heads, size, segments, BLOCK: tl.constexpr):
+def segments_kernel(ends, first_carry, powers, heads, size, segments, BLOCK: tl.constexpr):
     """Where segments begin, from where each would end if it began at 0: `ends` (batch, segment, head, size), in place.
 
     first_carry: (batch, head, size) fp32, None for 0; powers: (batch, segment, head), the logarithms of what decays.

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, has_large_shared_memory, processors, triton_unsupported
+from kernels.launcher import launch
 
 MAX_HEAD_DIM = 128
 MAX_ROW_STRIDE = 2**24
 DECAY_HEADS = 8  # of a program of the kernel that computes the decays
 DECAY_WARPS = 4
 SEGMENT_BLOCK = 512
+SEGMENT_WARPS = 4
 PROGRAMS_PER_PROCESSOR = 2  # that walk through time
 MIN_SEGMENT_CHUNKS = 8
 
@@ -154,13 +156,15 @@ def _run(
     align = alignment(head_dim, states, *(s for t in (x, B, C, z) if t is not None for s in t.stride()[:3]))
     strides = [s // align for t in (x, B, C) for s in t.stride()[:3]]
     z_strides = [0, 0, 0] if z is None else [s // align for s in z.stride()[:3]]
-    forward_kernel[(batch * segments * heads * -(-head_dim // p),)](
-        *(x, B, C, D, z, decays, starts, before, y, ungated, final_state),
-        *(*strides, *z_strides),
-        *(length, heads, heads // groups, head_dim // align, states // align, chunks, segments, segment_chunks),
-        *(D is not None and D.dim() == 2, head_dim % p == 0 and states == n, x.dtype == torch.float32),
-        *(align, shape.chunk, p, n, shape.stages),
-        num_warps=shape.warps,
+    sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks, segments, segment_chunks)
+    whole, exact = head_dim % p == 0 and states == n, x.dtype == torch.float32
+    launch(
+        forward_kernel,
+        (batch * segments * heads * -(-head_dim // p), 1),
+        (x, B, C, D, z, decays, starts, before, y, ungated, final_state),
+        (*strides, *z_strides, *sizes),
+        (D is not None and D.dim() == 2, whole, exact, align, shape.chunk, p, n, shape.stages),
+        shape.warps,
     )
     return final_state
 
@@ -198,9 +202,8 @@ def _segment_starts(
     powers = torch.empty((batch, segments, heads), dtype=torch.float32, device=x.device)
     walk(x, B, decays, None, (None, None), (None, None, ends, powers), chunk)
     size = head_dim * states
-    segments_kernel[(batch * heads, -(-size // SEGMENT_BLOCK))](
-        *(first, ends, powers, heads, size, segments, SEGMENT_BLOCK), num_warps=4
-    )
+    grid = (batch * heads, -(-size // SEGMENT_BLOCK))
+    launch(segments_kernel, grid, (ends, first, powers), (heads, size, segments), (SEGMENT_BLOCK,), SEGMENT_WARPS)
     return ends
 
 
@@ -230,14 +233,15 @@ def walk(
         p //= 2
     strides = [s for t in (x, B, *(back or (x, B))) for s in t.stride()[:3]]
     align = alignment(head_dim, n_states, *strides)
-    states_kernel[(walks * -(-n_states // n) * -(-head_dim // p),)](
-        *(x, B, *(back or (None, None)), decays, *states, *outputs),
-        *(s // align for s in strides),
-        *(length, heads, heads // groups, head_dim // align, n_states // align, chunks),
-        *(segments, -(-chunks // segments)),
-        *(back is not None, head_dim % p == 0 and n_states % n == 0, x.dtype == torch.float32, align),
-        *(chunk, p, n, shape.stages),
-        num_warps=shape.warps,
+    sizes = (length, heads, heads // groups, head_dim // align, n_states // align, chunks)
+    whole, exact = head_dim % p == 0 and n_states % n == 0, x.dtype == torch.float32
+    launch(
+        states_kernel,
+        (walks * -(-n_states // n) * -(-head_dim // p), 1),
+        (x, B, *(back or (None, None)), decays, *states, *outputs),
+        (*[s // align for s in strides], *sizes, segments, -(-chunks // segments)),
+        (back is not None, whole, exact, align, chunk, p, n, shape.stages),
+        shape.warps,
     )
 
 
@@ -261,13 +265,14 @@ def make_decays(
     exact, (batch, length, heads) = dtype == torch.float32, dt.shape
     chunks = -(-length // chunk)
     decays = torch.empty((5 if exact else 3, batch, heads, chunks * chunk), dtype=torch.float32, device=dt.device)
-    decays_kernel[(batch * chunks, -(-heads // DECAY_HEADS))](
-        *(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays),
-        *dt.stride(),
-        *((0, 0) if seq_idx is None else seq_idx.stride()),
-        *(dt_min, dt_max, length, heads, chunks),
-        *(dt_softplus, exact, chunk, DECAY_HEADS),
-        num_warps=DECAY_WARPS,
+    seq_strides = (0, 0) if seq_idx is None else seq_idx.stride()
+    launch(
+        decays_kernel,
+        (batch * chunks, -(-heads // DECAY_HEADS)),
+        (dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays),
+        (*dt.stride(), *seq_strides, dt_min, dt_max, length, heads, chunks),
+        (dt_softplus, exact, chunk, DECAY_HEADS),
+        DECAY_WARPS,
     )
     return decays
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, processors
+from kernels.launcher import launch
 from kernels.ssd.launch import (
     DECAY_HEADS,
     DECAY_WARPS,
@@ -21,7 +22,8 @@ from kernels.ssd.launch import (
     walk,
 )
 
-GATE_BLOCK = 1024
+GATE_BLOCK, GATE_WARPS = 1024, 4
+SUM_WARPS = 4
 PARTS_PER_PROCESSOR = 1  # programs of `gradients_kernel`, wanted at least
 MUCH_MEMORY = 2**28  # bytes
 
@@ -147,11 +149,13 @@ def _backward_slice(
             initial_grad[..., states] = first_grad
         totals = found if totals is None else _add(totals, found)
     assert totals is not None
-    delta_kernel[(batch * chunks, -(-heads // DECAY_HEADS))](
-        *(dt, A, dt_bias, decays, *totals, outputs.dt, parts, *outputs.dt.stride()[:2]),
-        *(*dt.stride(), dt_min, dt_max, length, heads, chunks),
-        *(dt_softplus, shape.chunk, DECAY_HEADS),
-        num_warps=DECAY_WARPS,
+    launch(
+        delta_kernel,
+        (batch * chunks, -(-heads // DECAY_HEADS)),
+        (dt, A, dt_bias, decays, *totals, outputs.dt, parts),
+        (*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max, length, heads, chunks),
+        (dt_softplus, shape.chunk, DECAY_HEADS),
+        DECAY_WARPS,
     )
 
 
@@ -195,13 +199,16 @@ def _run(
     strides = [s for t in (y_grad, x, B, C) for s in t.stride()[:3]]
     strides += [*outputs.x.stride()[:2], *BC_grads[0].stride()[:4]]
     align = alignment(head_dim, states, *strides)
-    gradients_kernel[(batch * chunks * groups * parts,)](
-        *(y_grad, x, B, C, D, decays, starts, end_grads, before, outputs.x, *BC_grads, sums, through),
-        *(D_parts, buffer(batch * chunks * groups * parts, chunk, chunk)),
-        *(stride // align for stride in strides),
-        *(length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads),
-        *(head_dim == p and states == n, x.dtype == torch.float32, align, chunk, p, n, shape.stages),
-        num_warps=shape.warps,
+    programs, whole = batch * chunks * groups * parts, head_dim == p and states == n
+    inputs = (y_grad, x, B, C, D, decays, starts, end_grads, before)
+    sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads)
+    launch(
+        gradients_kernel,
+        (programs, 1),
+        (*inputs, outputs.x, *BC_grads, sums, through, D_parts, buffer(programs, chunk, chunk)),
+        (*[stride // align for stride in strides], *sizes),
+        (whole, x.dtype == torch.float32, align, chunk, p, n, shape.stages),
+        shape.warps,
     )
     if parts > 1:
         for grad, summed in zip(BC_grads, (outputs.B, outputs.C), strict=True):
@@ -222,9 +229,13 @@ def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, 
 
     batch, length, heads, head_dim = z.shape
     ungated_grad, z_grad = torch.empty_like(ungated), torch.empty_like(ungated)
-    gate_backward_kernel[(batch * length, -(-heads * head_dim // GATE_BLOCK))](
-        *(y_grad, ungated, z, ungated_grad, z_grad, *y_grad.stride()[:3], *z.stride()[:3]),
-        *(length, heads, head_dim, GATE_BLOCK),
+    launch(
+        gate_backward_kernel,
+        (batch * length, -(-heads * head_dim // GATE_BLOCK)),
+        (y_grad, ungated, z, ungated_grad, z_grad),
+        (*y_grad.stride()[:3], *z.stride()[:3], length, heads, head_dim),
+        (GATE_BLOCK,),
+        GATE_WARPS,
     )
     return ungated_grad, z_grad
 
@@ -236,9 +247,8 @@ def _head_sums(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     rows, kinds, heads = parts.shape
     A_grad, bias_grad, D_grad = (torch.empty(heads, dtype=torch.float32, device=parts.device) for _ in range(kinds))
-    head_sums_kernel[(-(-heads // COLUMNS), kinds)](
-        *(parts, A_grad, bias_grad, D_grad, rows, heads), KINDS=kinds, ROWS=ROWS, HEADS=COLUMNS
-    )
+    outputs, grid = (A_grad, bias_grad, D_grad), (-(-heads // COLUMNS), kinds)
+    launch(head_sums_kernel, grid, (parts, *outputs), (rows, heads), (kinds, ROWS, COLUMNS), SUM_WARPS)
     return A_grad, bias_grad, D_grad
 
 
@@ -248,5 +258,6 @@ def _sum(parts: Tensor) -> Tensor:
 
     rows, columns = parts.shape
     total = torch.empty(columns, dtype=torch.float32, device=parts.device)
-    sum_parts[(-(-columns // COLUMNS), 1)](*(parts, total, None, rows, columns), KINDS=1, ROWS=ROWS, COLUMNS=COLUMNS)
+    grid = (-(-columns // COLUMNS), 1)
+    launch(sum_parts, grid, (parts, total, None), (rows, columns), (1, ROWS, COLUMNS), SUM_WARPS)
     return total
