@@ -49,16 +49,19 @@ class Shapes(NamedTuple):
     gradients: Shape
 
 
-def shapes(x: Tensor) -> Shapes:
-    """Smaller tiles where those of the table would not fit into shared memory."""
-    forward, states, gradients = FORWARD, STATES, GRADIENTS
+def shapes(x: Tensor, B: Tensor) -> Shapes:
+    """Smaller tiles and fewer stages where those of the table would not fit into shared memory."""
+    forward, states, gradients, large = FORWARD, STATES, GRADIENTS, has_large_shared_memory(x.device.index)
+    wide = block(x.shape[3]) > 64
     gradients = gradients._replace(states=min(gradients.states, MAX_GRADIENTS_STATE // block(x.shape[3])))
-    if not has_large_shared_memory(x.device.index):
-        gradients = gradients._replace(stages=2)
+    if wide or not large:
+        gradients = gradients._replace(stages=min(2, gradients.stages))
+    if not large and (wide or B.shape[3] > gradients.states):
+        gradients = gradients._replace(stages=1)
     if x.dtype == torch.float32:
         forward = forward._replace(chunk=min(32, forward.chunk), head_dim=32, stages=1)
         states = states._replace(states=64, stages=1)
-        gradients = gradients._replace(chunk=min(32 if x.shape[3] <= 64 else 16, gradients.chunk), stages=1)
+        gradients = gradients._replace(chunk=min(16 if wide else 32, gradients.chunk), stages=1)
     return Shapes(forward, states, gradients)
 
 
@@ -112,7 +115,7 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ungated = torch.empty_like(y) if for_backward and z is not None else None
     initial = None if initial_state is None else initial_state.float()
-    shape = shapes(x).forward
+    shape = shapes(x, B).forward
     with torch.cuda.device_of(x):
         decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, x.dtype)
         blocks = state_blocks(B.shape[3], shape.states)
@@ -220,7 +223,7 @@ def walk(
     from kernels.ssd.forward_kernels import states_kernel
 
     (batch, length, heads, head_dim), (groups, n_states) = x.shape, B.shape[2:]
-    shape, chunks = shapes(x).states, decays.shape[3] // chunk
+    shape, chunks = shapes(x, B).states, decays.shape[3] // chunk
     powers = outputs[3]
     segments = 1 if powers is None else powers.shape[1]
     p, n = min(shape.head_dim, block(head_dim)), min(shape.states, block(n_states))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +25,7 @@ from kernels.ssd.launch import (
 
 GATE_BLOCK, GATE_WARPS = 1024, 4
 SUM_WARPS = 4
-PARTS_PER_PROCESSOR = 1  # programs of `gradients_kernel`, wanted at least
-MUCH_MEMORY = 2**28  # bytes
+PART_COST = 3  # what a program of `gradients_kernel` costs besides its heads, in heads
 
 
 class Outputs(NamedTuple):
@@ -58,13 +58,15 @@ def backward(
     outputs: Outputs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one."""
-    (batch, length, heads, head_dim), states = x.shape, B.shape[3]
+    from kernels.ssd.decay_kernels import delta_kernel
+
+    batch, length, heads, head_dim = x.shape
     given, dtype, device = (x, dt, A, B, C, D, z, dt_bias), x.dtype, x.device
     x, B, C, z = (unit(t, dtype) for t in (x, B, C, z))  # type: ignore[assignment]
     y_grad = torch.zeros_like(x) if y_grad is None else unit(y_grad, dtype)
     assert y_grad is not None
     A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))  # type: ignore[assignment]
-    shape = shapes(x).gradients
+    shape = shapes(x, B).gradients
     chunks = -(-length // shape.chunk)
     with torch.cuda.device_of(x):
         z_grad = x.new_empty((0,))
@@ -72,91 +74,67 @@ def backward(
             y_grad, z_grad = _gate_backward(y_grad, ungated, z)
         if outputs is None:
             outputs = Outputs(*(torch.empty(t.shape, dtype=t.dtype, device=device) for t in (x, dt, B, C)))
-        state_grads = [starts[0] if starts.numel() else None, final_state_grad]
-        initial_grad = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=device)
-        parts = torch.empty((batch, chunks, 3, heads), dtype=torch.float32, device=device)
+        parts = torch.empty((batch * chunks, 3, heads), dtype=torch.float32, device=device)
         D_parts = None
         if D is not None and D.dim() == 2:
-            D_parts = torch.empty((batch, chunks, heads * head_dim), dtype=torch.float32, device=device)
-        along = (y_grad, x, dt, B, C, seq_idx, *state_grads, initial_grad, parts, D_parts)
-        size = _slice(x, B, chunks)
-        for first in range(0, batch, size):
-            here = slice(first, first + size)
-            sliced: list[Any] = [None if t is None else t[here] for t in along] if size < batch else list(along)
-            into = outputs if size == batch else Outputs(*(t[here] for t in outputs))
-            _backward_slice(A, D, dt_bias, dt_softplus, dt_min, dt_max, into, shape, *sliced)
-        A_grad, bias_grad, D_grad = _head_sums(parts.flatten(0, 1))
+            D_parts = torch.empty((batch * chunks, heads * head_dim), dtype=torch.float32, device=device)
+        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, dtype)
+        initial = starts[0] if starts.numel() else None
+        initial_grad, sums, through = _of_all_states(
+            y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, outputs, shape
+        )
+        launch(
+            delta_kernel,
+            (batch * chunks, -(-heads // DECAY_HEADS)),
+            (dt, A, dt_bias, decays, sums, through, outputs.dt, parts),
+            (*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max, length, heads, chunks),
+            (dt_softplus, shape.chunk, DECAY_HEADS),
+            DECAY_WARPS,
+        )
+        A_grad, bias_grad, D_grad = _head_sums(parts)
         if D_parts is not None:
-            D_grad = _sum(D_parts.flatten(0, 1)).view(heads, head_dim)
+            D_grad = _sum(D_parts).view(heads, head_dim)
     found = (outputs.x, outputs.dt, A_grad, outputs.B, outputs.C, D_grad, z_grad, bias_grad)
     grads = [x.new_empty((0,)) if g is None else v.to(g.dtype) for g, v in zip(given, found, strict=True)]
     return *grads, initial_grad  # type: ignore[return-value]
 
 
-def _slice(x: Tensor, B: Tensor, chunks: int) -> int:
-    """Sequences whose backward is computed at once.
-
-    The states before all chunks and their gradients can take several times the memory of x. Where that is much, they
-    exist for part of the batch only, large enough for (nearly) each processor to have a program.
-    """
-    (batch, _, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
-    if 2 * x.element_size() * batch * chunks * heads * head_dim * states <= MUCH_MEMORY:
-        return batch
-    return max(1, min(batch, -(-processors(x.device.index) * 31 // 32 // (chunks * groups))))
-
-
-def _backward_slice(
-    A: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    outputs: Outputs,
-    shape: Shape,
+def _of_all_states(
     y_grad: Tensor,
     x: Tensor,
-    dt: Tensor,
     B: Tensor,
     C: Tensor,
-    seq_idx: Tensor | None,
+    D: Tensor | None,
+    D_parts: Tensor | None,
+    decays: Tensor,
     initial: Tensor | None,
     final_state_grad: Tensor | None,
-    initial_grad: Tensor,
-    parts: Tensor,
-    D_parts: Tensor | None,
-) -> None:
-    """Fill outputs, initial_grad, and what parts (batch, chunk, kind, head) and D_parts are summed from."""
-    from kernels.ssd.decay_kernels import delta_kernel
-
-    (batch, length, heads), chunks = dt.shape, parts.shape[1]
-    decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, x.dtype)
-    totals: tuple[Tensor, Tensor] | None = None
-    others: Tensor | None = None
+    outputs: Outputs,
+    shape: Shape,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill outputs but for dt, and D_parts; return the gradient of the initial state, `sums` and `through`."""
     blocks = state_blocks(B.shape[3], shape.states)
+    if len(blocks) == 1:
+        return _run(y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, None, outputs, shape)
+    others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    initial_grads: list[Tensor] = []
+    totals: list[Tensor] | None = None
     for states in blocks:
-        before, x_grad, first_grad = others, outputs.x, initial_grad
-        if states is not blocks[-1]:
-            x_grad = others = torch.empty(x.shape, dtype=torch.float32, device=x.device) if others is None else others
-        if len(blocks) > 1:
-            first_grad = torch.empty_like(initial_grad[..., states], memory_format=torch.contiguous_format)
+        is_last = states is blocks[-1]
+        before: Tensor | None = None if totals is None else others
         _, B_part, C_part, first = of_states(x, B, C, initial, states)
         last_grad = None if final_state_grad is None else final_state_grad[..., states]
-        skip = (D, D_parts) if states is blocks[-1] else (None, None)
-        into = Outputs(x_grad, outputs.dt, outputs.B[..., states], outputs.C[..., states])
-        found = _run(y_grad, x, B_part, C_part, *skip, decays, first, last_grad, first_grad, before, into, shape)
-        if first_grad is not initial_grad:
-            initial_grad[..., states] = first_grad
-        totals = found if totals is None else _add(totals, found)
+        skip = (D, D_parts) if is_last else (None, None)
+        into = Outputs(outputs.x if is_last else others, outputs.dt, outputs.B[..., states], outputs.C[..., states])
+        first_grad, *found = _run(y_grad, x, B_part, C_part, *skip, decays, first, last_grad, before, into, shape)
+        initial_grads.append(first_grad)
+        if totals is None:
+            totals = found
+        else:
+            totals[0][:-1] += found[0][:-1]  # the last of `sums`, dy·x, is of no state
+            totals[1] += found[1]
     assert totals is not None
-    launch(
-        delta_kernel,
-        (batch * chunks, -(-heads // DECAY_HEADS)),
-        (dt, A, dt_bias, decays, *totals, outputs.dt, parts),
-        (*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max, length, heads, chunks),
-        (dt_softplus, shape.chunk, DECAY_HEADS),
-        DECAY_WARPS,
-    )
+    return torch.cat(initial_grads, dim=3), *totals  # type: ignore[return-value]
 
 
 def _run(
@@ -169,26 +147,23 @@ def _run(
     decays: Tensor,
     initial: Tensor | None,
     final_state_grad: Tensor | None,
-    initial_grad: Tensor,
     before: Tensor | None,
     outputs: Outputs,
     shape: Shape,
-) -> tuple[Tensor, Tensor]:
-    """Fill outputs but for dt, initial_grad and D_parts by one block of states; return `sums` and `through`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of one block of states; before: the gradient of x by others, which is added."""
     from kernels.ssd.backward_kernels import gradients_kernel
 
     (batch, length, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
     chunk, chunks = shape.chunk, decays.shape[3] // shape.chunk
     p, n = block(head_dim), block(states)
-    wanted = PARTS_PER_PROCESSOR * processors(x.device.index) // (batch * chunks * groups)
-    parts = min(heads // groups, max(1, wanted))
+    parts = _parts(batch * chunks * groups, heads // groups, processors(x.device.index))
     part_heads = -(-heads // groups // parts)
-    parts = -(-heads // groups // part_heads)
 
     def buffer(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=x.device)
 
-    carried = (batch, chunks, heads, states, head_dim)
+    initial_grad, carried = buffer(batch, heads, head_dim, states), (batch, chunks, heads, states, head_dim)
     starts, end_grads = (torch.empty(carried, dtype=x.dtype, device=x.device) for _ in range(2))
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
     walk(x, B, decays, (y_grad, C), (first, last_grad), (starts, end_grads, initial_grad, None), chunk)
@@ -213,14 +188,18 @@ def _run(
     if parts > 1:
         for grad, summed in zip(BC_grads, (outputs.B, outputs.C), strict=True):
             summed.copy_(grad.sum(0))
-    return sums, through
+    return initial_grad, sums, through
 
 
-def _add(totals: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """What the kernels left of two blocks of states; the last of `sums`, dy·x, is of no state."""
-    totals[0][:-1] += found[0][:-1]
-    totals[1].add_(found[1])
-    return totals
+@functools.cache
+def _parts(programs: int, heads: int, n_processors: int) -> int:
+    """In how many parts the heads of a group are divided, so that the programs' last wave does not leave many idle."""
+
+    def time(parts: int) -> int:
+        return -(-programs * parts // n_processors) * (-(-heads // parts) + PART_COST)
+
+    parts = min(range(1, heads + 1), key=time)
+    return -(-heads // -(-heads // parts))  # none without heads
 
 
 def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
