@@ -8,6 +8,25 @@ from kernels.ssd.forward_kernels import product, tile
 from kernels.triton_math import sigmoid
 
 
+@triton.jit
+def add_two(a, b, other_a, other_b):
+    return a + other_a, b + other_b
+
+
+@triton.jit
+def add_three(a, b, c, other_a, other_b, other_c):
+    return a + other_a, b + other_b, c + other_c
+
+
+@triton.jit
+def row_sums(a, b, c):
+    """The sums of the rows of three matrices, of equal shapes at once: what takes long is that warps wait."""
+    if a.shape[1] == c.shape[1]:
+        return tl.reduce((a, b, c), 1, add_three)
+    sum_a, sum_b = tl.reduce((a, b), 1, add_two)
+    return sum_a, sum_b, tl.sum(c, axis=1)
+
+
 @triton.jit(
     do_not_specialize=[
         *("y_grad_batch", "y_grad_row", "y_grad_head", "x_batch", "x_row", "x_head"),
@@ -30,6 +49,7 @@ def gradients_kernel(
     B_grad,
     C_grad,
     sums,
+    own_products,
     through,
     D_parts,
     scratch,
@@ -72,8 +92,9 @@ def gradients_kernel(
     starts, end_grads: what `states_kernel` left. x_grad like x, with neighbouring heads; before: that of other states,
     which is added, in fp32, (batch, length, head, head_dim), None for none, may be x_grad itself. Of equal strides,
     B_grad and C_grad (part, batch, length, group, state);
-    sums: (plane, batch, head, padded) fp32, see below; through (batch, head, chunk) fp32; D_parts (batch, chunk, head,
-    head_dim) fp32, None unless D is per channel; scratch (program, Q, Q) fp32.
+    sums (plane, batch, head, padded), own_products (batch, group, padded), through (batch, head, chunk), all fp32, are
+    for `delta_kernel`; D_parts (batch, chunk, head, head_dim) fp32, None unless D is per channel; scratch (program, Q,
+    Q) fp32.
     Programs: batch x chunks x groups x parts, the last fastest.
     """
     head_dim = head_dim * ALIGN
@@ -101,6 +122,8 @@ def gradients_kernel(
     products = tl.load(place)
     is_own, is_later = t[None, :] == s[:, None], t[None, :] > s[:, None]
     own_product = tl.sum(tl.where(is_own, products, 0.0), axis=1)
+    if part == 0:
+        tl.store(own_products + (batch * groups + group) * (chunks.to(tl.int64) * Q) + begin + s, own_product)
 
     first = group * group_heads + part * part_heads
     last = min(first + part_heads, (group + 1) * group_heads)
@@ -147,12 +170,10 @@ def gradients_kernel(
         # Inside of the chunk. What a position reads of itself does not decay and is left out of `decay`.
         decay = tl.exp2(tl.where(is_later, power, float("-inf")))
         grads = product(x_tile, tl.trans(grad), None, EXACT)
-        own = tl.sum(tl.where(is_own, grads, 0.0), axis=1)
-        own_product_grad += own * delta
+        own_grads = tl.where(is_own, grads, 0.0)
         grads *= decay
         products_grad += grads * delta[:, None]
         pairs = grads * products
-        delta_grad = tl.sum(pairs, axis=1)
         read = tl.sum(pairs * delta[:, None], axis=0)
         mixing = (products * decay).to(x_tile.dtype)
         written_grad = product(mixing, grad, None, EXACT)
@@ -160,7 +181,8 @@ def gradients_kernel(
         # By way of the state after the chunk.
         by_state = product(B_tile, end_grad, None, EXACT) * to_end[:, None]
         x_wide = x_tile.to(tl.float32)
-        by_state_sum = tl.sum(by_state * x_wide, axis=1)
+        delta_grad, own, by_state_sum = row_sums(pairs, own_grads, by_state * x_wide)
+        own_product_grad += own * delta
         weighted = (x_wide * (delta * to_end)[:, None]).to(x_tile.dtype)
         B_sum = product(weighted, tl.trans(end_grad), B_sum, EXACT)
 
@@ -184,11 +206,10 @@ def gradients_kernel(
         target = x_grad + head * head_dim + (s[:, None] * x_grad_row + p[None, :])
         tl.store(target, found.to(x_grad.dtype.element_ty), mask=is_x)
 
-        reads, writtens, _, to_states, delta_grads, owns = sum_planes(sums + head * padded, plane)
+        reads, writtens, _, to_states, owns = sum_planes(sums + head * padded, plane)
         tl.store(reads + t, read)
-        tl.store(writtens + s, delta * delta_grad)
-        tl.store(delta_grads + s, delta_grad + by_state_sum + own * own_product)
-        tl.store(to_states + s, delta * by_state_sum)
+        tl.store(writtens + s, delta_grad)
+        tl.store(to_states + s, by_state_sum)
         tl.store(owns + s, own)
 
     products_grad += tl.where(is_own, own_product_grad[:, None], 0.0)
@@ -219,7 +240,7 @@ def gradients_kernel(
         from_state = tl.sum(product(C_tile, start, None, EXACT) * weighted_grad, axis=1)
         C_sum = product(weighted_grad.to(grad.dtype), tl.trans(start), C_sum, EXACT)
         passed = tl.sum(tl.sum(start.to(tl.float32) * end_grad.to(tl.float32), axis=1), axis=0)
-        _, _, from_states, _, _, _ = sum_planes(sums + head * padded, plane)
+        _, _, from_states, _, _ = sum_planes(sums + head * padded, plane)
         tl.store(from_states + t, from_state)
         tl.store(through + head * chunks, passed * tl.exp2(end))
     tl.store(C_grad + place, C_sum.to(C_grad.dtype.element_ty), mask=mask)

@@ -27,8 +27,8 @@ def decay_planes(decays, plane):
 
 @triton.jit
 def sum_planes(sums, plane):
-    """Where the planes of `sums` begin: read, written, from_state, to_state, delta_grad, own."""
-    return sums, sums + plane, sums + 2 * plane, sums + 3 * plane, sums + 4 * plane, sums + 5 * plane
+    """Where the planes of `sums` begin: read, written / Δ, from_state, to_state / Δ, own."""
+    return sums, sums + plane, sums + 2 * plane, sums + 3 * plane, sums + 4 * plane
 
 
 @triton.jit(
@@ -121,7 +121,7 @@ def begins_document(seq_idx, t, seq_row, length):
 @triton.jit(
     do_not_specialize=[
         *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head"),
-        *("dt_min", "dt_max", "length", "heads", "chunks"),
+        *("dt_min", "dt_max", "length", "heads", "group_heads", "chunks"),
     ]
 )
 def delta_kernel(
@@ -130,6 +130,7 @@ def delta_kernel(
     dt_bias,
     decays,
     sums,
+    own_products,
     through,
     dt_grad,
     parts,
@@ -142,6 +143,7 @@ def delta_kernel(
     dt_max,
     length,
     heads,
+    group_heads,
     chunks,
     SOFTPLUS: tl.constexpr,
     Q: tl.constexpr,
@@ -150,7 +152,8 @@ def delta_kernel(
     """The gradient of dt of one chunk, and the chunk's parts of those of A, dt_bias and a D of one number per head.
 
     The gradient of a decay's logarithm is what all products that the decay is part of add to the loss: those that
-    begin before it and are read at it or later. parts: (batch x chunks, 3, head) fp32.
+    begin before it and are read at it or later. What position s wrote adds to the gradient of Δ[s] by way of later
+    positions of the chunk (written), the state (to_state), and itself (own). parts: (batch x chunks, 3, head) fp32.
     Programs: (batch x chunks, heads / HEADS).
     """
     batch = (tl.program_id(0) // chunks).to(tl.int64)
@@ -163,13 +166,18 @@ def delta_kernel(
     plane = tl.num_programs(0) // chunks * heads * padded
     place = (batch * heads + head)[None, :] * padded + t[:, None]
     _, _, deltas, _, _ = decay_planes(decays, plane)
-    reads, writtens, from_states, to_states, delta_grads, owns = sum_planes(sums, plane)
+    reads, writtens, from_states, to_states, owns = sum_planes(sums, plane)
     delta = tl.load(deltas + place, mask=is_head, other=0.0)
-    read = tl.load(reads + place, mask=is_head, other=0.0).to(tl.float64)
-    read -= tl.load(writtens + place, mask=is_head, other=0.0).to(tl.float64)
+    written = tl.load(writtens + place, mask=is_head, other=0.0)
+    to_state = tl.load(to_states + place, mask=is_head, other=0.0)
+    own = tl.load(owns + place, mask=is_head, other=0.0)
+    groups = heads // group_heads
+    own_place = (batch * groups + head // group_heads)[None, :] * padded + t[:, None]
+    own_product = tl.load(own_products + own_place, mask=is_head, other=0.0)
+    delta_grad = written + to_state + own * own_product
+    read = tl.load(reads + place, mask=is_head, other=0.0).to(tl.float64) - (delta * written).to(tl.float64)
     read += tl.load(from_states + place, mask=is_head, other=0.0).to(tl.float64)
-    delta_grad = tl.load(delta_grads + place, mask=is_head, other=0.0)
-    to_state = tl.load(to_states + place, mask=is_head, other=0.0).to(tl.float64)
+    to_state = (delta * to_state).to(tl.float64)
     passed = tl.load(through + (batch * heads + head) * chunks + chunk, mask=head < heads, other=0.0)
 
     from_here = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
@@ -186,7 +194,6 @@ def delta_kernel(
     target = dt_grad + batch * dt_grad_batch + t[:, None].to(tl.int64) * dt_grad_row + head[None, :]
     tl.store(target, grad.to(dt_grad.dtype.element_ty), mask=mask)
 
-    own = tl.load(owns + place, mask=is_head, other=0.0)
     parts += tl.program_id(0).to(tl.int64) * 3 * heads + head
     tl.store(parts, tl.sum(power_grad * delta, axis=0), mask=head < heads)
     tl.store(parts + heads, tl.sum(grad, axis=0), mask=head < heads)

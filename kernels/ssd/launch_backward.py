@@ -80,14 +80,14 @@ def backward(
             D_parts = torch.empty((batch * chunks, heads * head_dim), dtype=torch.float32, device=device)
         decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, dtype)
         initial = starts[0] if starts.numel() else None
-        initial_grad, sums, through = _of_all_states(
+        initial_grad, *sums = _of_all_states(
             y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, outputs, shape
         )
         launch(
             delta_kernel,
             (batch * chunks, -(-heads // DECAY_HEADS)),
-            (dt, A, dt_bias, decays, sums, through, outputs.dt, parts),
-            (*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max, length, heads, chunks),
+            (dt, A, dt_bias, decays, *sums, outputs.dt, parts),
+            (*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max, length, heads, heads // B.shape[2], chunks),
             (dt_softplus, shape.chunk, DECAY_HEADS),
             DECAY_WARPS,
         )
@@ -111,8 +111,8 @@ def _of_all_states(
     final_state_grad: Tensor | None,
     outputs: Outputs,
     shape: Shape,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill outputs but for dt, and D_parts; return the gradient of the initial state, `sums` and `through`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill outputs but for dt, and D_parts; return the gradient of the initial state, sums, own_products, through."""
     blocks = state_blocks(B.shape[3], shape.states)
     if len(blocks) == 1:
         return _run(y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, None, outputs, shape)
@@ -131,8 +131,9 @@ def _of_all_states(
         if totals is None:
             totals = found
         else:
-            totals[0][:-1] += found[0][:-1]  # the last of `sums`, dy·x, is of no state
-            totals[1] += found[1]
+            found[0][-1] = 0  # dy·x, which is of no state
+            for total, part in zip(totals, found, strict=True):
+                total += part
     assert totals is not None
     return torch.cat(initial_grads, dim=3), *totals  # type: ignore[return-value]
 
@@ -150,7 +151,7 @@ def _run(
     before: Tensor | None,
     outputs: Outputs,
     shape: Shape,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of one block of states; before: the gradient of x by others, which is added."""
     from kernels.ssd.backward_kernels import gradients_kernel
 
@@ -170,7 +171,8 @@ def _run(
     BC_grads = [outputs.B.unsqueeze(0), outputs.C.unsqueeze(0)]
     if parts > 1:
         BC_grads = [buffer(parts, batch, length, groups, states) for _ in "BC"]
-    sums, through = buffer(6, batch, heads, chunks * chunk), buffer(batch, heads, chunks)
+    sums, through = buffer(5, batch, heads, chunks * chunk), buffer(batch, heads, chunks)
+    own_products = buffer(batch, groups, chunks * chunk)
     strides = [s for t in (y_grad, x, B, C) for s in t.stride()[:3]]
     strides += [*outputs.x.stride()[:2], *BC_grads[0].stride()[:4]]
     align = alignment(head_dim, states, *strides)
@@ -180,7 +182,7 @@ def _run(
     launch(
         gradients_kernel,
         (programs, 1),
-        (*inputs, outputs.x, *BC_grads, sums, through, D_parts, buffer(programs, chunk, chunk)),
+        (*inputs, outputs.x, *BC_grads, sums, own_products, through, D_parts, buffer(programs, chunk, chunk)),
         (*[stride // align for stride in strides], *sizes),
         (whole, x.dtype == torch.float32, align, chunk, p, n, shape.stages),
         shape.warps,
@@ -188,7 +190,7 @@ def _run(
     if parts > 1:
         for grad, summed in zip(BC_grads, (outputs.B, outputs.C), strict=True):
             summed.copy_(grad.sum(0))
-    return initial_grad, sums, through
+    return initial_grad, sums, own_products, through
 
 
 @functools.cache

@@ -23,6 +23,7 @@ FP32 = (
     "ends",
     "sums",
     "through",
+    "own_products",
     "D_parts",
     "scratch",
     "D",
