@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
@@ -76,3 +77,19 @@ def test_every_option(tmp_path: Path) -> None:
     resources(forward_kernel, launch.FORWARD, tmp_path, everything=True)
     resources(states_kernel, launch.STATES, tmp_path, everything=True, BOTH=True)
     resources(gradients_kernel, launch.GRADIENTS, tmp_path, everything=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("large", "capability", "limit"), [(True, 90, 232_448), (False, 120, 101_376)])
+def test_tiles_fit_into_shared_memory(
+    large: bool, capability: int, limit: int, head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all options, and states in blocks."""
+    monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: large)
+    x, B = (torch.empty(1, 1, 1, size, dtype=torch.bfloat16) for size in (head_dim, 256))
+    shapes = launch.shapes(x, B)
+    constants = {"P": head_dim, "N": shapes.gradients.states}
+    assert resources(gradients_kernel, shapes.gradients, tmp_path, capability, True, **constants).shared <= limit
+    assert resources(forward_kernel, shapes.forward, tmp_path, capability, True).shared <= limit
+    assert resources(states_kernel, shapes.states, tmp_path, capability, True, BOTH=True).shared <= limit
