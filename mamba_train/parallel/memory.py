@@ -13,6 +13,7 @@ import torch
 
 from kernels.linear_cross_entropy.reference import GPU_LOGITS
 from kernels.selective_scan.plan import GPU_CHUNK
+from kernels.ssd.launch import GRADIENTS as SSD_GRADIENTS
 from mamba_train.config import (
     Config,
     DeviceKind,
@@ -171,10 +172,13 @@ def activation_bytes(
     layers: as `engine.recompute_layers`.
     """
     d, e, n = model.d_model, model.expand * model.d_model, model.d_state
-    whole = activation_bytes_per_token(model, value_bytes)
+    kept = activation_bytes_per_token(model, value_bytes)
+    # The backward of SSD computes the states before all chunks, and their gradients: those of one layer.
+    carried = 2 * value_bytes * e * n // SSD_GRADIENTS.chunk if MixerKind.mamba2 in layer_mixers(model) else 0
+    whole = kept + carried
     if recompute is Recompute.none:
         return whole * n_tokens
-    states = 4 * e * n // (GPU_CHUNK if model.mixer is MixerKind.mamba1 else model.chunk_size)
+    states = 4 * e * n // GPU_CHUNK if model.mixer is MixerKind.mamba1 else 0
     if recompute in (Recompute.scan, Recompute.auto):
         # Δ, y before and after the gate, and the states: in the backward pass those of one layer.
         n_mamba1 = sum(mixer is MixerKind.mamba1 for mixer in layer_mixers(model)[:layers])
@@ -183,7 +187,7 @@ def activation_bytes(
     if recompute is Recompute.keep_scan:
         n_ssm = sum(mixer is not MixerKind.attention for mixer in layer_mixers(model))
         inputs += n_ssm * (2 * value_bytes * e + states)
-    return (inputs + whole // model.n_layer) * n_tokens
+    return (inputs + kept // model.n_layer + carried) * n_tokens
 
 
 def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
@@ -195,7 +199,7 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
         Mamba-1    6 e + r + 2 n (x, z, the convolution's output, Δ, y before and after the gate)
         Mamba-2    5 e + 4 g n + h (z, x B C before and after the convolution, y before and after the gated norm)
         attention  3 q + 4 k (queries, keys, values; queries and keys rotated; the output)
-    besides the fp32 states the scan goes back to, one every 16 tokens (Mamba-1) or chunk_size (Mamba-2). An MLP adds
+    besides the fp32 states that the scan of Mamba-1 goes back to, one every 16 tokens. An MLP adds
     a residual and a norm of its own and 4 f. After the layers: the last residual, the normed hidden state and its
     gradient.
     """
@@ -206,8 +210,7 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
     k = (model.attention_kv_heads or model.attention_heads or 0) * head_width
     of_mixer = {
         MixerKind.mamba1: value_bytes * (6 * e + model.dt_rank + 2 * n) + 4 * e * n // GPU_CHUNK,
-        MixerKind.mamba2: value_bytes * (5 * e + 4 * model.n_groups * n + e // model.head_dim)
-        + 4 * e * n // model.chunk_size,
+        MixerKind.mamba2: value_bytes * (5 * e + 4 * model.n_groups * n + e // model.head_dim),
         MixerKind.attention: value_bytes * (3 * q + 4 * k),
     }
     norm = (4 + value_bytes) * d
