@@ -9,6 +9,9 @@ from dataclasses import dataclass
 SCALAR_BYTES = (4, 2, 2)  # of fp32, fp16, bf16: the order of DTYPE in common.cuh
 MAX_STATES = 256
 SEGMENT_STEPS = 256  # a few microseconds to begin one, a hundred and more to compute it
+LEAST_TILES = 8  # of a segment that is done beside others
+# From how many segments on it pays to walk through time twice, which doing them side by side takes.
+LEAST_FORWARD, LEAST_BACKWARD = 4, 2
 FREE_PARTS_BYTES = 2**30  # of the parts of dB and dC that blocks leave to be summed; more only beside large inputs
 
 
@@ -16,6 +19,7 @@ FREE_PARTS_BYTES = 2**30  # of the parts of dB and dC that blocks leave to be su
 class Variant:
     """How a block divides its work; common.cuh names the fields."""
 
+    source: str  # forward, backward or ends
     padded_states: int
     per_lane: int
     channels: int
@@ -23,6 +27,7 @@ class Variant:
     tile: int
     min_blocks: int
     chunk: int = 0  # backward only: steps whose states are in registers at once
+    reverse: bool = False  # ends only
 
     @property
     def threads(self) -> int:
@@ -48,12 +53,15 @@ class Variant:
 
     @functools.cache  # noqa: B019  variants are few
     def shared_bytes(self, dtype: int, gated: bool) -> int:
-        """The size of `struct Shared` in forward.cu, or backward.cu when there are chunks."""
+        """The size of `struct Shared` in the source."""
         block = self.tile * self.block_channels
         scalars = SCALAR_BYTES[dtype]
         gate = block if gated else 1
         sizes = [4 * self.block_channels] * 2
-        if self.chunk:
+        if self.source == "ends":
+            sizes = [4 * self.block_channels, 8 * self.tile * self.padded_states, 8 * self.tile]
+            sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars, 4 * block, 4 * block]
+        elif self.source == "backward":
             chunks = max(1, self.tile // self.chunk - 1)
             vector = min(4, self.warp_channels)
             sizes += [4 * self.tile * self.padded_states] * 2 + [4 * self.tile]
@@ -81,7 +89,8 @@ class Variant:
             "ALIGNED": int(aligned),
             "SHARED_BYTES": self.shared_bytes(dtype, gated),
         }
-        return macros | ({"CHUNK": self.chunk} if self.chunk else {})
+        own = {"backward": {"CHUNK": self.chunk}, "ends": {"REVERSE": int(self.reverse)}}
+        return macros | own.get(self.source, {})
 
 
 def padded(states: int) -> int:
@@ -126,27 +135,66 @@ def _shape(states: int, channels: int) -> dict[str, int]:
 # Segments of 64 steps were 8 to 11% slower than those of 256, of 128 2 to 4%, of 512 within 1.5%, of 1024 up to 6%.
 
 
+# For 16 states; with others a block takes as many registers as it needs.
+FORWARD_BLOCKS, BACKWARD_BLOCKS, ENDS_BLOCKS = 5, 3, 5
+
+
 @functools.cache
 def forward_variant(states: int, batch: int, channels: int, processors: int) -> Variant:
-    """The forward kernel for a shape."""
-    if padded(states) != 16:
-        return Variant(**_shape(states, 2), min_blocks=3)
-    wide = Variant(**_shape(states, 2), min_blocks=5)
-    if batch * wide.groups(channels) >= 3 * processors:
+    """The forward kernel for a shape whose time is one segment."""
+    wide = _wide_forward(states)
+    if padded(states) != 16 or batch * wide.groups(channels) >= 3 * processors:
         return wide
-    return Variant(**_shape(states, 1), min_blocks=5)
+    return Variant("forward", **_shape(states, 1), min_blocks=5)
 
 
 @functools.cache
 def backward_variant(states: int, batch: int, channels: int, processors: int) -> Variant:
-    """The backward kernel for a shape."""
-    if padded(states) != 16:
-        chunk = 2 if padded(states) == 256 else 4
-        return Variant(**_shape(states, 2), min_blocks=3 if states <= 8 else 2, chunk=chunk)
-    wide = Variant(**_shape(states, 2), min_blocks=3, chunk=4)
-    if batch * wide.groups(channels) >= 2 * processors:
+    """The backward kernel for a shape whose segments of time, if there are several, are done in turn."""
+    wide = _wide_backward(states)
+    if padded(states) != 16 or batch * wide.groups(channels) >= 2 * processors:
         return wide
-    return Variant(**_shape(states, 1), min_blocks=4, chunk=4)
+    return Variant("backward", **_shape(states, 1), min_blocks=4, chunk=4)
+
+
+def ends_variant(states: int, reverse: bool) -> Variant:
+    """The kernel that finds out what segments of time make of the states that enter them."""
+    return Variant("ends", **_shape(states, 2), min_blocks=ENDS_BLOCKS if padded(states) == 16 else 3, reverse=reverse)
+
+
+def _wide_forward(states: int) -> Variant:
+    return Variant("forward", **_shape(states, 2), min_blocks=FORWARD_BLOCKS if padded(states) == 16 else 3)
+
+
+def _wide_backward(states: int) -> Variant:
+    chunk = 2 if padded(states) == 256 else 4
+    min_blocks = BACKWARD_BLOCKS if padded(states) == 16 else 3 if states <= 8 else 2
+    return Variant("backward", **_shape(states, 2), min_blocks=min_blocks, chunk=chunk)
+
+
+def forward_plan(states: int, batch: int, length: int, channels: int, processors: int) -> tuple[Variant, int]:
+    """The forward kernel for a shape, and into how many segments of time its blocks are cut, done side by side."""
+    variant = _wide_forward(states)
+    count = _side_by_side(variant, batch, length, channels, processors)
+    if count < LEAST_FORWARD:
+        return forward_variant(states, batch, channels, processors), 1
+    return variant, count
+
+
+def backward_plan(states: int, batch: int, length: int, channels: int, processors: int) -> tuple[Variant, int]:
+    """The backward kernel for a shape, and how many segments are done side by side; with 1, see `segments`."""
+    variant = _wide_backward(states)
+    count = _side_by_side(variant, batch, length, channels, processors)
+    if count < LEAST_BACKWARD:
+        return backward_variant(states, batch, channels, processors), 1
+    return variant, count
+
+
+def _side_by_side(variant: Variant, batch: int, length: int, channels: int, processors: int) -> int:
+    """As many segments as fill the GPU, none shorter than it takes to be worth its beginning."""
+    places = processors * variant.min_blocks
+    tiles = math.ceil(length / variant.tile)
+    return max(1, min(places // (batch * variant.groups(channels)), tiles // LEAST_TILES))
 
 
 def segments(units: int, length: int, states: int, processors: int, at_once: int) -> int:
