@@ -101,9 +101,7 @@ def fake(x: Tensor, states: int, gated: bool, for_backward: bool) -> tuple[Tenso
 
 
 @functools.cache
-def _kernel(
-    name: str, index: int, variant: Variant, dtype: int, gated: bool, packed: bool, aligned: bool
-) -> Kernel:
+def _kernel(name: str, index: int, variant: Variant, dtype: int, gated: bool, packed: bool, aligned: bool) -> Kernel:
     from cuda.bindings import driver
     from cuda.core import Device, ObjectCode
 
