@@ -332,7 +332,7 @@ def backward(
     with torch.cuda.device(index):
         processors = _processors(index)
         variant, apart = variants.backward_plan(states, batch, length, channels, processors)
-        ends, decays = _ends(True, apart, y_grad, dt, z, C, A, dt_bias, dt_softplus, seq_idx)
+        ends, decays = _ends(True, apart, y_grad, dt, z, C, A, dt_bias, dt_softplus, seq_idx)  # type: ignore[arg-type]
         time_parts = batch * apart  # of the sums over time
         A_parts = x.new_empty((time_parts, channels, states), dtype=torch.float32)
         D_parts, bias_parts = (x.new_empty((time_parts, channels), dtype=torch.float32) for _ in range(2))

@@ -103,15 +103,21 @@ def tile_steps(states: int) -> int:
     return 16 if padded(states) <= 64 else 8
 
 
-def _shape(states: int, channels: int) -> dict[str, int]:
+def _variant(
+    source: str, states: int, channels: int, min_blocks: int, chunk: int = 0, reverse: bool = False
+) -> Variant:
     n = padded(states)
-    return {
-        "padded_states": n,
-        "per_lane": 8 if n == 256 else 4,
-        "channels": 2 if n >= 128 else 1 if n <= 8 else channels,
-        "warps": 2 if n >= 128 else 4,
-        "tile": tile_steps(states),
-    }
+    return Variant(
+        source,
+        padded_states=n,
+        per_lane=8 if n == 256 else 4,
+        channels=2 if n >= 128 else 1 if n <= 8 else channels,
+        warps=2 if n >= 128 else 4,
+        tile=tile_steps(states),
+        min_blocks=min_blocks,
+        chunk=chunk,
+        reverse=reverse,
+    )
 
 
 # Milliseconds on an H100 (132 multiprocessors), bf16, 16 states, at (batch, length, channels); "wide" has two channels
@@ -145,7 +151,7 @@ def forward_variant(states: int, batch: int, channels: int, processors: int) -> 
     wide = _wide_forward(states)
     if padded(states) != 16 or batch * wide.groups(channels) >= 3 * processors:
         return wide
-    return Variant("forward", **_shape(states, 1), min_blocks=5)
+    return _variant("forward", states, 1, min_blocks=5)
 
 
 @functools.cache
@@ -154,22 +160,22 @@ def backward_variant(states: int, batch: int, channels: int, processors: int) ->
     wide = _wide_backward(states)
     if padded(states) != 16 or batch * wide.groups(channels) >= 2 * processors:
         return wide
-    return Variant("backward", **_shape(states, 1), min_blocks=4, chunk=4)
+    return _variant("backward", states, 1, min_blocks=4, chunk=4)
 
 
 def ends_variant(states: int, reverse: bool) -> Variant:
     """The kernel that finds out what segments of time make of the states that enter them."""
-    return Variant("ends", **_shape(states, 2), min_blocks=ENDS_BLOCKS if padded(states) == 16 else 3, reverse=reverse)
+    return _variant("ends", states, 2, ENDS_BLOCKS if padded(states) == 16 else 3, reverse=reverse)
 
 
 def _wide_forward(states: int) -> Variant:
-    return Variant("forward", **_shape(states, 2), min_blocks=FORWARD_BLOCKS if padded(states) == 16 else 3)
+    return _variant("forward", states, 2, FORWARD_BLOCKS if padded(states) == 16 else 3)
 
 
 def _wide_backward(states: int) -> Variant:
     chunk = 2 if padded(states) == 256 else 4
     min_blocks = BACKWARD_BLOCKS if padded(states) == 16 else 3 if states <= 8 else 2
-    return Variant("backward", **_shape(states, 2), min_blocks=min_blocks, chunk=chunk)
+    return _variant("backward", states, 2, min_blocks, chunk)
 
 
 def forward_plan(states: int, batch: int, length: int, channels: int, processors: int) -> tuple[Variant, int]:
