@@ -152,7 +152,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
                     for (int k = 0; k < CHANNELS; ++k)
 #pragma unroll
                         for (int s = 0; s < 4; ++s) {
-                            float decay = exp2_fast(PACKED ? fmaf(d[k], a[k][s0 + s], reset) : d[k] * a[k][s0 + s]);
+                            float e = PACKED ? fmaf(d[k], a[k][s0 + s], reset) : d[k] * a[k][s0 + s];
+                            float decay = k * PER_LANE + s0 + s < POLY ? exp2_poly(e) : exp2_fast(e);
                             h[k][s0 + s] = fmaf(decay, h[k][s0 + s], w[k] * b[s]);
                             sums[u * CHANNELS + k] = fmaf(h[k][s0 + s], c[s], sums[u * CHANNELS + k]);
                         }
