@@ -29,7 +29,7 @@ def make_inputs(batch: int, length: int, channels: int, states: int, padding: in
     ("sizes", "forward", "backward", "packed", "padding", "without"),
     [
         ((2, 50, 40, 16), 1, 1, False, 0, ()),
-        ((2, 50, 40, 16), 3, 2, True, 0, ()),
+        ((2, 50, 40, 16), 3, 4, True, 0, ()),
         pytest.param((1, 83, 70, 16), 5, 4, True, 5, ("z", "dt_bias"), marks=pytest.mark.slow),
         pytest.param((1, 33, 9, 64), 3, 3, False, 0, ("D",), marks=pytest.mark.slow),
         pytest.param((1, 40, 5, 200), 2, 4, True, 3, (), marks=pytest.mark.slow),
