@@ -203,6 +203,12 @@ def _side_by_side(variant: Variant, batch: int, length: int, channels: int, proc
     return max(1, min(places // (batch * variant.groups(channels)), tiles // LEAST_TILES))
 
 
+def ends_split(length: int, states: int, segments: int) -> int:
+    """Of how many segments for `ends_variant` each of the other kernels' consists: shorter ones share a GPU evenly."""
+    tiles = math.ceil(length / tile_steps(states)) // segments
+    return max(1, min(3, tiles // 32))
+
+
 def segments(units: int, length: int, states: int, processors: int, at_once: int) -> int:
     """Into how many segments of time the backward cuts each unit of its work, for blocks to share the whole evenly.
 
