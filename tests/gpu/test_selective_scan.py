@@ -223,7 +223,9 @@ def test_segments_side_by_side(dtype: torch.dtype, states: int, monkeypatch: pyt
     side_by_side(monkeypatch, 5)
     channels = 24 if states > 64 else 96
     check(make_inputs(2, 131, channels, states, dtype, packed=True, initial=True))
-    check(make_inputs(2, 97, channels, states, dtype, ("z", "D", "dt_bias")), dt_softplus=False)
+    inputs = make_inputs(2, 97, channels, states, dtype, ("z", "D", "dt_bias"))
+    inputs["dt"] = F.softplus(inputs["dt"].detach()).requires_grad_()
+    check(inputs, dt_softplus=False)
 
 
 @pytest.mark.parametrize(("length", "channels"), [(17, 1), (32, 50), (160, 320), (1501, 136)])
