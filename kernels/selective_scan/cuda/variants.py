@@ -58,9 +58,10 @@ class Variant:
         scalars = SCALAR_BYTES[dtype]
         gate = block if gated else 1
         sizes = [4 * self.block_channels] * 2
-        if self.source == "ends":
-            sizes = [4 * self.block_channels, 8 * self.tile * self.padded_states, 8 * self.tile]
-            sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars, 4 * block, 4 * block]
+        if self.source in ("ends", "forward_lane"):
+            rows = 1 if self.source == "ends" else 2  # of states: B, and C
+            sizes = [8 * self.tile * self.padded_states] * rows + [8 * self.tile]
+            sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars]
         elif self.source == "backward":
             chunks = max(1, self.tile // self.chunk - 1)
             vector = min(4, self.warp_channels)
@@ -142,7 +143,7 @@ def _variant(
 
 
 # For 16 states; with others a block takes as many registers as it needs.
-FORWARD_BLOCKS, BACKWARD_BLOCKS, ENDS_BLOCKS = 5, 3, 5
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 5, 3
 
 
 @functools.cache
@@ -165,7 +166,8 @@ def backward_variant(states: int, batch: int, channels: int, processors: int) ->
 
 def ends_variant(states: int, reverse: bool) -> Variant:
     """The kernel that finds out what segments of time make of the states that enter them."""
-    return _variant("ends", states, 2, ENDS_BLOCKS if padded(states) == 16 else 3, reverse=reverse)
+    n = padded(states)
+    return Variant("ends", n, min(n, 16), channels=1, warps=4, tile=tile_steps(states), min_blocks=5, reverse=reverse)
 
 
 def _wide_forward(states: int) -> Variant:
