@@ -214,7 +214,6 @@ def test_segments_of_time(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def side_by_side(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """As many segments of time side by side, whatever the sizes would choose."""
     monkeypatch.setattr(variants, "_side_by_side", lambda variant, batch, length, *_: min(count, -(-length // 16)))
-    monkeypatch.setattr(variants, "LEAST_FORWARD", 2)
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
@@ -337,7 +336,6 @@ import torch
 from tests.gpu.test_selective_scan import make_inputs, scan, selective_scan
 from kernels.selective_scan.cuda import variants
 variants.segments = lambda *arguments: 2
-variants.LEAST_FORWARD = 2
 narrow = variants.forward_variant, variants.backward_variant
 wide = tuple(lambda states, *sizes, choose=choose: choose(states, 10_000, 64, 132) for choose in narrow)
 in_turn = ((16, 72, narrow, 1), (16, 72, wide, 1), (16, 67, wide, 1), (64, 20, narrow, 1), (256, 5, narrow, 1))

@@ -5,14 +5,25 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SCALAR_BYTES = (4, 2, 2)  # of fp32, fp16, bf16: the order of DTYPE in common.cuh
 MAX_STATES = 256
 SEGMENT_STEPS = 256  # a few microseconds to begin one, a hundred and more to compute it
 LEAST_TILES = 8  # of a segment that is done beside others
-# From how many segments on it pays to walk through time twice, which doing them side by side takes.
-LEAST_FORWARD, LEAST_BACKWARD = 4, 2
 FREE_PARTS_BYTES = 2**30  # of the parts of dB and dC that blocks leave to be summed; more only beside large inputs
+
+
+class SideBySide(NamedTuple):
+    """When segments of time are done side by side, which takes a second walk through it, and how many."""
+
+    least_fill: int  # the GPU has room for so many times the blocks that one segment has
+    least_segments: int
+    rounds: int  # so many times as many segments as fill the GPU, if long enough: these share it more evenly
+
+
+FORWARD = SideBySide(least_fill=9, least_segments=4, rounds=2)
+BACKWARD = SideBySide(least_fill=2, least_segments=2, rounds=6)
 
 
 @dataclass(frozen=True)
@@ -182,27 +193,27 @@ def _wide_backward(states: int) -> Variant:
 
 def forward_plan(states: int, batch: int, length: int, channels: int, processors: int) -> tuple[Variant, int]:
     """The forward kernel for a shape, and into how many segments of time its blocks are cut, done side by side."""
-    variant = _wide_forward(states)
-    count = _side_by_side(variant, batch, length, channels, processors)
-    if count < LEAST_FORWARD:
-        return forward_variant(states, batch, channels, processors), 1
-    return variant, count
+    n = padded(states)
+    beside = Variant("forward", n, min(n, 16), channels=1, warps=4, tile=tile_steps(states), min_blocks=4)
+    count = _side_by_side(beside, batch, length, channels, processors, FORWARD)
+    return (forward_variant(states, batch, channels, processors), 1) if count == 1 else (beside, count)
 
 
 def backward_plan(states: int, batch: int, length: int, channels: int, processors: int) -> tuple[Variant, int]:
     """The backward kernel for a shape, and how many segments are done side by side; with 1, see `segments`."""
-    variant = _wide_backward(states)
-    count = _side_by_side(variant, batch, length, channels, processors)
-    if count < LEAST_BACKWARD:
-        return backward_variant(states, batch, channels, processors), 1
-    return variant, count
+    beside = _wide_backward(states)
+    count = _side_by_side(beside, batch, length, channels, processors, BACKWARD)
+    return (backward_variant(states, batch, channels, processors), 1) if count == 1 else (beside, count)
 
 
-def _side_by_side(variant: Variant, batch: int, length: int, channels: int, processors: int) -> int:
-    """As many segments as fill the GPU, none shorter than it takes to be worth its beginning."""
-    places = processors * variant.min_blocks
+def _side_by_side(variant: Variant, batch: int, length: int, channels: int, processors: int, choice: SideBySide) -> int:
+    """How many segments, each worth its beginning; 1 where what one does not use is too little for a second walk."""
+    fill = processors * variant.min_blocks // (batch * variant.groups(channels))
     tiles = math.ceil(length / variant.tile)
-    return max(1, min(places // (batch * variant.groups(channels)), tiles // LEAST_TILES))
+    if fill < choice.least_fill or tiles < choice.least_segments * LEAST_TILES:
+        return 1
+    rounds = min(choice.rounds, tiles // (2 * LEAST_TILES * fill))
+    return rounds * fill if rounds > 1 else min(fill, tiles // LEAST_TILES)
 
 
 def ends_split(length: int, states: int, segments: int) -> int:
