@@ -233,7 +233,6 @@ def test_lengths_and_channels_side_by_side(
     length: int, channels: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     side_by_side(monkeypatch, count)
-    monkeypatch.setattr(variants, "ends_split", lambda *_: 3 if length > 1000 else 1)
     check(make_inputs(2, length, channels, 16, torch.bfloat16, packed=length < 1000, initial=True, strided=count == 3))
 
 

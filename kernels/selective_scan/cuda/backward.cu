@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const scalar* dy, i64 dy_batch, i64 dy_time, const float* final_grad, const float* starts, const scalar* ungated,
     scalar* dx, scalar* ddt, scalar* dz, i64 dz_batch, i64 dz_time, float* BC_parts, float* A_parts, float* D_parts, float* bias_parts,
     float* initial_grad, const float* ends, const float* decays, int* queue, i64 length_, i64 channels_, i64 states_,
-    i64 workers_, i64 units_, i64 group_items_, i64 segments_, i64 split_, i64 dt_softplus) {
+    i64 workers_, i64 units_, i64 group_items_, i64 segments_, i64 dt_softplus) {
     const int length = length_, channels = channels_, states = states_, workers = workers_, units = units_;
     const int segments = segments_;
     const bool apart = ends != nullptr;                // segments are done side by side, and are units of their own
@@ -200,9 +200,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             }
         if (apart) {  // from the last in time to the one after this
             const i64 step = i64(channels) * STATES;
-            const i64 at = ((batch + 1) * (segments - 1) * split_ - 1) * step + i64(channel) * STATES + state0;
-            const int count = (segments - 1 - segment) * static_cast<int>(split_);
-            lead_through(carry, ends + at, decays + at, count, -step, channels - channel);
+            const i64 at = ((batch + 1) * (segments - 1) - 1) * step + i64(channel) * STATES + state0;
+            lead_through(carry, ends + at, decays + at, segments - 1 - segment, -step, channels - channel);
         }
 
         const Fetch<THREADS> pieces(threadIdx.x, left + warp * WARP_CHANNELS);

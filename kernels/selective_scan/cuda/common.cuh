@@ -51,21 +51,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-#ifndef POLY
-#define POLY 0
-#endif
-__device__ __forceinline__ float exp2_poly(float x) {
-    x = fmaxf(x, -126.f);
-    const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);
-    float p = 0.00132647273f;
-    p = fmaf(p, f, 0.00967151299f);
-    p = fmaf(p, f, 0.0555073358f);
-    p = fmaf(p, f, 0.240222424f);
-    p = fmaf(p, f, 0.693147004f);
-    p = fmaf(p, f, 1.f);
-    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
-}
-
 __device__ __forceinline__ float to_float(scalar x) {
 #if DTYPE == 0
     return x;

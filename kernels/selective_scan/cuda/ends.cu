@@ -1,6 +1,6 @@
 // What each segment of time makes of the state that enters it: out = decay · in + end. See docs/kernels.md.
-// A block owns BLOCK_CHANNELS channels of one segment of one sequence and walks it in tiles, from a state of 0. `split` of
-// its segments are one of the other kernels'. A lane computes Δ for the states of its channel that it has.
+// A block owns BLOCK_CHANNELS channels of one segment of one sequence and walks it in tiles, from a state of 0. A lane
+// computes Δ for the states of its channel that it has.
 // The host also defines REVERSE: whether it walks back through time, where what enters is the gradient of the state that
 // the segment leaves. Then x is the gradient of y, B is C, and the gate, if any, belongs to them.
 
@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_ends(
     const scalar* x, i64 x_batch, i64 x_time, const scalar* dt, i64 dt_batch, i64 dt_time,
     const scalar* z, i64 z_batch, i64 z_time, const scalar* B, i64 B_batch, i64 B_time,
     const float* A, const float* dt_bias, const int* seq_idx, i64 seq_batch, i64 seq_time, float* ends, float* decays,
-    i64 length_, i64 channels_, i64 states_, i64 groups_, i64 segments_, i64 split_, i64 dt_softplus) {
+    i64 length_, i64 channels_, i64 states_, i64 groups_, i64 segments_, i64 dt_softplus) {
     const int length = length_, channels = channels_, states = states_, groups = groups_, segments = segments_;
     extern __shared__ char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -29,10 +29,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_ends(
     const int channel0 = blockIdx.x % groups * BLOCK_CHANNELS;
     const int channel = channel0 + warp * WARP_CHANNELS + lane % CHANNEL_LANES;
     const int left = channels - channel0;  // channels of this block that exist, or more
-    // What the last segment of the others' in the direction of the walk makes of its state, no segment needs.
-    const int split = split_, needed = segments - split;
-    const i64 place = blockIdx.x / groups, batch = place / needed;
-    const int segment = place % needed + (REVERSE ? split : 0), tiles = (length + TILE - 1) / TILE;
+    // What the last segment in the direction of the walk makes of its state, no segment needs.
+    const i64 place = blockIdx.x / groups, batch = place / (segments - 1);
+    const int segment = place % (segments - 1) + REVERSE, tiles = (length + TILE - 1) / TILE;
     const int first_tile = segment_tile(tiles, segment, segments), end_tile = segment_tile(tiles, segment + 1, segments);
     const int start_tile = REVERSE ? end_tile - 1 : first_tile;
     constexpr int AHEAD = REVERSE ? -1 : 1;
@@ -97,8 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_ends(
                 Floats<4> b = *reinterpret_cast<Floats<4>*>(shared.B[buffer] + t * STATES + state0 + s0);
 #pragma unroll
                 for (int s = 0; s < 4; ++s) {
-                    float e = PACKED ? fmaf(d, a[s0 + s], reset) : d * a[s0 + s];
-                    float decay = s0 + s < POLY ? exp2_poly(e) : exp2_fast(e);
+                    float decay = exp2_fast(PACKED ? fmaf(d, a[s0 + s], reset) : d * a[s0 + s]);
                     float& state = h[s0 + s];
                     state = REVERSE ? decay * fmaf(w, b[s], state) : fmaf(decay, state, w * b[s]);
                 }

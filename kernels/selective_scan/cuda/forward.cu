@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     const scalar* C, i64 C_batch, i64 C_time, const float* A, const float* D, const float* dt_bias,
     const int* seq_idx, i64 seq_batch, i64 seq_time, const float* initial_state,
     const float* ends, const float* decays, scalar* y, scalar* ungated, float* final_state, float* starts,
-    i64 length_, i64 channels_, i64 states_, i64 groups_, i64 segments_, i64 split_, i64 dt_softplus) {
+    i64 length_, i64 channels_, i64 states_, i64 groups_, i64 segments_, i64 dt_softplus) {
     const int length = length_, channels = channels_, states = states_, groups = groups_, segments = segments_;
     extern __shared__ char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -88,8 +88,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     const Spread spread = spread_index<SUMS, CHANNEL_LANES, 32>(lane);
 
     fetch(first_tile);
-    const i64 ends_at = (batch * (segments - 1) * split_ * channels + channel) * STATES + state0;
-    lead_through(h, ends + ends_at, decays + ends_at, segment * static_cast<int>(split_), i64(channels) * STATES, channels - channel);
+    const i64 ends_at = (batch * (segments - 1) * channels + channel) * STATES + state0;
+    lead_through(h, ends + ends_at, decays + ends_at, segment, i64(channels) * STATES, channels - channel);
     B_rows.store(shared.B[first_tile & 1]);
     C_rows.store(shared.C[first_tile & 1]);
     const int lane_at = lane % CHANNEL_LANES * CHANNELS;
@@ -152,8 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
                     for (int k = 0; k < CHANNELS; ++k)
 #pragma unroll
                         for (int s = 0; s < 4; ++s) {
-                            float e = PACKED ? fmaf(d[k], a[k][s0 + s], reset) : d[k] * a[k][s0 + s];
-                            float decay = k * PER_LANE + s0 + s < POLY ? exp2_poly(e) : exp2_fast(e);
+                            float decay = exp2_fast(PACKED ? fmaf(d[k], a[k][s0 + s], reset) : d[k] * a[k][s0 + s]);
                             h[k][s0 + s] = fmaf(decay, h[k][s0 + s], w[k] * b[s]);
                             sums[u * CHANNELS + k] = fmaf(h[k][s0 + s], c[s], sums[u * CHANNELS + k]);
                         }

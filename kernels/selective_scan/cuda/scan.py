@@ -219,8 +219,7 @@ def forward(
     with torch.cuda.device(index):
         variant, segments = variants.forward_plan(states, batch, length, channels, _processors(index))
         dtype, gated, packed = _DTYPES[x.dtype], z is not None, seq_idx is not None
-        split = variants.ends_split(length, states, segments)
-        ends, decays = _ends(False, segments, split, x, dt, None, B, A, dt_bias, dt_softplus, seq_idx)
+        ends, decays = _ends(False, segments, x, dt, None, B, A, dt_bias, dt_softplus, seq_idx)
         aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z))
         kernel = _kernel("scan_forward", index, variant, dtype, gated, packed, aligned)
         groups = variant.groups(channels)
@@ -247,7 +246,6 @@ def forward(
                 states,
                 groups,
                 segments,
-                split,
                 dt_softplus,
             ),
         )
@@ -257,7 +255,6 @@ def forward(
 def _ends(
     reverse: bool,
     segments: int,
-    split: int,
     x: Tensor,
     dt: Tensor,
     z: Tensor | None,
@@ -269,8 +266,8 @@ def _ends(
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """What all segments but the last make of the state that enters them: see ends.cu, also for what `reverse` changes.
 
-    Each segment is `split` ones here. Returns (batch, (segments - 1) · split, channel, padded states) in fp32 twice:
-    the state after a segment is the second times the one before it plus the first. None where there is but one segment.
+    Returns (batch, segments - 1, channel, padded states) in fp32 twice: the state after a segment is the second times
+    the one before it plus the first. None where there is but one segment.
     """
     if segments == 1:
         return None, None
@@ -280,12 +277,12 @@ def _ends(
     aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z))
     kernel = _kernel("scan_ends", index, variant, dtype, z is not None, seq_idx is not None, aligned)
     groups = variant.groups(channels)
-    shape = (batch, (segments - 1) * split, channels, variant.padded_states)
+    shape = (batch, segments - 1, channels, variant.padded_states)
     ends, decays = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     activations = (argument for tensor in (x, dt, z, B) for argument in _strided(tensor))
-    sizes = (length, channels, states, groups, segments * split, split, dt_softplus)
+    sizes = (length, channels, states, groups, segments, dt_softplus)
     arguments = (*activations, A, dt_bias, *_strided(seq_idx), ends, decays, *sizes)
-    _launch(kernel, batch * (segments - 1) * split * groups, variant.threads, kernel.shared_bytes, arguments)
+    _launch(kernel, batch * (segments - 1) * groups, variant.threads, kernel.shared_bytes, arguments)
     return ends, decays
 
 
@@ -335,8 +332,7 @@ def backward(
     with torch.cuda.device(index):
         processors = _processors(index)
         variant, apart = variants.backward_plan(states, batch, length, channels, processors)
-        split = variants.ends_split(length, states, apart)
-        ends, decays = _ends(True, apart, split, y_grad, dt, z, C, A, dt_bias, dt_softplus, seq_idx)  # type: ignore[arg-type]
+        ends, decays = _ends(True, apart, y_grad, dt, z, C, A, dt_bias, dt_softplus, seq_idx)  # type: ignore[arg-type]
         time_parts = batch * apart  # of the sums over time
         A_parts = x.new_empty((time_parts, channels, states), dtype=torch.float32)
         D_parts, bias_parts = (x.new_empty((time_parts, channels), dtype=torch.float32) for _ in range(2))
@@ -388,7 +384,6 @@ def backward(
                 units,
                 group_items,
                 apart if apart > 1 else in_turn,
-                split,
                 dt_softplus,
             ),
         )

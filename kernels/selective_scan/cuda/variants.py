@@ -23,7 +23,7 @@ class SideBySide(NamedTuple):
 
 
 FORWARD = SideBySide(least_fill=9, least_segments=4, rounds=2)
-BACKWARD = SideBySide(least_fill=2, least_segments=2, rounds=6)
+BACKWARD = SideBySide(least_fill=3, least_segments=2, rounds=6)
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,8 @@ class Variant:
         scalars = SCALAR_BYTES[dtype]
         gate = block if gated else 1
         sizes = [4 * self.block_channels] * 2
-        if self.source in ("ends", "forward_lane"):
-            rows = 1 if self.source == "ends" else 2  # of states: B, and C
-            sizes = [8 * self.tile * self.padded_states] * rows + [8 * self.tile]
+        if self.source == "ends":
+            sizes = [8 * self.tile * self.padded_states, 8 * self.tile]
             sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars]
         elif self.source == "backward":
             chunks = max(1, self.tile // self.chunk - 1)
@@ -214,12 +213,6 @@ def _side_by_side(variant: Variant, batch: int, length: int, channels: int, proc
         return 1
     rounds = min(choice.rounds, tiles // (2 * LEAST_TILES * fill))
     return rounds * fill if rounds > 1 else min(fill, tiles // LEAST_TILES)
-
-
-def ends_split(length: int, states: int, segments: int) -> int:
-    """Of how many segments for `ends_variant` each of the other kernels' consists: shorter ones share a GPU evenly."""
-    tiles = math.ceil(length / tile_steps(states)) // segments
-    return max(1, min(3, tiles // 32))
 
 
 def segments(units: int, length: int, states: int, processors: int, at_once: int) -> int:

@@ -47,7 +47,6 @@ def test_against_the_reference(
 ) -> None:
     batch, length = sizes[:2]
     launched = emulated.install(monkeypatch, tmp_path)
-    monkeypatch.setattr(variants, "ends_split", lambda *_: 1 + packed)
     torch.manual_seed(0)
     inputs = make_inputs(*sizes, padding)
     seq_idx = (torch.rand(batch, length) < 0.05).cumsum(1).int() if packed else None
