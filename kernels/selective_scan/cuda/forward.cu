@@ -61,6 +61,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
             // Adding 0 waits for the load here and not in the loop, where it would wait for the loop's loads, too.
             h[k][s] = (given ? initial_state[(batch * channels + channel + k) * states + state0 + s] : 0.f) + 0.f;
         }
+    const i64 ends_at = (batch * (segments - 1) * channels + channel) * STATES + state0;
+    lead_through(h, ends + ends_at, decays + ends_at, segment, i64(channels) * STATES, channels - channel);
 
     const Fetch<THREADS> pieces(threadIdx.x, left);
     const scalar *x_next = pieces.place(x, x_time), *dt_next = pieces.place(dt, dt_time);
@@ -88,8 +90,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     const Spread spread = spread_index<SUMS, CHANNEL_LANES, 32>(lane);
 
     fetch(first_tile);
-    const i64 ends_at = (batch * (segments - 1) * channels + channel) * STATES + state0;
-    lead_through(h, ends + ends_at, decays + ends_at, segment, i64(channels) * STATES, channels - channel);
     B_rows.store(shared.B[first_tile & 1]);
     C_rows.store(shared.C[first_tile & 1]);
     const int lane_at = lane % CHANNEL_LANES * CHANNELS;

@@ -44,6 +44,7 @@ def resources(cubin: bytes, name: str, folder: Path) -> tuple[int, int]:
 
 def kernels(states: int, batch: int, channels: int) -> list[Variant]:
     found = [choose(states, batch, channels, 132) for choose in (variants.forward_variant, variants.backward_variant)]
+    found.append(variants.forward_plan(states, 1, 2**17, 16 * channels // states, 132)[0])  # segments side by side
     return found + [variants.ends_variant(states, reverse) for reverse in (False, True)]
 
 
