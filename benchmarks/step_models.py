@@ -129,7 +129,7 @@ def peer_step(model: nn.Module, optim: OptimConfig, graphs: bool = False) -> Cal
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
-    def passes(inputs: Tensor, targets: Tensor, _: None, n_targets: Tensor) -> Tensor:
+    def passes(inputs: Tensor, targets: Tensor, _: None, n_targets: Tensor, variant: object = None) -> Tensor:
         # A graph must find no casts of an earlier call.
         with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=not graphs):
             logits = model(inputs.contiguous()).logits
@@ -137,7 +137,7 @@ def peer_step(model: nn.Module, optim: OptimConfig, graphs: bool = False) -> Cal
         loss.backward()
         return loss.detach()
 
-    call = GraphedPasses(passes, list(model.parameters())) if graphs else passes
+    call = GraphedPasses(passes) if graphs else passes
 
     def step(batches: Batches, lr: float) -> Tensor:
         n_targets = torch.full((), float(sum(batch[:, 1:].numel() for batch in batches)), device="cuda")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]  # inputs, targets, seq_idx, n_targets
 Shapes = tuple[torch.Size | None, ...]
-Variant = tuple[bool, ...]
+Variant = tuple[bool, bool]  # the first of a step's micro-batches, the last
 
 
 @dataclass(frozen=True)
@@ -37,46 +37,43 @@ class GraphedPasses:
     kernels run in the same order either way, so the numbers are the same. `variant` tells apart passes of the same
     shape that do not launch the same; each has a graph, and all of them one memory. While `may_record` is false
     nothing is recorded: a variant's first call would need memory of its own beside the graph of another.
-    Whoever clears the gradients must keep their memory once `has_recorded`, as a graph adds to it.
+    Once it `has_recorded`, `.grad` of the parameters must stay the same tensors: a graph adds to those that it found;
+    where it found none, it makes them anew each time, at the same place.
     """
 
-    def __init__(self, passes: Callable[..., Tensor], parameters: list[nn.Parameter]) -> None:
+    def __init__(self, passes: Callable[..., Tensor]) -> None:
         self._passes = passes
-        self._parameters = parameters
         self._seen: set[tuple[Shapes, Variant]] = set()
         self._recorded: Shapes | None = None
         self._recordings: dict[Variant, _Recording | None] = {}
         self.has_recorded = False
         self.may_record = True
 
-    def __call__(self, *arguments: *Arguments, variant: Variant = ()) -> Tensor:
+    def __call__(self, *arguments: *Arguments, variant: Variant = (True, True)) -> Tensor:
         shapes = tuple(None if argument is None else argument.shape for argument in arguments)
         if (shapes, variant) not in self._seen or not self.may_record:
             self._seen.add((shapes, variant))
-            return self._passes(*arguments)
+            return self._passes(*arguments, variant=variant)
         self._recorded = self._recorded or shapes
         if shapes != self._recorded:
-            return self._passes(*arguments)
+            return self._passes(*arguments, variant=variant)
         if variant not in self._recordings:
-            self._recordings[variant] = self._record(arguments)
+            self._recordings[variant] = self._record(arguments, variant)
         recording = self._recordings[variant]
         if recording is None:
-            return self._passes(*arguments)
+            return self._passes(*arguments, variant=variant)
         for static, argument in zip(recording.arguments, arguments, strict=True):
             if static is not None and argument is not None:
                 static.copy_(argument)
         recording.graph.replay()
         return recording.loss.clone()  # the next replay writes there
 
-    def _record(self, arguments: Arguments) -> _Recording | None:
+    def _record(self, arguments: Arguments, variant: Variant) -> _Recording | None:
         """None, and a line in the log, where something cannot be recorded."""
         inputs, targets, seq_idx, n_targets = arguments
         static = _copy(inputs), _copy(targets), None if seq_idx is None else _copy(seq_idx), _copy(n_targets)
-        for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         others = [other.graph.pool() for other in self._recordings.values() if other is not None]
-        recorded = record(lambda: self._passes(*static), "the step", others[0] if others else None)
+        recorded = record(lambda: self._passes(*static, variant=variant), "the step", others[0] if others else None)
         if recorded is None:
             return None
         self.has_recorded = True

@@ -16,7 +16,6 @@ from kernels.selective_scan.plan import GPU_CHUNK
 from kernels.ssd.launch import GRADIENTS as SSD_GRADIENTS
 from mamba_train.config import (
     Config,
-    DeviceKind,
     EngineConfig,
     EngineKind,
     MixerKind,
@@ -72,21 +71,13 @@ def memory_per_device(config: Config, model: ModelConfig, world_size: int) -> di
         }
     head = padded_vocab_size(model) * model.d_model
     activations = activation_bytes(model, value_bytes, engine.recompute, micro_batch_tokens, engine.recompute_layers)
-    made = 0.0
-    if not _recorded(engine, world_size):
-        made = sum(memory.get(row, 0.0) for row in _made_at_the_end(engine, n_micro_batches))
+    made = sum(memory.get(row, 0.0) for row in _made_at_the_end(engine, n_micro_batches))
     # What is made while or after the backward pass frees the activations takes their place: the larger counts.
     memory["activations (estimate)" + (", beyond gradients" if made else "")] = max(
         activations / model.n_layer, activations - made
     )
     memory["logits chunk and gradient of the head"] = (4 + value_bytes) * _logits(model, micro_batch_tokens) + 4 * head
     return {name: round(size) for name, size in memory.items() if size}
-
-
-def _recorded(engine: EngineConfig, world_size: int) -> bool:
-    """Whether a CUDA graph is replayed: it keeps its activations, and the gradients that it adds to stay."""
-    may = engine.name in (EngineKind.single, EngineKind.auto) and world_size == 1
-    return may and engine.cuda_graphs is not False and engine.device is not DeviceKind.cpu
 
 
 def _made_at_the_end(engine: EngineConfig, n_micro_batches: int) -> list[str]:
@@ -243,8 +234,6 @@ def _changes(config: Config, world_size: int) -> Iterable[dict[str, object]]:
     engines: list[dict[str, object]] = [{}]
     if world_size > 1 and config.engine.name is not EngineKind.fsdp:
         engines.append({"engine.name": EngineKind.fsdp})
-    if _recorded(config.engine, world_size):
-        engines.append({"engine.cuda_graphs": False})
     single_rows: dict[str, object] = {"training.micro_batch_size": 1}
     for engine in engines:
         yield engine

@@ -20,7 +20,7 @@ from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.parallel.cast_once import CastOnce
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
-from mamba_train.parallel.graphed import GraphedPasses, GraphedUpdate
+from mamba_train.parallel.graphed import Arguments, GraphedPasses, GraphedUpdate, Variant
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks
@@ -66,13 +66,12 @@ class NativeEngine:
             for block in model.blocks():
                 block.compile()  # in place, so that parameter names stay as they are
         self.model: nn.Module = self._wrapped(model)
-        self._graphed = GraphedPasses(partial(accumulate, self), list(model.parameters())) if self._records() else None
+        self._graphed = GraphedPasses(self._pass_over) if self._records() else None
         if self._graphed is not None:
             self._graphed.may_record = False
-        self._graphed_update = GraphedUpdate(self._update)
+        self._graphed_updates = {clips: GraphedUpdate(partial(self._update, clips=clips)) for clips in (False, True)}
         # What an update reads besides: in memory, as a graph has to read it there.
         self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
-        self._optimizer.grad_scale = self._divisor  # type: ignore[attr-defined]  # the update divides gradients by it
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr
 
@@ -104,16 +103,24 @@ class NativeEngine:
         """Gradients need to be summed over the ranks after the last micro-batch only."""
 
     def backward(self, loss: Tensor) -> None:
+        if self._is_first:
+            self._begin_gradients()
         if self._casts is not None:
             self._casts.first = self._is_first
         loss.backward()
         self._is_first = False
 
+    def _pass_over(self, *arguments: *Arguments, variant: Variant) -> Tensor:
+        """What a graph holds; also what is left when recording it has failed, whatever that has changed."""
+        self._is_first, self._is_last = variant
+        return accumulate(self, *arguments)
+
     def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
         if self._graphed is not None:
             if self._casts is not None:
                 self._casts.refresh()
-            loss = self._graphed(inputs, targets, seq_idx, n_targets, variant=(self._is_first, self._is_last))
+            variant = (self._is_first, self._is_last)
+            loss = self._graphed(inputs, targets, seq_idx, n_targets, variant=variant)
             self._is_first = False
             return loss
         return accumulate(self, inputs, targets, seq_idx, n_targets)
@@ -127,37 +134,39 @@ class NativeEngine:
         by_layer = self._layer_norms() if self.config.layer_grad_norms or judgement.skip else {}
         if not judgement.skip:
             self._lr.fill_(lr)
-            self._divisor.fill_(max(1.0, (judgement.grad_norm + 1e-6) / self._max_grad_norm))
+            self._divisor.fill_((judgement.grad_norm + 1e-6) / self._max_grad_norm)
+            clips = judgement.grad_norm > self._max_grad_norm
             if self._graphed is not None and self._graphed.has_recorded:
-                self._graphed_update()
+                self._graphed_updates[clips]()
             else:
-                self._update()
-        else:
-            self._clear_gradients()
+                self._update(clips=clips)
+        self._forget_gradients()
         self._is_first = True
         if self._graphed is not None:
             self._graphed.may_record = True  # every kind of micro-batch has been there
         return StepResult(judgement.grad_norm, judgement.skip, by_layer)
 
     @torch.no_grad()
-    def _update(self) -> None:
+    def _update(self, *, clips: bool) -> None:
         """All that follows the decision to apply a step."""
         for group in self._optimizer.param_groups:
             group["capturable"] = self._is_recording()  # torch records only what says so
-        self._optimizer.step()
+        self._optimizer.grad_scale = self._divisor if clips else None  # type: ignore[attr-defined]
+        self._optimizer.step()  # on gradients divided by that
         if self._casts is not None:
             self._casts.refresh(all_of_them=True)
-        self._clear_gradients()
 
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _clear_gradients(self) -> None:
-        if self._graphed is not None and self._graphed.has_recorded:
-            overwritten = set() if self._casts is None else set(self._casts.weights)
-            kept = [p.grad for p in self._parameters.values() if p not in overwritten]
-            torch._foreach_zero_([gradient for gradient in kept if gradient is not None])
-        else:
+    def _begin_gradients(self) -> None:
+        """Before the first backward pass of a step. There are none but those of a graph, of which it is no part."""
+        if kept := [p.grad for p in self._parameters.values() if p.grad is not None]:
+            torch._foreach_zero_(kept)
+
+    def _forget_gradients(self) -> None:
+        """After a step. Those that a graph makes stay, to be overwritten by the next step's first pass."""
+        if self._graphed is None or not self._graphed.has_recorded:
             self._optimizer.zero_grad(set_to_none=True)
 
     def _layer_norms(self) -> dict[str, float]:

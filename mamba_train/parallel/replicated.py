@@ -34,5 +34,8 @@ class ReplicatedEngine(NativeEngine):
         super().backward(loss)
         self._buckets.finish()
 
-    def _clear_gradients(self) -> None:
+    def _begin_gradients(self) -> None:
         self._buckets.clear()
+
+    def _forget_gradients(self) -> None:
+        pass  # they are always there

@@ -120,13 +120,13 @@ def test_the_same_bits_after_a_skipped_step_and_a_rollback() -> None:
 def test_a_recording_that_fails_leaves_the_stream_as_it_was() -> None:
     weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
 
-    def passes(inputs: Tensor, *_: Tensor | None) -> Tensor:
+    def passes(inputs: Tensor, *_: Tensor | None, variant: object) -> Tensor:
         loss = (weight * inputs).sum()
         assert loss.item() == loss.item(), "the host waits, which no recording allows"
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    graphed = GraphedPasses(passes, [weight])
+    graphed = GraphedPasses(passes)
     stream = torch.cuda.current_stream()
     inputs = torch.tensor([1.0, 2.0, 4.0], device="cuda")
     for _ in range(3):
