@@ -1,0 +1,44 @@
+"""Run by test_fused_step.py in a process of its own: the kernels of a fused step, interpreted."""
+
+import os
+
+import pytest
+import torch
+
+from mamba_train.inference.decoder import Decoder
+from mamba_train.inference.fused_step import fused_step
+from mamba_train.inference.load import inference_model
+from mamba_train.model.selective_ssm import SSMState
+from tests.model.families import lively
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled, not interpreted"
+PROMPTS = [[5, 9, 2], [7], [1, 1, 2, 3, 5, 8]]
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2_groups", "mamba1_mlp"])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+@torch.no_grad()
+def test_steps_are_those_of_the_model(family: str, prompts: list[list[int]]) -> None:
+    trained = lively(family)
+    model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
+    wanted, fused = Decoder(model, prompts), Decoder(model, prompts)
+    for number in range(4):
+        token = torch.arange(len(prompts)) + 7 * number
+        logits = fused_step(model, token, fused._state)
+        torch.testing.assert_close(logits, wanted.step(token), rtol=1e-4, atol=1e-4)
+    for layer, expected in zip(fused._state, wanted._state, strict=True):
+        assert isinstance(layer, SSMState)
+        assert isinstance(expected, SSMState)
+        torch.testing.assert_close(layer.conv, expected.conv, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.scan, expected.scan, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_narrower_state_is_rounded_at_each_step() -> None:
+    trained = lively("mamba2")
+    model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
+    decoders = [Decoder(model, PROMPTS, state_dtype=torch.bfloat16) for _ in range(2)]
+    token = torch.tensor([3, 4, 5])
+    torch.testing.assert_close(
+        fused_step(model, token, decoders[0]._state), decoders[1].step(token), rtol=1e-4, atol=1e-4
+    )
