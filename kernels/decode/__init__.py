@@ -5,6 +5,6 @@ and the products, too. Without gradients, for contiguous tensors; a state is ove
 computes, and is taken where there is no such GPU.
 """
 
-from kernels.decode.launch import MAX_BATCH, conv_project, conv_ssd, dt_scan, linear, supports
+from kernels.decode.launch import MAX_BATCH, conv_project, conv_ssd, dt_scan, greedy, linear, supports
 
-__all__ = ["MAX_BATCH", "conv_project", "conv_ssd", "dt_scan", "linear", "supports"]
+__all__ = ["MAX_BATCH", "conv_project", "conv_ssd", "dt_scan", "greedy", "linear", "supports"]

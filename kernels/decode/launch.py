@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.dispatch import processors, triton_unsupported
 
 MAX_BATCH = 4  # sequences; for more, matrix products by cuBLAS read the weights as fast
+GREEDY_BLOCK = 8192  # logits that a program looks at, at once
 MAX_PIECES = 8  # of a row of a matrix, which is held in pieces whose sizes are powers of two
 
 
@@ -53,8 +54,8 @@ def linear(
 ) -> tuple[Tensor, Tensor | None]:
     """norm((x + residual) · silu(z)) · weightᵀ, and with `return_sum` x + residual in fp32.
 
-    Shapes: x, z (batch, channel), residual fp32; weight (output, channel); norm_weight (channel), None: no norm; groups:
-    that the norm is taken over. conv_state (batch, width - 1, c) takes in conv_input (batch, c) on the way.
+    Shapes: x, z (batch, channel), residual fp32; weight (output, channel); norm_weight (channel), None: no norm, which
+    is taken over `groups` of channels. conv_state (batch, width - 1, c) takes in conv_input (batch, c) on the way.
     """
     from kernels.decode.triton_kernels import linear_kernel
 
@@ -150,8 +151,8 @@ def conv_ssd(
 ) -> Tensor:
     """Mamba-2: y (batch, d_inner) of convolution and SSD step; `linear` after it has to advance conv_state.
 
-    Shapes: state (batch, head, head_dim, state), overwritten; conv_state (batch, width - 1, channel); x (batch, channel),
-    what the convolution gets: heads, then B and C of each group; dt (batch, head); A_log, D, dt_bias (head).
+    Shapes: state (batch, head, head_dim, state), overwritten; conv_state (batch, width - 1, channel); x (batch,
+    channel), what the convolution gets: heads, then B and C of each group; dt (batch, head); A_log, D, dt_bias (head).
     """
     from kernels.decode.triton_kernels import conv_ssd_kernel
 
@@ -170,6 +171,21 @@ def conv_ssd(
             **_pdl(x),
         )
     return y
+
+
+def greedy(logits: Tensor, classes: int, refused: int) -> Tensor:
+    """The first of the largest among the first `classes` logits of each row; `refused` where one is not finite.
+
+    Returns int64 (rows,). Shapes: logits (rows, at least `classes`), side by side in a row.
+    """
+    from kernels.decode.triton_kernels import greedy_kernel
+
+    token = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    with torch.cuda.device_of(logits):
+        greedy_kernel[(len(logits),)](
+            *(logits, token, classes, logits.stride(0)), REFUSED=refused, BLOCK=GREEDY_BLOCK, num_warps=16
+        )
+    return token
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton_math import clamp, softplus
+from kernels.triton_math import softplus
 
 
 @triton.jit
@@ -51,9 +51,9 @@ def linear_kernel(
 ):
     """Program r: ROWS outputs of y = weight · v for all sequences, v = [norm](x [+ residual] [· silu(z)]).
 
-    weight (outputs, SIZE), y, residual and total (batch, SIZE) are contiguous; PIECE divides the channels of each of the
-    GROUPS that the norm has. total gets x + residual in fp32. conv_state (batch, WIDTH - 1, conv_channels), whose readers
-    are through, takes in conv_input, SHIFTED channels by each program.
+    weight (outputs, SIZE), y, residual and total (batch, SIZE) are contiguous; PIECE divides the channels of each of
+    the GROUPS that the norm has. total gets x + residual in fp32. conv_state (batch, WIDTH - 1, conv_channels), whose
+    readers are through, takes in conv_input, SHIFTED channels by each program.
     """
     if PDL:
         gdc_launch_dependents()
@@ -108,7 +108,9 @@ def linear_kernel(
             tl.debug_barrier()  # as in conv_ssd_kernel
             for tap in tl.static_range(WIDTH - 2):
                 tl.store(place + tap * conv_channels, taps[tap], mask=c < conv_channels)
-            tl.store(place + (WIDTH - 2) * conv_channels, newest.to(conv_state.dtype.element_ty), mask=c < conv_channels)
+            tl.store(
+                place + (WIDTH - 2) * conv_channels, newest.to(conv_state.dtype.element_ty), mask=c < conv_channels
+            )
 
 
 @triton.jit
@@ -222,7 +224,9 @@ def dt_scan_kernel(
     n, k = tl.arange(0, STATES), tl.arange(0, RANK)
     row, column = channel < channels, n < states
     both = row[:, None] & column[None, :]
-    matrix = tl.load(dt_weight + channel[:, None] * rank + k[None, :], mask=row[:, None] & (k < rank)[None, :], other=0.0)
+    matrix = tl.load(
+        dt_weight + channel[:, None] * rank + k[None, :], mask=row[:, None] & (k < rank)[None, :], other=0.0
+    )
     rate = tl.load(A_log + channel[:, None] * states + n[None, :], mask=both, other=0.0).to(tl.float32)
     bias = tl.load(dt_bias + channel, mask=row, other=0.0).to(tl.float32)
     skip = tl.load(D + channel, mask=row, other=0.0).to(tl.float32)
@@ -310,3 +314,21 @@ def conv_ssd_kernel(
     tl.debug_barrier()
     tl.store(place, h.to(state.dtype.element_ty), mask=both)
     tl.store(y + sequence * d_inner + of_x, out.to(y.dtype.element_ty), mask=row)
+
+
+@triton.jit
+def greedy_kernel(logits, token, classes, row_stride, REFUSED: tl.constexpr, BLOCK: tl.constexpr):
+    """Program b: the first of the largest among the first `classes` logits of a row, REFUSED where one is not finite."""
+    row = logits + tl.program_id(0).to(tl.int64) * row_stride
+    c = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    place = tl.zeros([BLOCK], tl.int32)
+    is_bad = tl.zeros([BLOCK], tl.int32)
+    for first in tl.range(0, classes, BLOCK):
+        values = tl.load(row + first + c, mask=first + c < classes, other=float("-inf")).to(tl.float32)
+        is_bad |= ((first + c < classes) & ((values - values) != 0.0)).to(tl.int32)
+        place = tl.where(values > best, first + c, place)
+        best = tl.maximum(best, values)
+    largest = tl.max(best, axis=0)
+    found = tl.min(tl.where(best == largest, place, 2147483647), axis=0)
+    tl.store(token + tl.program_id(0), tl.where(tl.max(is_bad, axis=0) > 0, REFUSED, found).to(tl.int64))

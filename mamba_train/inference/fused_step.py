@@ -4,7 +4,6 @@ It computes what `MambaLM.step` does, from the weights where they lie: for infer
 put a hook between a module and its weights.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,10 +39,12 @@ def fused_step(model: MambaLM, token: Tensor, state: list[LayerState]) -> Tensor
 def _layer(block: Block, hidden: Tensor, residual: Tensor | None, state: SSMState) -> tuple[Tensor, Tensor]:
     mixer, norm = block.mixer, block.norm
     assert isinstance(mixer, Mamba1Mixer | Mamba2Mixer)
-    projected, total = decode.linear(
-        hidden, mixer.in_proj.weight, norm.weight, norm.eps, residual=residual, return_sum=True
-    )
-    hidden = (_mamba1 if isinstance(mixer, Mamba1Mixer) else _mamba2)(mixer, projected, state)
+    weight = mixer.in_proj.weight
+    projected, total = decode.linear(hidden, weight, norm.weight, norm.eps, residual=residual, return_sum=True)
+    if isinstance(mixer, Mamba1Mixer):
+        hidden = _mamba1(mixer, projected, state)
+    else:
+        hidden = _mamba2(mixer, projected, state)
     if block.has_mlp:
         norm, mlp = block.mlp_norm, block.mlp
         both, total = decode.linear(hidden, mlp.in_proj.weight, norm.weight, norm.eps, residual=total, return_sum=True)
@@ -64,9 +65,7 @@ def _mamba1(mixer: Mamba1Mixer, projected: Tensor, state: SSMState) -> Tensor:
 def _mamba2(mixer: Mamba2Mixer, projected: Tensor, state: SSMState) -> Tensor:
     ssm = mixer.ssm
     z, x, dt = ssm.parts(projected)
-    y = decode.conv_ssd(
-        state.scan, state.conv, x, dt, ssm.conv_weight, ssm.conv_bias, ssm.A_log, ssm.D, ssm.dt_bias
-    )
+    y = decode.conv_ssd(state.scan, state.conv, x, dt, ssm.conv_weight, ssm.conv_bias, ssm.A_log, ssm.D, ssm.dt_bias)
     return decode.linear(
         *(y, mixer.out_proj.weight, ssm.norm_weight, ssm.norm_eps),
         z=z,

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from kernels.decode import greedy, launch
 from mamba_train.inference.decoder import Decoder
 from mamba_train.inference.fused_step import fused_step
 from mamba_train.inference.load import inference_model
@@ -42,3 +43,19 @@ def test_a_narrower_state_is_rounded_at_each_step() -> None:
     torch.testing.assert_close(
         fused_step(model, token, decoders[0]._state), decoders[1].step(token), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_most_likely_token_is_the_first_of_the_largest(dtype: torch.dtype) -> None:
+    logits = torch.randn(7, 60, generator=torch.Generator().manual_seed(3)).to(dtype)
+    logits[0, [9, 40]] = 8
+    logits[1, 50:] = 9  # padding
+    logits[2, 7], logits[3, 7], logits[4, 7] = float("inf"), float("nan"), float("-inf")
+    logits[5, 55] = float("nan")  # in the padding
+    logits[6] = -3e38
+    expected = torch.where(logits[:, :50].isfinite().all(-1), logits[:, :50].float().argmax(-1), -1)
+    expected[6] = 0
+    for block in (16, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "GREEDY_BLOCK", block)
+            assert greedy(logits, 50, -1).tolist() == expected.tolist()
