@@ -93,7 +93,7 @@ def linear_kernel(
             v = v.to(x.dtype.element_ty).to(tl.float32)
             sums += matrix[piece].to(tl.float32) * v[None, :]
         tl.store(y + b * outputs + row, tl.sum(sums, axis=1).to(y.dtype.element_ty), mask=row < outputs)
-        if total is not None:
+        if total is not None:  # noqa: SIM102  decided when it is compiled, the other one when it runs
             if tl.program_id(0) == 0:
                 for piece in tl.static_range(PIECES):
                     tl.store(total + b * SIZE + piece * PIECE + k, values[piece])
@@ -151,8 +151,8 @@ def conv_project_kernel(
 ):
     """Program s of Mamba-1: the convolution of CHANNELS channels, and what these add to Δ, B and C.
 
-    state (batch, WIDTH - 1, channel) is overwritten; weight (outputs, channel), mixed (batch, channel) and parts (batch,
-    s, outputs), fp32, are contiguous.
+    state (batch, WIDTH - 1, channel) is overwritten; weight (outputs, channel), mixed (batch, channel) and parts
+    (batch, s, outputs), fp32, are contiguous.
     """
     if PDL:
         gdc_launch_dependents()
@@ -277,8 +277,8 @@ def conv_ssd_kernel(
 ):
     """Program (h, r, b) of Mamba-2: convolution and SSD step of ROWS of the head_dim rows of head h of sequence b.
 
-    x (batch, channel of the convolution: heads · head_dim, then B and C of each group). conv_state, which programs share,
-    is only read here; state (batch, head, head_dim, state) is overwritten.
+    x (batch, channel of the convolution: heads · head_dim, then B and C of each group). conv_state, which programs
+    share, is only read here; state (batch, head, head_dim, state) is overwritten.
     """
     if PDL:
         gdc_launch_dependents()
@@ -318,7 +318,7 @@ def conv_ssd_kernel(
 
 @triton.jit
 def greedy_kernel(logits, token, classes, row_stride, REFUSED: tl.constexpr, BLOCK: tl.constexpr):
-    """Program b: the first of the largest among the first `classes` logits of a row, REFUSED where one is not finite."""
+    """Program b: the first of the largest of a row's first `classes` logits; REFUSED where one is not finite."""
     row = logits + tl.program_id(0).to(tl.int64) * row_stride
     c = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)

@@ -41,10 +41,7 @@ def _layer(block: Block, hidden: Tensor, residual: Tensor | None, state: SSMStat
     assert isinstance(mixer, Mamba1Mixer | Mamba2Mixer)
     weight = mixer.in_proj.weight
     projected, total = decode.linear(hidden, weight, norm.weight, norm.eps, residual=residual, return_sum=True)
-    if isinstance(mixer, Mamba1Mixer):
-        hidden = _mamba1(mixer, projected, state)
-    else:
-        hidden = _mamba2(mixer, projected, state)
+    hidden = _mamba1(mixer, projected, state) if isinstance(mixer, Mamba1Mixer) else _mamba2(mixer, projected, state)
     if block.has_mlp:
         norm, mlp = block.mlp_norm, block.mlp
         both, total = decode.linear(hidden, mlp.in_proj.weight, norm.weight, norm.eps, residual=total, return_sum=True)

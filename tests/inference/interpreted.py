@@ -16,14 +16,14 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled
 PROMPTS = [[5, 9, 2], [7], [1, 1, 2, 3, 5, 8]]
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2_groups", "mamba1_mlp"])
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+@pytest.mark.parametrize(("family", "batch"), [("mamba1", 2), ("mamba2", 2), ("mamba2_groups", 1), ("mamba1_mlp", 1)])
 @torch.no_grad()
-def test_steps_are_those_of_the_model(family: str, prompts: list[list[int]]) -> None:
+def test_steps_are_those_of_the_model(family: str, batch: int) -> None:
+    prompts = PROMPTS[:batch]
     trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
     wanted, fused = Decoder(model, prompts), Decoder(model, prompts)
-    for number in range(4):
+    for number in range(2):
         token = torch.arange(len(prompts)) + 7 * number
         logits = fused_step(model, token, fused._state)
         torch.testing.assert_close(logits, wanted.step(token), rtol=1e-4, atol=1e-4)
@@ -38,8 +38,8 @@ def test_steps_are_those_of_the_model(family: str, prompts: list[list[int]]) -> 
 def test_a_narrower_state_is_rounded_at_each_step() -> None:
     trained = lively("mamba2")
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
-    decoders = [Decoder(model, PROMPTS, state_dtype=torch.bfloat16) for _ in range(2)]
-    token = torch.tensor([3, 4, 5])
+    decoders = [Decoder(model, PROMPTS[:1], state_dtype=torch.bfloat16) for _ in range(2)]
+    token = torch.tensor([3])
     torch.testing.assert_close(
         fused_step(model, token, decoders[0]._state), decoders[1].step(token), rtol=1e-4, atol=1e-4
     )
