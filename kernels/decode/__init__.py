@@ -1,8 +1,8 @@
 """A decoded token of a few sequences on an NVIDIA GPU: the parts of a layer's step, each one kernel.
 
 They compute what `rms_norm`, `causal_conv1d_step`, `selective_scan_step` and `ssd_step` do between two matrix products,
-and the products, too. Without gradients, for contiguous tensors; a state is overwritten. `reference.py` says what each
-computes, and is taken where there is no such GPU.
+and the products, too; in plain PyTorch that is `MambaLM.step`, against which they are tested. Without gradients, for
+contiguous tensors of one GPU; a state is overwritten. No operators of torch.library: their place is a CUDA graph.
 """
 
 from kernels.decode.launch import MAX_BATCH, conv_project, conv_ssd, dt_scan, greedy, linear, supports
