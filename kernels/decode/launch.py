@@ -33,10 +33,14 @@ class Launch(NamedTuple):
 LAUNCH = Launch()
 
 
-def supports(x: Tensor, *sizes: int) -> bool:
-    """Whether the kernels can run on activations like `x`, and rows of `sizes` channels be held in pieces."""
-    fits = all(size // _power_of_two_in(size) <= MAX_PIECES for size in sizes)
-    return x.is_cuda and len(x) <= MAX_BATCH and fits and triton_unsupported(x) is None
+def supports(x: Tensor) -> bool:
+    """Whether the kernels can run on activations like `x`."""
+    return x.is_cuda and triton_unsupported(x) is None
+
+
+def holds(size: int) -> bool:
+    """Whether a program of `linear` can hold rows of `size` channels, of one group of a norm."""
+    return size // _power_of_two_in(size) <= MAX_PIECES
 
 
 def linear(

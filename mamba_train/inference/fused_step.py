@@ -1,15 +1,16 @@
-"""The step of a model for a few sequences, in three (Mamba-2) or four kernels a layer.
+"""The step of a model in few kernels: for a few sequences three (Mamba-2) or four a layer, for many of Mamba-1 six.
 
 It computes what `MambaLM.step` does, from the weights where they lie: for inference on one device, where no engine has
 put a hook between a module and its weights.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import decode
 from mamba_train.config import MixerKind, layer_mixers
-from mamba_train.model.block import Block
+from mamba_train.model.block import Block, RMSNorm
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.mixers import LayerState, Mamba1Mixer, Mamba2Mixer
 from mamba_train.model.selective_ssm import SSMState
@@ -18,12 +19,14 @@ from mamba_train.model.selective_ssm import SSMState
 def can_fuse(model: MambaLM, batch_size: int) -> bool:
     """Whether `fused_step` computes the step of this model for so many sequences."""
     config, weight = model.config, model.embedding.weight
+    mixers = layer_mixers(config)
+    if MixerKind.attention in mixers or config.time_invariant or config.d_conv < 2 or not decode.supports(weight):
+        return False
+    if batch_size > decode.MAX_BATCH:
+        return MixerKind.mamba2 not in mixers and weight.dtype != torch.float32
     d_inner = config.expand * config.d_model
-    sizes = [config.d_model, d_inner // (config.n_groups if MixerKind.mamba2 in layer_mixers(config) else 1)]
-    if config.d_intermediate:
-        sizes.append(config.d_intermediate)
-    has_kernels = MixerKind.attention not in layer_mixers(config) and not config.time_invariant
-    return has_kernels and config.d_conv > 1 and decode.supports(weight[:batch_size], *sizes)
+    sizes = [config.d_model, d_inner // (config.n_groups if MixerKind.mamba2 in mixers else 1)]
+    return all(decode.holds(size) for size in [*sizes, config.d_intermediate or 1])
 
 
 def fused_step(model: MambaLM, token: Tensor, state: list[LayerState]) -> Tensor:
@@ -33,27 +36,42 @@ def fused_step(model: MambaLM, token: Tensor, state: list[LayerState]) -> Tensor
         assert isinstance(layer, SSMState), "can_fuse refuses attention"
         hidden, residual = _layer(block, hidden, residual, layer)
     head = model.embedding if model.lm_head is None else model.lm_head
-    return decode.linear(hidden, head.weight, model.norm.weight, model.norm.eps, residual=residual)[0]
+    return _normed_linear(hidden, residual, model.norm, head.weight)[0]
 
 
 def _layer(block: Block, hidden: Tensor, residual: Tensor | None, state: SSMState) -> tuple[Tensor, Tensor]:
-    mixer, norm = block.mixer, block.norm
+    mixer = block.mixer
     assert isinstance(mixer, Mamba1Mixer | Mamba2Mixer)
-    weight = mixer.in_proj.weight
-    projected, total = decode.linear(hidden, weight, norm.weight, norm.eps, residual=residual, return_sum=True)
+    projected, total = _normed_linear(hidden, residual, block.norm, mixer.in_proj.weight)
     hidden = _mamba1(mixer, projected, state) if isinstance(mixer, Mamba1Mixer) else _mamba2(mixer, projected, state)
     if block.has_mlp:
-        norm, mlp = block.mlp_norm, block.mlp
-        both, total = decode.linear(hidden, mlp.in_proj.weight, norm.weight, norm.eps, residual=total, return_sum=True)
+        both, total = _normed_linear(hidden, total, block.mlp_norm, block.mlp.in_proj.weight)
         value, gate = both.chunk(2, dim=-1)
-        hidden, _ = decode.linear(value, mlp.out_proj.weight, z=gate)
-    assert total is not None
+        out_proj = block.mlp.out_proj
+        hidden = decode.linear(value, out_proj.weight, z=gate)[0] if _is_few(value) else out_proj(value * F.silu(gate))
     return hidden, total
+
+
+def _normed_linear(hidden: Tensor, residual: Tensor | None, norm: RMSNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What a projection makes of the norm of hidden + residual, and that sum in fp32."""
+    if not _is_few(hidden):
+        hidden, total = norm(hidden, residual)
+        return F.linear(hidden, weight), total
+    y, sum_ = decode.linear(hidden, weight, norm.weight, norm.eps, residual=residual, return_sum=True)
+    assert sum_ is not None
+    return y, sum_
+
+
+def _is_few(rows: Tensor) -> bool:
+    return len(rows) <= decode.MAX_BATCH
 
 
 def _mamba1(mixer: Mamba1Mixer, projected: Tensor, state: SSMState) -> Tensor:
     ssm = mixer.ssm
     x, z = projected.chunk(2, dim=-1)
+    if not _is_few(x):
+        weights = (ssm.conv_weight, ssm.conv_bias, ssm.x_proj_weight, ssm.dt_proj_weight)
+        return mixer.out_proj(decode.conv_scan(state.conv, state.scan, x, z, *weights, ssm.dt_bias, ssm.A_log, ssm.D))
     x, parts = decode.conv_project(state.conv, x, ssm.conv_weight, ssm.conv_bias, ssm.x_proj_weight)
     y = decode.dt_scan(state.scan, x, z, parts, ssm.dt_proj_weight, ssm.dt_bias, ssm.A_log, ssm.D)
     return decode.linear(y, mixer.out_proj.weight)[0]

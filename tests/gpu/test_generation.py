@@ -50,15 +50,18 @@ def test_greedy_tokens_are_those_of_the_parallel_form(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 18])
 @pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2_groups", "mamba1_mlp"])
 @torch.no_grad()
 def test_fused_steps_are_those_of_the_model(family: str, batch: int, dtype: torch.dtype) -> None:
     trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cuda"), dtype)
-    assert can_fuse(model, batch)
-    assert not can_fuse(model, 64)
-    plain, fused = (Decoder(model, PROMPTS[:batch], cuda_graph=False) for _ in range(2))
+    if not can_fuse(model, batch):
+        assert batch > 4
+        assert dtype == torch.float32 or "mamba2" in family
+        return
+    prompts = (6 * PROMPTS)[:batch]
+    plain, fused = (Decoder(model, prompts, cuda_graph=False) for _ in range(2))
     for number in range(10):
         token = torch.arange(batch, device="cuda") + 3 * number
         wanted, plain._state = model.step(token, plain._state, in_place=True)
@@ -78,16 +81,17 @@ def model_of_real_width(mixer: MixerKind) -> MambaLM:
     return inference_model(config, weights, torch.device("cuda"), torch.bfloat16)
 
 
-@pytest.mark.parametrize("mixer", [MixerKind.mamba1, MixerKind.mamba2])
+@pytest.mark.parametrize(("mixer", "batch"), [(MixerKind.mamba1, 2), (MixerKind.mamba1, 30), (MixerKind.mamba2, 2)])
 @torch.no_grad()
-def test_kernels_that_start_early_change_no_bit(mixer: MixerKind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_start_early_change_no_bit(mixer: MixerKind, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of_real_width(mixer)
     found = []
+    prompts = (10 * PROMPTS)[:batch]
     for early, cuda_graph in ((True, True), (True, False), (False, False)):
         if not early:
             monkeypatch.setattr(launch, "_has_pdl", lambda index: False)
-        decoder = Decoder(model, PROMPTS[:2], cuda_graph=cuda_graph)
-        token = torch.tensor([3, 4], device="cuda")
+        decoder = Decoder(model, prompts, cuda_graph=cuda_graph)
+        token = torch.arange(batch, device="cuda")
         steps = []
         for _ in range(100):
             logits = decoder.step(token)

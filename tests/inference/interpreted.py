@@ -35,6 +35,22 @@ def test_steps_are_those_of_the_model(family: str, batch: int) -> None:
 
 
 @torch.no_grad()
+def test_steps_of_many_sequences() -> None:
+    trained = lively("mamba1")
+    model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
+    prompts = [[row % 50, 2 * row % 50] for row in range(18)]
+    wanted, fused = Decoder(model, prompts), Decoder(model, prompts)
+    for _ in range(2):
+        token = torch.arange(18)
+        torch.testing.assert_close(fused_step(model, token, fused._state), wanted.step(token), rtol=1e-4, atol=1e-4)
+    for layer, expected in zip(fused._state, wanted._state, strict=True):
+        assert isinstance(layer, SSMState)
+        assert isinstance(expected, SSMState)
+        torch.testing.assert_close(layer.conv, expected.conv, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.scan, expected.scan, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_narrower_state_is_rounded_at_each_step() -> None:
     trained = lively("mamba2")
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)

@@ -1,0 +1,151 @@
+"""A decoded token of many sequences of Mamba-1: what lies between the two large matrix products, in three kernels.
+
+As in `triton_kernels.py`, but with the small products on tensor cores: a program has BATCH sequences at once.
+"""
+
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated, misc, operator"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.triton_math import softplus
+
+
+@triton.jit
+def conv_project_kernel(
+    state,
+    x,
+    conv_weight,
+    conv_bias,
+    weight,
+    mixed,
+    parts,
+    batch,
+    channels,
+    outputs,
+    x_batch,
+    WIDTH: tl.constexpr,
+    BATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (c, g): the convolution of CHANNELS channels of BATCH sequences, and what these add to Δ, B and C.
+
+    state (batch, WIDTH - 1, channel) is overwritten; weight (outputs, channel), mixed (batch, channel) and parts
+    (c, batch, outputs), fp32, are contiguous. PIECES · OUTPUTS is at least `outputs`.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    b = (tl.program_id(1) * BATCH + tl.arange(0, BATCH))[:, None]
+    inside = (b < batch) & (channel < channels)[None, :]
+    taps = ()
+    for tap in tl.static_range(WIDTH):
+        value = tl.load(conv_weight + channel * WIDTH + tap, mask=channel < channels, other=0.0)
+        taps = taps + (value.to(tl.float32)[None, :],)
+    bias = tl.load(conv_bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    if PDL:
+        gdc_wait()
+    here = state + b.to(tl.int64) * (WIDTH - 1) * channels + channel[None, :]
+    newest = tl.load(x + b.to(tl.int64) * x_batch + channel[None, :], mask=inside, other=0.0)
+    olds = ()
+    for tap in tl.static_range(WIDTH - 1):
+        olds = olds + (tl.load(here + tap * channels, mask=inside, other=0.0),)
+    out = bias + newest.to(tl.float32) * taps[WIDTH - 1]
+    for tap in tl.static_range(WIDTH - 1):
+        out += olds[tap].to(tl.float32) * taps[tap]
+    rounded = (out / (1.0 + tl.exp(-out))).to(mixed.dtype.element_ty)
+    tl.debug_barrier()  # a small block is loaded by several warps: all of them before the first that stores
+    for tap in tl.static_range(1, WIDTH - 1):
+        tl.store(here + (tap - 1) * channels, olds[tap], mask=inside)
+    tl.store(here + (WIDTH - 2) * channels, newest.to(state.dtype.element_ty), mask=inside)
+    tl.store(mixed + b.to(tl.int64) * channels + channel[None, :], rounded, mask=inside)
+    for piece in tl.static_range(PIECES):
+        output = piece * OUTPUTS + tl.arange(0, OUTPUTS)
+        place = weight + output[:, None] * channels + channel[None, :]
+        matrix = tl.load(place, mask=(output < outputs)[:, None] & (channel < channels)[None, :], other=0.0)
+        part = tl.dot(rounded, tl.trans(matrix))
+        place = parts + (tl.program_id(0) * batch + b) * outputs + output[None, :]
+        tl.store(place, part, mask=(b < batch) & (output < outputs)[None, :])
+
+
+@triton.jit
+def sum_kernel(parts, sums, splits, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Program i: BLOCK of `size` sums of parts (splits, size), rounded to the dtype of sums."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, SPLITS)
+    mask = (split < splits)[:, None] & (place < size)[None, :]
+    values = tl.load(parts + split[:, None] * size + place[None, :], mask=mask, other=0.0)
+    tl.store(sums + place, tl.sum(values, axis=0).to(sums.dtype.element_ty), mask=place < size)
+
+
+@triton.jit
+def dt_scan_kernel(
+    state,
+    x,
+    z,
+    projected,
+    dt_weight,
+    dt_bias,
+    A_log,
+    D,
+    y,
+    batch,
+    channels,
+    rank,
+    states,
+    z_batch,
+    BATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RANK: tl.constexpr,
+    STATES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (c, g): the projection of Δ and a step of the scan for CHANNELS channels of BATCH sequences.
+
+    projected (batch, rank + 2 · states). All but z, whose channels are side by side, is contiguous; state (batch,
+    channel, state) is overwritten.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    n, k = tl.arange(0, STATES), tl.arange(0, RANK)
+    is_channel, is_sequence = channel < channels, b < batch
+    inside = is_sequence[:, None] & is_channel[None, :]
+    whole = inside[:, :, None] & (n < states)[None, None, :]
+    wide = b.to(tl.int64)[:, None]
+    place = dt_weight + channel[:, None] * rank + k[None, :]
+    matrix = tl.load(place, mask=is_channel[:, None] & (k < rank)[None, :], other=0.0)
+    place = A_log + channel[:, None] * states + n[None, :]
+    rate = tl.load(place, mask=is_channel[:, None] & (n < states)[None, :], other=0.0).to(tl.float32)
+    bias = tl.load(dt_bias + channel, mask=is_channel, other=0.0).to(tl.float32)
+    skip = tl.load(D + channel, mask=is_channel, other=0.0).to(tl.float32)
+    rate = -tl.exp(rate)
+    outputs = rank + 2 * states
+    if PDL:
+        gdc_wait()
+    place_of_h = state + (wide * channels + channel[None, :])[:, :, None] * states + n[None, None, :]
+    h = tl.load(place_of_h, mask=whole, other=0.0).to(tl.float32)
+    of_b = projected + b[:, None] * outputs
+    low = tl.load(of_b + k[None, :], mask=is_sequence[:, None] & (k < rank)[None, :], other=0.0)
+    both = is_sequence[:, None] & (n < states)[None, :]
+    read = tl.load(of_b + rank + n[None, :], mask=both, other=0.0).to(tl.float32)
+    written = tl.load(of_b + rank + states + n[None, :], mask=both, other=0.0).to(tl.float32)
+    value = tl.load(x + wide * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(z + wide * z_batch + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    delta = tl.dot(low, tl.trans(matrix)).to(y.dtype.element_ty).to(tl.float32)
+    delta = softplus(delta + bias[None, :])
+    h = tl.exp(delta[:, :, None] * rate[None, :, :]) * h + (delta * value)[:, :, None] * read[:, None, :]
+    tl.debug_barrier()  # as above
+    tl.store(place_of_h, h.to(state.dtype.element_ty), mask=whole)
+    out = tl.sum(h * written[:, None, :], axis=2) + skip[None, :] * value
+    out *= gate / (1.0 + tl.exp(-gate))
+    tl.store(y + wide * channels + channel[None, :], out.to(y.dtype.element_ty), mask=inside)
