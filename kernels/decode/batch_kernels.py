@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton_math import softplus
+from kernels.triton_math import INTERPRETED, softplus
 
 
 @triton.jit
@@ -149,3 +149,97 @@ def dt_scan_kernel(
     out = tl.sum(h * written[:, None, :], axis=2) + skip[None, :] * value
     out *= gate / (1.0 + tl.exp(-gate))
     tl.store(y + wide * channels + channel[None, :], out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _prefetch(place):
+    """Have the L2 cache fetch the 128 bytes around each address."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [place.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def linear_kernel(
+    x,
+    weight,
+    y,
+    batch,
+    outputs,
+    x_batch,
+    SIZE: tl.constexpr,
+    BATCH: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (r, s, g): OUTPUTS outputs of weight · x for BATCH sequences, from share s of the inputs.
+
+    weight (outputs, SIZE) and y (SPLITS, batch, outputs) are contiguous; INPUTS · SPLITS divides SIZE. LINES: how many
+    pieces of 128 bytes of a row of a share are fetched ahead, a power of two.
+    """
+    SHARE: tl.constexpr = SIZE // SPLITS
+    if PDL:
+        gdc_launch_dependents()
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    b = tl.program_id(2) * BATCH + tl.arange(0, BATCH)
+    k = tl.arange(0, INPUTS)
+    first = tl.program_id(1) * SHARE
+    rows = weight + output[:, None].to(tl.int64) * SIZE + first
+    if PDL:
+        if LINES > 0:
+            _prefetch(rows + tl.arange(0, LINES)[None, :] * (128 // (weight.dtype.element_ty.primitive_bitwidth // 8)))
+        gdc_wait()
+    sums = tl.zeros([BATCH, OUTPUTS], tl.float32)
+    for start in tl.range(0, SHARE, INPUTS, num_stages=STAGES):
+        values = tl.load(
+            x + b[:, None].to(tl.int64) * x_batch + (first + start + k)[None, :], mask=(b < batch)[:, None]
+        )
+        matrix = tl.load(rows + (start + k)[None, :], mask=(output < outputs)[:, None])
+        sums = tl.dot(values, tl.trans(matrix), sums)
+    place = y + (tl.program_id(1) * batch + b[:, None]).to(tl.int64) * outputs + output[None, :]
+    tl.store(place, sums.to(y.dtype.element_ty), mask=(b < batch)[:, None] & (output < outputs)[None, :])
+
+
+@triton.jit
+def norm_kernel(
+    parts,
+    residual,
+    weight,
+    y,
+    total,
+    batch,
+    size,
+    eps,
+    SPLITS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program b: total = sum of parts (SPLITS, batch, size) + residual, y = norm(total); all is contiguous."""
+    if PDL:
+        gdc_launch_dependents()
+    c = tl.arange(0, SIZE)
+    inside = c < size
+    scale = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64) * size + c
+    value = tl.zeros([SIZE], tl.float32)
+    for split in tl.static_range(SPLITS):
+        value += tl.load(parts + split * batch * size + row, mask=inside, other=0.0).to(tl.float32)
+    value = value.to(y.dtype.element_ty).to(tl.float32)
+    if residual is not None:
+        value += tl.load(residual + row, mask=inside, other=0.0)
+    tl.store(total + row, value, mask=inside)
+    square = tl.sum(value * value, axis=0)
+    value = value * tl.rsqrt(square / size + eps) * scale
+    tl.store(y + row, value.to(y.dtype.element_ty), mask=inside)

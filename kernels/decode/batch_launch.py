@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.decode.launch import _pdl, _power_of_two_from
+from kernels.decode.launch import _pdl, _power_of_two_from, _power_of_two_in
 
 PIECE = 32  # outputs of the projection that a program has at once
 
@@ -20,9 +20,69 @@ class Launch(NamedTuple):
     project_warps: int = 8
     scan: int = 32
     scan_warps: int = 8
+    own_products: bool = True
+    outputs: int = 64
+    inputs: int = 128
+    stages: int = 3
+    product_warps: int = 4
+    prefetch: bool = True
 
 
 LAUNCH = Launch()
+
+
+def product(x: Tensor, weight: Tensor, in_parts: bool = False) -> Tensor:
+    """x · weightᵀ, (batch, output), in the dtype of x; with `in_parts` (part, batch, output), in fp32, to be summed.
+
+    Shapes: x (batch, channel), weight (output, channel).
+    """
+    from kernels.decode.batch_kernels import linear_kernel
+
+    (batch, size), outputs = x.shape, len(weight)
+    tile = LAUNCH.outputs
+    if not LAUNCH.own_products or size % LAUNCH.inputs or x.dtype == torch.float32:
+        y = torch.nn.functional.linear(x, weight)
+        return y.unsqueeze(0) if in_parts else y
+    splits, sequences = 1, 64 if batch > 32 else max(16, _power_of_two_from(batch))
+    while in_parts and splits < 8 and size % (2 * splits * LAUNCH.inputs) == 0 and outputs * splits < 100 * tile:
+        splits *= 2
+    y = torch.empty((splits, batch, outputs), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    line = 128 // weight.element_size()
+    with torch.cuda.device_of(x):
+        linear_kernel[(-(-outputs // tile), splits, -(-batch // sequences))](
+            *(x, weight, y, batch, outputs, x.stride(0)),
+            SIZE=size,
+            BATCH=sequences,
+            OUTPUTS=tile,
+            INPUTS=LAUNCH.inputs,
+            SPLITS=splits,
+            STAGES=LAUNCH.stages,
+            LINES=_power_of_two_in(size // splits // line) if LAUNCH.prefetch else 0,
+            num_warps=LAUNCH.product_warps,
+            **_pdl(x),
+        )
+    return y if in_parts else y[0]
+
+
+def normed(parts: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """norm(total) in the dtype of weight, and total = sum of parts + residual in fp32.
+
+    Shapes: parts (part, batch, channel), residual (batch, channel) fp32, weight (channel).
+    """
+    from kernels.decode.batch_kernels import norm_kernel
+
+    splits, batch, size = parts.shape
+    total = torch.empty((batch, size), dtype=torch.float32, device=parts.device)
+    y = torch.empty((batch, size), dtype=weight.dtype, device=parts.device)
+    with torch.cuda.device_of(parts):
+        norm_kernel[(batch,)](
+            *(parts, residual, weight, y, total, batch, size, eps),
+            SPLITS=splits,
+            SIZE=_power_of_two_from(size),
+            num_warps=4,
+            **_pdl(parts),
+        )
+    return y, total
 
 
 def conv_scan(

@@ -23,7 +23,7 @@ def can_fuse(model: MambaLM, batch_size: int) -> bool:
     if MixerKind.attention in mixers or config.time_invariant or config.d_conv < 2 or not decode.supports(weight):
         return False
     if batch_size > decode.MAX_BATCH:
-        return MixerKind.mamba2 not in mixers and weight.dtype != torch.float32
+        return weight.dtype != torch.float32
     d_inner = config.expand * config.d_model
     sizes = [config.d_model, d_inner // (config.n_groups if MixerKind.mamba2 in mixers else 1)]
     return all(decode.holds(size) for size in [*sizes, config.d_intermediate or 1])
@@ -31,12 +31,17 @@ def can_fuse(model: MambaLM, batch_size: int) -> bool:
 
 def fused_step(model: MambaLM, token: Tensor, state: list[LayerState]) -> Tensor:
     """Logits (batch, padded vocabulary) for token (batch,); `state` becomes the new one. Needs torch.no_grad()."""
+    layer = _layer if len(token) <= decode.MAX_BATCH else _layer_of_many
     hidden, residual = F.embedding(token, model.embedding.weight), None
-    for block, layer in zip(model.blocks(), state, strict=True):
-        assert isinstance(layer, SSMState), "can_fuse refuses attention"
-        hidden, residual = _layer(block, hidden, residual, layer)
-    head = model.embedding if model.lm_head is None else model.lm_head
-    return _normed_linear(hidden, residual, model.norm, head.weight)[0]
+    if layer is _layer_of_many:
+        hidden = hidden.unsqueeze(0)
+    for block, layer_state in zip(model.blocks(), state, strict=True):
+        assert isinstance(layer_state, SSMState), "can_fuse refuses attention"
+        hidden, residual = layer(block, hidden, residual, layer_state)
+    head = (model.embedding if model.lm_head is None else model.lm_head).weight
+    if layer is _layer_of_many:
+        return decode.product(decode.normed(hidden, residual, model.norm.weight, model.norm.eps)[0], head)
+    return decode.linear(hidden, head, model.norm.weight, model.norm.eps, residual=residual)[0]
 
 
 def _layer(block: Block, hidden: Tensor, residual: Tensor | None, state: SSMState) -> tuple[Tensor, Tensor]:
@@ -47,31 +52,42 @@ def _layer(block: Block, hidden: Tensor, residual: Tensor | None, state: SSMStat
     if block.has_mlp:
         both, total = _normed_linear(hidden, total, block.mlp_norm, block.mlp.in_proj.weight)
         value, gate = both.chunk(2, dim=-1)
-        out_proj = block.mlp.out_proj
-        hidden = decode.linear(value, out_proj.weight, z=gate)[0] if _is_few(value) else out_proj(value * F.silu(gate))
+        hidden, _ = decode.linear(value, block.mlp.out_proj.weight, z=gate)
     return hidden, total
+
+
+def _layer_of_many(block: Block, parts: Tensor, residual: Tensor | None, state: SSMState) -> tuple[Tensor, Tensor]:
+    """parts (part, batch, d_model): their sum is what `hidden` is elsewhere."""
+    mixer = block.mixer
+    assert isinstance(mixer, Mamba1Mixer | Mamba2Mixer)
+    hidden, total = decode.normed(parts, residual, block.norm.weight, block.norm.eps)
+    projected = decode.product(hidden, mixer.in_proj.weight)
+    if isinstance(mixer, Mamba1Mixer):
+        ssm = mixer.ssm
+        x, z = projected.chunk(2, dim=-1)
+        weights = (ssm.conv_weight, ssm.conv_bias, ssm.x_proj_weight, ssm.dt_proj_weight)
+        y = decode.conv_scan(state.conv, state.scan, x, z, *weights, ssm.dt_bias, ssm.A_log, ssm.D)
+    else:
+        z, x, dt = mixer.ssm.parts(projected)
+        y, _ = mixer.ssm.step(x, dt, z, state, in_place=True)
+    parts = decode.product(y, mixer.out_proj.weight, in_parts=True)
+    if block.has_mlp:
+        hidden, total = decode.normed(parts, total, block.mlp_norm.weight, block.mlp_norm.eps)
+        value, gate = decode.product(hidden, block.mlp.in_proj.weight).chunk(2, dim=-1)
+        parts = decode.product(value * F.silu(gate), block.mlp.out_proj.weight, in_parts=True)
+    return parts, total
 
 
 def _normed_linear(hidden: Tensor, residual: Tensor | None, norm: RMSNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What a projection makes of the norm of hidden + residual, and that sum in fp32."""
-    if not _is_few(hidden):
-        hidden, total = norm(hidden, residual)
-        return F.linear(hidden, weight), total
-    y, sum_ = decode.linear(hidden, weight, norm.weight, norm.eps, residual=residual, return_sum=True)
-    assert sum_ is not None
-    return y, sum_
-
-
-def _is_few(rows: Tensor) -> bool:
-    return len(rows) <= decode.MAX_BATCH
+    y, total = decode.linear(hidden, weight, norm.weight, norm.eps, residual=residual, return_sum=True)
+    assert total is not None
+    return y, total
 
 
 def _mamba1(mixer: Mamba1Mixer, projected: Tensor, state: SSMState) -> Tensor:
     ssm = mixer.ssm
     x, z = projected.chunk(2, dim=-1)
-    if not _is_few(x):
-        weights = (ssm.conv_weight, ssm.conv_bias, ssm.x_proj_weight, ssm.dt_proj_weight)
-        return mixer.out_proj(decode.conv_scan(state.conv, state.scan, x, z, *weights, ssm.dt_bias, ssm.A_log, ssm.D))
     x, parts = decode.conv_project(state.conv, x, ssm.conv_weight, ssm.conv_bias, ssm.x_proj_weight)
     y = decode.dt_scan(state.scan, x, z, parts, ssm.dt_proj_weight, ssm.dt_bias, ssm.A_log, ssm.D)
     return decode.linear(y, mixer.out_proj.weight)[0]
