@@ -197,7 +197,10 @@ def linear_kernel(
     rows = weight + output[:, None].to(tl.int64) * SIZE + first
     if PDL:
         if LINES > 0:
-            _prefetch(rows + tl.arange(0, LINES)[None, :] * (128 // (weight.dtype.element_ty.primitive_bitwidth // 8)))
+            rows_inside = weight + tl.minimum(output, outputs - 1)[:, None].to(tl.int64) * SIZE + first
+            _prefetch(
+                rows_inside + tl.arange(0, LINES)[None, :] * (128 // (weight.dtype.element_ty.primitive_bitwidth // 8))
+            )
         gdc_wait()
     sums = tl.zeros([BATCH, OUTPUTS], tl.float32)
     for start in tl.range(0, SHARE, INPUTS, num_stages=STAGES):
