@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton_math import INTERPRETED, softplus
+from kernels.decode.triton_kernels import prefetch
+from kernels.triton_math import softplus
 
 
 @triton.jit
@@ -48,6 +49,12 @@ def conv_project_kernel(
         value = tl.load(conv_weight + channel * WIDTH + tap, mask=channel < channels, other=0.0)
         taps = taps + (value.to(tl.float32)[None, :],)
     bias = tl.load(conv_bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    matrices = ()
+    for piece in tl.static_range(PIECES):
+        output = piece * OUTPUTS + tl.arange(0, OUTPUTS)
+        place = weight + output[:, None] * channels + channel[None, :]
+        mask = (output < outputs)[:, None] & (channel < channels)[None, :]
+        matrices = matrices + (tl.load(place, mask=mask, other=0.0),)
     if PDL:
         gdc_wait()
     here = state + b.to(tl.int64) * (WIDTH - 1) * channels + channel[None, :]
@@ -66,9 +73,7 @@ def conv_project_kernel(
     tl.store(mixed + b.to(tl.int64) * channels + channel[None, :], rounded, mask=inside)
     for piece in tl.static_range(PIECES):
         output = piece * OUTPUTS + tl.arange(0, OUTPUTS)
-        place = weight + output[:, None] * channels + channel[None, :]
-        matrix = tl.load(place, mask=(output < outputs)[:, None] & (channel < channels)[None, :], other=0.0)
-        part = tl.dot(rounded, tl.trans(matrix))
+        part = tl.dot(rounded, tl.trans(matrices[piece]))
         place = parts + (tl.program_id(0) * batch + b) * outputs + output[None, :]
         tl.store(place, part, mask=(b < batch) & (output < outputs)[None, :])
 
@@ -152,20 +157,6 @@ def dt_scan_kernel(
 
 
 @triton.jit
-def _prefetch(place):
-    """Have the L2 cache fetch the 128 bytes around each address."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [place.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def linear_kernel(
     x,
     weight,
@@ -198,7 +189,7 @@ def linear_kernel(
     if PDL:
         if LINES > 0:
             rows_inside = weight + tl.minimum(output, outputs - 1)[:, None].to(tl.int64) * SIZE + first
-            _prefetch(
+            prefetch(
                 rows_inside + tl.arange(0, LINES)[None, :] * (128 // (weight.dtype.element_ty.primitive_bitwidth // 8))
             )
         gdc_wait()

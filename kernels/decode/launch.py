@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.dispatch import processors, triton_unsupported
 
-MAX_BATCH = 4  # sequences; for more, matrix products by cuBLAS read the weights as fast
+MAX_BATCH = 2  # sequences; for more, tensor cores are faster
 GREEDY_BLOCK = 8192  # logits that a program looks at, at once
 MAX_PIECES = 8  # of a row of a matrix, which is held in pieces whose sizes are powers of two
 
@@ -22,11 +22,16 @@ class Launch(NamedTuple):
     each multiprocessor; project, scan: channels of a program of `conv_project` and `dt_scan`; ssd: rows of a head.
     """
 
-    tile_bytes: int = 32 * 1024
+    tile_bytes: int = 16 * 1024
     programs: int = 2
+    resident: int = 4
+    tiles: int = 4
+    ahead_bytes: int = 16 * 2**20
+    prefetch: bool = True
+    policy: str = ""
     warps: int = 4
-    project: int = 64
-    scan: int = 32
+    project: int = 128
+    scan: int = 64
     ssd: int = 16
 
 
@@ -55,11 +60,13 @@ def linear(
     return_sum: bool = False,
     conv_state: Tensor | None = None,
     conv_input: Tensor | None = None,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """norm((x + residual) · silu(z)) · weightᵀ, and with `return_sum` x + residual in fp32.
 
     Shapes: x, z (batch, channel), residual fp32; weight (output, channel); norm_weight (channel), None: no norm, which
     is taken over `groups` of channels. conv_state (batch, width - 1, c) takes in conv_input (batch, c) on the way.
+    ahead: a matrix that is needed next.
     """
     from kernels.decode.triton_kernels import linear_kernel
 
@@ -68,18 +75,24 @@ def linear(
     y = x.new_empty((batch, outputs))
     total = torch.empty((batch, size), dtype=torch.float32, device=x.device) if return_sum else None
     rows = _rows(outputs, size * weight.element_size(), processors(x.device.index) if x.is_cuda else 1, LAUNCH)
-    programs = -(-outputs // rows)
+    tiles, programs = _tiles(outputs, rows, processors(x.device.index) if x.is_cuda else 1, LAUNCH)
+    line = 128 // weight.element_size()
+    ahead_size = 0 if ahead is None else min(ahead.numel(), LAUNCH.ahead_bytes // ahead.element_size())
     width, conv_channels = (2, 0) if conv_state is None else (conv_state.shape[1] + 1, conv_state.shape[2])
     with torch.cuda.device_of(x):
         linear_kernel[(programs,)](
             *(x, residual, z, norm_weight, weight, y, total, conv_state, conv_input),
-            *(outputs, eps, x.stride(0), 0 if z is None else z.stride(0), conv_channels),
-            0 if conv_input is None else conv_input.stride(0),
+            *(ahead if ahead_size else None, outputs, eps, x.stride(0), 0 if z is None else z.stride(0), conv_channels),
+            *(0 if conv_input is None else conv_input.stride(0), ahead_size),
             BATCH=batch,
             SIZE=size,
             PIECE=_power_of_two_in(size // groups),
             GROUPS=groups,
             ROWS=rows,
+            TILES=tiles,
+            LINES=_power_of_two_from(rows * size // line) if LAUNCH.prefetch else 0,
+            AHEAD=_power_of_two_from(-(-ahead_size // (line * programs))),
+            POLICY=LAUNCH.policy,
             WIDTH=width,
             SHIFTED=_power_of_two_from(-(-conv_channels // programs)),
             num_warps=LAUNCH.warps,
@@ -199,6 +212,14 @@ def _rows(outputs: int, row_bytes: int, multiprocessors: int, launch: Launch) ->
     while rows > 1 and (rows * row_bytes > launch.tile_bytes or outputs < rows * launch.programs * multiprocessors):
         rows //= 2
     return rows
+
+
+@functools.cache
+def _tiles(outputs: int, rows: int, multiprocessors: int, launch: Launch) -> tuple[int, int]:
+    """How many tiles of `rows` outputs a program of `linear` has one after the other; how many programs there are."""
+    tiles = -(-outputs // rows)
+    each = max(1, min(launch.tiles, -(-tiles // (launch.resident * multiprocessors))))
+    return each, -(-tiles // each)
 
 
 def _pdl(x: Tensor) -> dict[str, Any]:

@@ -15,12 +15,43 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton_math import softplus
+from kernels.triton_math import INTERPRETED, softplus
 
 
 @triton.jit
 def _silu(x):
     return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def prefetch(place):
+    """Have the L2 cache fetch the 128 bytes around each address, whoever writes them."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [place.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _prefetch_from(matrix, start, size, LINES: tl.constexpr):
+    """LINES times 128 bytes of a matrix of `size` elements."""
+    line: tl.constexpr = 1024 // matrix.dtype.element_ty.primitive_bitwidth
+    prefetch(matrix + tl.minimum(start + tl.arange(0, LINES) * line, size - 1))
+
+
+@triton.jit
+def _tile(weight, row, outputs, SIZE: tl.constexpr, PIECE: tl.constexpr, POLICY: tl.constexpr):
+    """Rows of a matrix in pieces."""
+    pieces = ()
+    for piece in tl.static_range(SIZE // PIECE):
+        place = weight + row[:, None].to(tl.int64) * SIZE + (piece * PIECE + tl.arange(0, PIECE))[None, :]
+        pieces = pieces + (tl.load(place, mask=(row < outputs)[:, None], other=0.0, eviction_policy=POLICY),)
+    return pieces
 
 
 @triton.jit
@@ -34,42 +65,55 @@ def linear_kernel(
     total,
     conv_state,
     conv_input,
+    ahead,
     outputs,
     eps,
     x_batch,
     z_batch,
     conv_channels,
     conv_input_batch,
+    ahead_size,
     BATCH: tl.constexpr,
     SIZE: tl.constexpr,
     PIECE: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    LINES: tl.constexpr,
+    AHEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     SHIFTED: tl.constexpr,
+    POLICY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program r: ROWS outputs of y = weight · v for all sequences, v = [norm](x [+ residual] [· silu(z)]).
+    """Program r: TILES times ROWS outputs of y = weight · v for all sequences, v = [norm](x [+ residual] [· silu(z)]).
 
     weight (outputs, SIZE), y, residual and total (batch, SIZE) are contiguous; PIECE divides the channels of each of
     the GROUPS that the norm has. total gets x + residual in fp32. conv_state (batch, WIDTH - 1, conv_channels), whose
-    readers are through, takes in conv_input, SHIFTED channels by each program.
+    readers are through, takes in conv_input, SHIFTED channels by each program. LINES, AHEAD: times 128 bytes that a
+    program has the L2 cache fetch of each of its later tiles, and of `ahead`, what the next kernels will read.
     """
     if PDL:
         gdc_launch_dependents()
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    programs, program = tl.num_programs(0), tl.program_id(0)
     k = tl.arange(0, PIECE)
     PIECES: tl.constexpr = SIZE // PIECE
     PER_GROUP: tl.constexpr = PIECES // GROUPS
-    matrix = ()
+    matrix = _tile(weight, program * ROWS + tl.arange(0, ROWS), outputs, SIZE, PIECE, POLICY)
     scales = ()
-    for piece in tl.static_range(PIECES):
-        place = weight + row[:, None].to(tl.int64) * SIZE + (piece * PIECE + k)[None, :]
-        matrix = matrix + (tl.load(place, mask=(row < outputs)[:, None], other=0.0),)
-        if norm_weight is not None:
+    if norm_weight is not None:
+        for piece in tl.static_range(PIECES):
             scales = scales + (tl.load(norm_weight + piece * PIECE + k).to(tl.float32),)
     if PDL:
+        if LINES > 0:
+            for tile in tl.static_range(1, TILES):
+                start = (program + tile * programs).to(tl.int64) * (ROWS * SIZE)
+                _prefetch_from(weight, start, tl.full((), SIZE, tl.int64) * outputs, LINES)
+        if ahead is not None:
+            line: tl.constexpr = 1024 // ahead.dtype.element_ty.primitive_bitwidth
+            _prefetch_from(ahead, program * (AHEAD * line), ahead_size, AHEAD)
         gdc_wait()
+    vectors = ()
     for b in tl.static_range(BATCH):
         values = ()
         squares = ()
@@ -82,7 +126,6 @@ def linear_kernel(
             values = values + (v,)
             if norm_weight is not None:
                 squares = squares + (tl.sum(v * v, axis=0),)
-        sums = tl.zeros([ROWS, PIECE], tl.float32)
         for piece in tl.static_range(PIECES):
             v = values[piece]
             if norm_weight is not None:
@@ -90,15 +133,23 @@ def linear_kernel(
                 for other in tl.static_range(PER_GROUP):
                     square += squares[piece // PER_GROUP * PER_GROUP + other]
                 v *= tl.rsqrt(square / (SIZE // GROUPS) + eps) * scales[piece]
-            v = v.to(x.dtype.element_ty).to(tl.float32)
-            sums += matrix[piece].to(tl.float32) * v[None, :]
-        tl.store(y + b * outputs + row, tl.sum(sums, axis=1).to(y.dtype.element_ty), mask=row < outputs)
+            vectors = vectors + (v.to(x.dtype.element_ty).to(tl.float32),)
         if total is not None:  # noqa: SIM102  decided when it is compiled, the other one when it runs
-            if tl.program_id(0) == 0:
+            if program == 0:
                 for piece in tl.static_range(PIECES):
                     tl.store(total + b * SIZE + piece * PIECE + k, values[piece])
+    for tile in tl.static_range(TILES):
+        row = (program + tile * programs) * ROWS + tl.arange(0, ROWS)
+        current = matrix
+        if tile + 1 < TILES:
+            matrix = _tile(weight, row + programs * ROWS, outputs, SIZE, PIECE, POLICY)
+        for b in tl.static_range(BATCH):
+            sums = tl.zeros([ROWS, PIECE], tl.float32)
+            for piece in tl.static_range(PIECES):
+                sums += current[piece].to(tl.float32) * vectors[b * PIECES + piece][None, :]
+            tl.store(y + b * outputs + row, tl.sum(sums, axis=1).to(y.dtype.element_ty), mask=row < outputs)
     if conv_state is not None:
-        c = tl.program_id(0) * SHIFTED + tl.arange(0, SHIFTED)
+        c = program * SHIFTED + tl.arange(0, SHIFTED)
         for b in tl.static_range(BATCH):
             newest = tl.load(conv_input + b * conv_input_batch + c, mask=c < conv_channels)
             taps = ()
@@ -108,9 +159,8 @@ def linear_kernel(
             tl.debug_barrier()  # as in conv_ssd_kernel
             for tap in tl.static_range(WIDTH - 2):
                 tl.store(place + tap * conv_channels, taps[tap], mask=c < conv_channels)
-            tl.store(
-                place + (WIDTH - 2) * conv_channels, newest.to(conv_state.dtype.element_ty), mask=c < conv_channels
-            )
+            place += (WIDTH - 2) * conv_channels
+            tl.store(place, newest.to(conv_state.dtype.element_ty), mask=c < conv_channels)
 
 
 @triton.jit
@@ -233,6 +283,8 @@ def dt_scan_kernel(
     rate = -tl.exp(rate)
     outputs = rank + 2 * states
     if PDL:
+        for b in tl.static_range(BATCH):
+            prefetch(state + (b * channels + tl.minimum(channel, channels - 1)) * states)
         gdc_wait()
     for b in tl.static_range(BATCH):
         place = state + (b * channels + channel[:, None]) * states + n[None, :]
@@ -298,9 +350,14 @@ def conv_ssd_kernel(
     rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
     bias = tl.load(dt_bias + head).to(tl.float32)
     skip = tl.load(D + head).to(tl.float32)
+    of_head = state + (sequence * heads + head) * head_dim * states
     if PDL:
+        line: tl.constexpr = 1024 // state.dtype.element_ty.primitive_bitwidth
+        if STATES >= line:  # noqa: SIM300
+            at = tl.minimum(in_head, head_dim - 1)[:, None] * states + tl.arange(0, STATES // line)[None, :] * line
+            prefetch(of_head + at)
         gdc_wait()
-    place = state + ((sequence * heads + head) * head_dim + in_head[:, None]) * states + n[None, :]
+    place = of_head + in_head[:, None] * states + n[None, :]
     h = tl.load(place, mask=both, other=0.0).to(tl.float32)
     delta = softplus(tl.load(dt + sequence * dt_batch + head).to(tl.float32) + bias)
     x += sequence * x_batch

@@ -35,31 +35,45 @@ def fused_step(model: MambaLM, token: Tensor, state: list[LayerState]) -> Tensor
     hidden, residual = F.embedding(token, model.embedding.weight), None
     if layer is _layer_of_many:
         hidden = hidden.unsqueeze(0)
-    for block, layer_state in zip(model.blocks(), state, strict=True):
-        assert isinstance(layer_state, SSMState), "can_fuse refuses attention"
-        hidden, residual = layer(block, hidden, residual, layer_state)
     head = (model.embedding if model.lm_head is None else model.lm_head).weight
+    blocks = model.blocks()
+    next_weights = [*(_mixer(block).in_proj.weight for block in blocks[1:]), head]
+    for block, layer_state, ahead in zip(blocks, state, next_weights, strict=True):
+        assert isinstance(layer_state, SSMState), "can_fuse refuses attention"
+        hidden, residual = layer(block, hidden, residual, layer_state, ahead)
     if layer is _layer_of_many:
         return decode.product(decode.normed(hidden, residual, model.norm.weight, model.norm.eps)[0], head)
     return decode.linear(hidden, head, model.norm.weight, model.norm.eps, residual=residual)[0]
 
 
-def _layer(block: Block, hidden: Tensor, residual: Tensor | None, state: SSMState) -> tuple[Tensor, Tensor]:
-    mixer = block.mixer
-    assert isinstance(mixer, Mamba1Mixer | Mamba2Mixer)
+def _mixer(block: Block) -> Mamba1Mixer | Mamba2Mixer:
+    assert isinstance(block.mixer, Mamba1Mixer | Mamba2Mixer), "can_fuse refuses others"
+    return block.mixer
+
+
+def _layer(
+    block: Block, hidden: Tensor, residual: Tensor | None, state: SSMState, ahead: Tensor
+) -> tuple[Tensor, Tensor]:
+    """ahead: the matrix that the next layer begins with."""
+    mixer = _mixer(block)
     projected, total = _normed_linear(hidden, residual, block.norm, mixer.in_proj.weight)
-    hidden = _mamba1(mixer, projected, state) if isinstance(mixer, Mamba1Mixer) else _mamba2(mixer, projected, state)
+    after = None if block.has_mlp else ahead
+    if isinstance(mixer, Mamba1Mixer):
+        hidden = _mamba1(mixer, projected, state, after)
+    else:
+        hidden = _mamba2(mixer, projected, state, after)
     if block.has_mlp:
         both, total = _normed_linear(hidden, total, block.mlp_norm, block.mlp.in_proj.weight)
         value, gate = both.chunk(2, dim=-1)
-        hidden, _ = decode.linear(value, block.mlp.out_proj.weight, z=gate)
+        hidden, _ = decode.linear(value, block.mlp.out_proj.weight, z=gate, ahead=ahead)
     return hidden, total
 
 
-def _layer_of_many(block: Block, parts: Tensor, residual: Tensor | None, state: SSMState) -> tuple[Tensor, Tensor]:
+def _layer_of_many(
+    block: Block, parts: Tensor, residual: Tensor | None, state: SSMState, ahead: Tensor
+) -> tuple[Tensor, Tensor]:
     """parts (part, batch, d_model): their sum is what `hidden` is elsewhere."""
-    mixer = block.mixer
-    assert isinstance(mixer, Mamba1Mixer | Mamba2Mixer)
+    mixer = _mixer(block)
     hidden, total = decode.normed(parts, residual, block.norm.weight, block.norm.eps)
     projected = decode.product(hidden, mixer.in_proj.weight)
     if isinstance(mixer, Mamba1Mixer):
@@ -85,15 +99,15 @@ def _normed_linear(hidden: Tensor, residual: Tensor | None, norm: RMSNorm, weigh
     return y, total
 
 
-def _mamba1(mixer: Mamba1Mixer, projected: Tensor, state: SSMState) -> Tensor:
+def _mamba1(mixer: Mamba1Mixer, projected: Tensor, state: SSMState, ahead: Tensor | None) -> Tensor:
     ssm = mixer.ssm
     x, z = projected.chunk(2, dim=-1)
     x, parts = decode.conv_project(state.conv, x, ssm.conv_weight, ssm.conv_bias, ssm.x_proj_weight)
     y = decode.dt_scan(state.scan, x, z, parts, ssm.dt_proj_weight, ssm.dt_bias, ssm.A_log, ssm.D)
-    return decode.linear(y, mixer.out_proj.weight)[0]
+    return decode.linear(y, mixer.out_proj.weight, ahead=ahead)[0]
 
 
-def _mamba2(mixer: Mamba2Mixer, projected: Tensor, state: SSMState) -> Tensor:
+def _mamba2(mixer: Mamba2Mixer, projected: Tensor, state: SSMState, ahead: Tensor | None) -> Tensor:
     ssm = mixer.ssm
     z, x, dt = ssm.parts(projected)
     y = decode.conv_ssd(state.scan, state.conv, x, dt, ssm.conv_weight, ssm.conv_bias, ssm.A_log, ssm.D, ssm.dt_bias)
@@ -103,4 +117,5 @@ def _mamba2(mixer: Mamba2Mixer, projected: Tensor, state: SSMState) -> Tensor:
         groups=ssm.group_shape[0],
         conv_state=state.conv,
         conv_input=x,
+        ahead=ahead,
     )[0]
