@@ -6,9 +6,9 @@ Weights are random (the time does not depend on them), matrices bf16, sampling g
 the time from the second new token to the last of 66, divided by 64: neither the prompt nor the capture of a graph is in
 it. Where it would take over two seconds, of 18. Median and range of five generations, of two where they take long.
 mamba_ssm decodes by the CUDA graph of its `generate(cg=True)` and looks at no token; ours brings each to the CPU, as
-whoever shows a text or stops at a string has to. Our state is fp32; that of mamba_ssm and transformers has the dtype of their
-weights, so a row with ours in bf16 is there, too. What is not installed, or does not run, is left out with a line that
-says why.
+whoever shows a text or stops at a string has to. Our state is fp32; that of mamba_ssm and transformers has the dtype
+of their weights, so a row with ours in bf16 is there, too. What is not installed, or does not run, is left out with a
+line that says why.
 """
 
 from __future__ import annotations

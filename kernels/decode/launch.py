@@ -28,7 +28,7 @@ class Launch(NamedTuple):
     tiles: int = 4
     ahead_bytes: int = 16 * 2**20
     prefetch: bool = True
-    policy: str = ""
+    once: bool = False
     warps: int = 4
     project: int = 128
     scan: int = 64
@@ -92,7 +92,7 @@ def linear(
             TILES=tiles,
             LINES=_power_of_two_from(rows * size // line) if LAUNCH.prefetch else 0,
             AHEAD=_power_of_two_from(-(-ahead_size // (line * programs))),
-            POLICY=LAUNCH.policy,
+            ONCE=LAUNCH.once,
             WIDTH=width,
             SHIFTED=_power_of_two_from(-(-conv_channels // programs)),
             num_warps=LAUNCH.warps,

@@ -45,12 +45,14 @@ def _prefetch_from(matrix, start, size, LINES: tl.constexpr):
 
 
 @triton.jit
-def _tile(weight, row, outputs, SIZE: tl.constexpr, PIECE: tl.constexpr, POLICY: tl.constexpr):
+def _tile(weight, row, outputs, SIZE: tl.constexpr, PIECE: tl.constexpr, ONCE: tl.constexpr):
     """Rows of a matrix in pieces."""
     pieces = ()
     for piece in tl.static_range(SIZE // PIECE):
         place = weight + row[:, None].to(tl.int64) * SIZE + (piece * PIECE + tl.arange(0, PIECE))[None, :]
-        pieces = pieces + (tl.load(place, mask=(row < outputs)[:, None], other=0.0, eviction_policy=POLICY),)
+        pieces = pieces + (
+            tl.load(place, mask=(row < outputs)[:, None], other=0.0, eviction_policy="evict_first" if ONCE else ""),
+        )
     return pieces
 
 
@@ -83,7 +85,7 @@ def linear_kernel(
     AHEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     SHIFTED: tl.constexpr,
-    POLICY: tl.constexpr,
+    ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program r: TILES times ROWS outputs of y = weight · v for all sequences, v = [norm](x [+ residual] [· silu(z)]).
@@ -99,7 +101,7 @@ def linear_kernel(
     k = tl.arange(0, PIECE)
     PIECES: tl.constexpr = SIZE // PIECE
     PER_GROUP: tl.constexpr = PIECES // GROUPS
-    matrix = _tile(weight, program * ROWS + tl.arange(0, ROWS), outputs, SIZE, PIECE, POLICY)
+    matrix = _tile(weight, program * ROWS + tl.arange(0, ROWS), outputs, SIZE, PIECE, ONCE)
     scales = ()
     if norm_weight is not None:
         for piece in tl.static_range(PIECES):
@@ -142,7 +144,7 @@ def linear_kernel(
         row = (program + tile * programs) * ROWS + tl.arange(0, ROWS)
         current = matrix
         if tile + 1 < TILES:
-            matrix = _tile(weight, row + programs * ROWS, outputs, SIZE, PIECE, POLICY)
+            matrix = _tile(weight, row + programs * ROWS, outputs, SIZE, PIECE, ONCE)
         for b in tl.static_range(BATCH):
             sums = tl.zeros([ROWS, PIECE], tl.float32)
             for piece in tl.static_range(PIECES):
