@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.decode.triton_kernels import prefetch
+from kernels.decode.triton_kernels import prefetch, prefetch_share
 from kernels.triton_math import softplus
 
 
@@ -23,15 +23,18 @@ def conv_project_kernel(
     weight,
     mixed,
     parts,
+    ahead,
     batch,
     channels,
     outputs,
     x_batch,
+    ahead_size,
     WIDTH: tl.constexpr,
     BATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     PIECES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (c, g): the convolution of CHANNELS channels of BATCH sequences, and what these add to Δ, B and C.
@@ -56,6 +59,8 @@ def conv_project_kernel(
         mask = (output < outputs)[:, None] & (channel < channels)[None, :]
         matrices = matrices + (tl.load(place, mask=mask, other=0.0),)
     if PDL:
+        if ahead is not None:
+            prefetch_share(ahead, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), ahead_size, AHEAD)
         gdc_wait()
     here = state + b.to(tl.int64) * (WIDTH - 1) * channels + channel[None, :]
     newest = tl.load(x + b.to(tl.int64) * x_batch + channel[None, :], mask=inside, other=0.0)
@@ -161,9 +166,11 @@ def linear_kernel(
     x,
     weight,
     y,
+    ahead,
     batch,
     outputs,
     x_batch,
+    ahead_size,
     SIZE: tl.constexpr,
     BATCH: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -171,6 +178,7 @@ def linear_kernel(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     LINES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (r, s, g): OUTPUTS outputs of weight · x for BATCH sequences, from share s of the inputs.
@@ -188,10 +196,11 @@ def linear_kernel(
     rows = weight + output[:, None].to(tl.int64) * SIZE + first
     if PDL:
         if LINES > 0:
-            rows_inside = weight + tl.minimum(output, outputs - 1)[:, None].to(tl.int64) * SIZE + first
-            prefetch(
-                rows_inside + tl.arange(0, LINES)[None, :] * (128 // (weight.dtype.element_ty.primitive_bitwidth // 8))
-            )
+            line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+            inside = weight + tl.minimum(output, outputs - 1)[:, None].to(tl.int64) * SIZE + first
+            prefetch(inside + tl.arange(0, LINES)[None, :] * line)
+        if ahead is not None:
+            prefetch_share(ahead, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), ahead_size, AHEAD)
         gdc_wait()
     sums = tl.zeros([BATCH, OUTPUTS], tl.float32)
     for start in tl.range(0, SHARE, INPUTS, num_stages=STAGES):

@@ -16,25 +16,26 @@ class Launch(NamedTuple):
     """Sequences, channels and warps of a program of the two large kernels."""
 
     batch: int = 16
-    project: int = 128
-    project_warps: int = 8
+    project: int = 64
+    project_warps: int = 4
     scan: int = 32
     scan_warps: int = 8
     own_products: bool = True
     outputs: int = 64
     inputs: int = 128
-    stages: int = 3
+    stages: int = 4
     product_warps: int = 4
     prefetch: bool = True
+    ahead_bytes: int = 16 * 2**20
 
 
 LAUNCH = Launch()
 
 
-def product(x: Tensor, weight: Tensor, in_parts: bool = False) -> Tensor:
+def product(x: Tensor, weight: Tensor, in_parts: bool = False, ahead: Tensor | None = None) -> Tensor:
     """x · weightᵀ, (batch, output), in the dtype of x; with `in_parts` (part, batch, output), in fp32, to be summed.
 
-    Shapes: x (batch, channel), weight (output, channel).
+    Shapes: x (batch, channel), weight (output, channel). ahead: a matrix that is needed next.
     """
     from kernels.decode.batch_kernels import linear_kernel
 
@@ -47,10 +48,10 @@ def product(x: Tensor, weight: Tensor, in_parts: bool = False) -> Tensor:
     while in_parts and splits < 8 and size % (2 * splits * LAUNCH.inputs) == 0 and outputs * splits < 100 * tile:
         splits *= 2
     y = torch.empty((splits, batch, outputs), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
-    line = 128 // weight.element_size()
+    line, programs = 128 // weight.element_size(), -(-outputs // tile)
     with torch.cuda.device_of(x):
-        linear_kernel[(-(-outputs // tile), splits, -(-batch // sequences))](
-            *(x, weight, y, batch, outputs, x.stride(0)),
+        linear_kernel[(programs, splits, -(-batch // sequences))](
+            *(x, weight, y, *_ahead(ahead), batch, outputs, x.stride(0), _ahead_size(ahead)),
             SIZE=size,
             BATCH=sequences,
             OUTPUTS=tile,
@@ -58,6 +59,7 @@ def product(x: Tensor, weight: Tensor, in_parts: bool = False) -> Tensor:
             SPLITS=splits,
             STAGES=LAUNCH.stages,
             LINES=_power_of_two_in(size // splits // line) if LAUNCH.prefetch else 0,
+            AHEAD=_ahead_lines(ahead, programs * splits),
             num_warps=LAUNCH.product_warps,
             **_pdl(x),
         )
@@ -97,6 +99,7 @@ def conv_scan(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """y (batch, channel): convolution, projection to Δ, B and C, and a step of the scan, gated, in bf16 or fp16.
 
@@ -114,12 +117,14 @@ def conv_scan(
     parts = torch.empty((splits, batch, outputs), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         conv_project_kernel[(splits, groups)](
-            *(conv_state, x, conv_weight, conv_bias, weight, mixed, parts, batch, channels, outputs, x.stride(0)),
+            *(conv_state, x, conv_weight, conv_bias, weight, mixed, parts, *_ahead(ahead)),
+            *(batch, channels, outputs, x.stride(0), _ahead_size(ahead)),
             WIDTH=conv_weight.shape[1],
             BATCH=LAUNCH.batch,
             CHANNELS=LAUNCH.project,
             OUTPUTS=PIECE,
             PIECES=-(-outputs // PIECE),
+            AHEAD=_ahead_lines(ahead, splits * groups),
             num_warps=LAUNCH.project_warps,
             **_pdl(x),
         )
@@ -140,3 +145,19 @@ def conv_scan(
             **_pdl(x),
         )
     return y
+
+
+def _ahead(matrix: Tensor | None) -> tuple[Tensor | None]:
+    return (matrix if LAUNCH.ahead_bytes else None,)
+
+
+def _ahead_size(matrix: Tensor | None) -> int:
+    """Elements that are fetched ahead."""
+    return 0 if matrix is None else min(matrix.numel(), LAUNCH.ahead_bytes // matrix.element_size())
+
+
+def _ahead_lines(matrix: Tensor | None, programs: int) -> int:
+    """Times 128 bytes that each of so many programs has to fetch."""
+    if matrix is None:
+        return 0
+    return _power_of_two_from(-(-_ahead_size(matrix) * matrix.element_size() // (128 * programs)))

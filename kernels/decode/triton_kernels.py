@@ -38,10 +38,17 @@ def prefetch(place):
 
 
 @triton.jit
-def _prefetch_from(matrix, start, size, LINES: tl.constexpr):
+def prefetch_from(matrix, start, size, LINES: tl.constexpr):
     """LINES times 128 bytes of a matrix of `size` elements."""
     line: tl.constexpr = 1024 // matrix.dtype.element_ty.primitive_bitwidth
     prefetch(matrix + tl.minimum(start + tl.arange(0, LINES) * line, size - 1))
+
+
+@triton.jit
+def prefetch_share(matrix, program, size, LINES: tl.constexpr):
+    """What falls to a program when all of them fetch a matrix, LINES times 128 bytes each."""
+    line: tl.constexpr = 1024 // matrix.dtype.element_ty.primitive_bitwidth
+    prefetch_from(matrix, program * (LINES * line), size, LINES)
 
 
 @triton.jit
@@ -110,10 +117,9 @@ def linear_kernel(
         if LINES > 0:
             for tile in tl.static_range(1, TILES):
                 start = (program + tile * programs).to(tl.int64) * (ROWS * SIZE)
-                _prefetch_from(weight, start, tl.full((), SIZE, tl.int64) * outputs, LINES)
+                prefetch_from(weight, start, tl.full((), SIZE, tl.int64) * outputs, LINES)
         if ahead is not None:
-            line: tl.constexpr = 1024 // ahead.dtype.element_ty.primitive_bitwidth
-            _prefetch_from(ahead, program * (AHEAD * line), ahead_size, AHEAD)
+            prefetch_share(ahead, program, ahead_size, AHEAD)
         gdc_wait()
     vectors = ()
     for b in tl.static_range(BATCH):

@@ -80,11 +80,13 @@ def _layer_of_many(
         ssm = mixer.ssm
         x, z = projected.chunk(2, dim=-1)
         weights = (ssm.conv_weight, ssm.conv_bias, ssm.x_proj_weight, ssm.dt_proj_weight)
-        y = decode.conv_scan(state.conv, state.scan, x, z, *weights, ssm.dt_bias, ssm.A_log, ssm.D)
+        y = decode.conv_scan(
+            state.conv, state.scan, x, z, *weights, ssm.dt_bias, ssm.A_log, ssm.D, mixer.out_proj.weight
+        )
     else:
         z, x, dt = mixer.ssm.parts(projected)
         y, _ = mixer.ssm.step(x, dt, z, state, in_place=True)
-    parts = decode.product(y, mixer.out_proj.weight, in_parts=True)
+    parts = decode.product(y, mixer.out_proj.weight, in_parts=True, ahead=ahead)
     if block.has_mlp:
         hidden, total = decode.normed(parts, total, block.mlp_norm.weight, block.mlp_norm.eps)
         value, gate = decode.product(hidden, block.mlp.in_proj.weight).chunk(2, dim=-1)
