@@ -39,25 +39,27 @@ def test_graph_and_plain_step_give_the_same_tokens(family: str, dtype: torch.dty
             assert len({token for row in plain for token in row}) > 10
 
 
-@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
-def test_greedy_tokens_are_those_of_the_parallel_form(family: str) -> None:
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2_groups", "mamba1_mlp"])
+def test_greedy_tokens_are_those_of_the_parallel_form(family: str, batch: int) -> None:
     trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cuda"), torch.float32)
-    rows = generate(model, PROMPTS, Sampling(temperature=0), max_new_tokens=150, vocab_size=53)
-    for prompt, tokens in zip(PROMPTS, rows, strict=True):
+    prompts = PROMPTS[-batch:]
+    rows = generate(model, prompts, Sampling(temperature=0), max_new_tokens=150, vocab_size=53)
+    for prompt, tokens in zip(prompts, rows, strict=True):
         picked = model(torch.tensor([prompt + tokens], device="cuda"))[0, :, :53].argmax(-1)
         assert picked[len(prompt) - 1 : -1].tolist() == tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 3, 18])
+@pytest.mark.parametrize("batch", [1, 2, 18])
 @pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2_groups", "mamba1_mlp"])
 @torch.no_grad()
 def test_fused_steps_are_those_of_the_model(family: str, batch: int, dtype: torch.dtype) -> None:
     trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cuda"), dtype)
     if not can_fuse(model, batch):
-        assert batch > 4
+        assert batch > 2
         assert dtype == torch.float32
         return
     prompts = (6 * PROMPTS)[:batch]

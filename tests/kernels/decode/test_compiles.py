@@ -25,7 +25,18 @@ def types(kernel: Any, state: str = "*fp32", **changed: Any) -> dict[str, Any]:
     arguments |= dict.fromkeys(("parts", "residual", "total", "dt_bias", "A_log", "D"), "*fp32")
     # As constants, else the compiler would not know what they are multiples of, as it does when they are launched.
     arguments |= {"batch": 64, "channels": 4096, "outputs": 160, "rank": 128, "splits": 64, "size": 10240}
-    arguments |= {"heads": 64, "head_dim": 64, "states": 16, "groups": 1, "conv_channels": 4352}
+    arguments |= {
+        "ahead": "*bf16",
+        "ahead_size": 2**23,
+        "AHEAD": 256,
+        "ONCE": False,
+        "LINES": 128,
+        "heads": 64,
+        "head_dim": 64,
+        "states": 16,
+        "groups": 1,
+        "conv_channels": 4352,
+    }
     arguments |= dict.fromkeys(("x_batch", "z_batch", "dt_batch", "conv_input_batch", "row_stride"), 8192)
     arguments |= {"state": state, "eps": "fp32", "WIDTH": 4, "BATCH": 1, **changed}
     return {name: arguments[name] for name in kernel.arg_names}
@@ -36,12 +47,13 @@ def test_a_layer_for_one_sequence(capability: int, tmp_path: Path) -> None:
     pdl = {"PDL": capability >= 90}
     sizes = {"OUTPUTS": 256, "RANK": 128, "SPLITS": 64}
     linear = kernels.linear_kernel
-    in_proj = {"SIZE": 2048, "PIECE": 2048, "GROUPS": 1, "ROWS": 8, "SHIFTED": 1, "outputs": 8192}
+    in_proj = {"SIZE": 2048, "PIECE": 2048, "GROUPS": 1, "ROWS": 4, "TILES": 4, "SHIFTED": 1, "outputs": 8192}
     out_proj = {
         "SIZE": 4096,
         "PIECE": 4096,
         "GROUPS": 1,
-        "ROWS": 4,
+        "ROWS": 2,
+        "TILES": 2,
         "SHIFTED": 16,
         "residual": None,
         "total": None,
@@ -79,7 +91,17 @@ def test_a_layer_for_many_sequences(capability: int, tmp_path: Path) -> None:
             shape.project_warps,
         ),
         (batch_kernels.dt_scan_kernel, types(batch_kernels.dt_scan_kernel, **common, **scan), shape.scan_warps),
-        (batch_kernels.sum_kernel, types(batch_kernels.sum_kernel, **common, SPLITS=32, BLOCK=128), 4),
+        (
+            batch_kernels.linear_kernel,
+            types(
+                batch_kernels.linear_kernel,
+                **common | {"BATCH": 64},
+                **{"SIZE": 4096, "OUTPUTS": shape.outputs, "INPUTS": shape.inputs, "SPLITS": 4, "STAGES": shape.stages},
+            ),
+            shape.product_warps,
+        ),
+        (batch_kernels.norm_kernel, types(batch_kernels.norm_kernel, **common, SPLITS=4, SIZE=2048, size=2048), 4),
+        (batch_kernels.sum_kernel, types(batch_kernels.sum_kernel, **common, SPLITS=64, BLOCK=128), 4),
     ):
         found = compile_kernel(kernel, arguments, capability, warps, tmp_path)
         print(kernel.__name__, f"sm_{capability}", found)
