@@ -2,9 +2,10 @@
 
     python -m benchmarks.decoding [MODEL ...]
 
-Weights are random (the time does not depend on them), matrices bf16, sampling greedy, the prompt 64 tokens. A figure is
-the time from the second new token to the last of 66, divided by 64: neither the prompt nor the capture of a graph is in
-it. Where it would take over two seconds, of 18. Median and range of five generations, of two where they take long.
+Weights are random (the time does not depend on them), matrices bf16, sampling greedy, the prompt 64 tokens. One
+generation of 322 tokens gives five figures: the time from the second token to number 66, from there to number 130, and
+so on, divided by 64. Neither the prompt nor the capture of a graph is in them. Where 64 tokens would take over two
+seconds there are two figures, of 16 tokens.
 mamba_ssm decodes by the CUDA graph of its `generate(cg=True)` and looks at no token; ours brings each to the CPU, as
 whoever shows a text or stops at a string has to. Our state is fp32; that of mamba_ssm and transformers has the dtype
 of their weights, so a row with ours in bf16 is there, too. What is not installed, or does not run, is left out with a
@@ -17,8 +18,9 @@ import importlib.metadata
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,11 +36,13 @@ from mamba_train.model.language_model import MambaLM, resolve_model_config
 
 MODELS = ("mamba_130m", "mamba_1.4b", "mamba2_1.3b")
 BATCHES = (1, 64)
-PROMPT_TOKENS, NEW_TOKENS, REPEATS, ENOUGH_SECONDS = 64, 64, 5, 2.0
+PROMPT_TOKENS = 64
 BEFORE = 2  # tokens that come before the clock starts
+FIGURES, TOKENS = 5, 64  # of a generation, and of a figure
+SLOW_FIGURES, SLOW_TOKENS, SLOW_SECONDS = 2, 16, 2.0
 VOCAB_SIZE = 50277
-# Of prompts (batch, length) by BEFORE and so many tokens more; the seconds that these took.
-Continue = Callable[[torch.Tensor, int], float]
+# Continues prompts (batch, length); for some numbers of new tokens the seconds of the clock when there were so many.
+Continue = Callable[[torch.Tensor, Sequence[int]], list[float]]
 
 
 def ours(config: ModelConfig, device: torch.device, state_dtype: torch.dtype = torch.float32) -> Continue:
@@ -49,7 +53,7 @@ def ours(config: ModelConfig, device: torch.device, state_dtype: torch.dtype = t
     weights = {name: torch.randn(p.shape, device=device) * 0.02 for name, p in model.named_parameters()}
     ready = inference_model(config, weights, device, torch.bfloat16)
 
-    def call(prompts: torch.Tensor, n: int) -> float:
+    def call(prompts: torch.Tensor, marks: Sequence[int]) -> list[float]:
         stamps: list[float] = []
 
         def on_token(row: int, token: int) -> bool:
@@ -61,12 +65,12 @@ def ours(config: ModelConfig, device: torch.device, state_dtype: torch.dtype = t
             ready,
             prompts.tolist(),
             Sampling(temperature=0),
-            max_new_tokens=BEFORE + n,
+            max_new_tokens=marks[-1],
             vocab_size=VOCAB_SIZE,
             on_token=on_token,
             state_dtype=state_dtype,
         )
-        return stamps[-1] - stamps[BEFORE - 1]
+        return [stamps[mark - 1] for mark in marks]
 
     return call
 
@@ -82,19 +86,19 @@ def of_mamba_ssm(config: ModelConfig, device: torch.device) -> Continue:
     cache: list[Any] = [None]
 
     @torch.inference_mode()
-    def call(prompts: torch.Tensor, n: int) -> float:
+    def call(prompts: torch.Tensor, marks: Sequence[int]) -> list[float]:
         # Without the prompt, whose kernels take minutes to tune themselves: a figure is of what comes after it.
-        cache[0] = update_graph_cache(model, cache[0], len(prompts), PROMPT_TOKENS, PROMPT_TOKENS + BEFORE + NEW_TOKENS)
-        token, texts = prompts[:, -1:], []
-        for place in range(PROMPT_TOKENS, PROMPT_TOKENS + BEFORE + n):
-            if place == PROMPT_TOKENS + BEFORE:
-                torch.cuda.synchronize()
-                began = time.perf_counter()
+        longest = PROMPT_TOKENS + BEFORE + FIGURES * TOKENS
+        cache[0] = update_graph_cache(model, cache[0], len(prompts), PROMPT_TOKENS, longest)
+        token, texts, stamps = prompts[:, -1:], [], []
+        for place in range(PROMPT_TOKENS, PROMPT_TOKENS + marks[-1]):
             position = torch.full((len(prompts), 1), place, dtype=torch.long, device=device)
             token = cache[0].run(token, position, place).squeeze(1).argmax(-1, keepdim=True)
             texts.append(token)
-        torch.cat(texts, dim=1).tolist()
-        return time.perf_counter() - began
+            if len(texts) in marks:
+                torch.cuda.synchronize()
+                stamps.append(time.perf_counter())
+        return stamps
 
     return call
 
@@ -121,11 +125,11 @@ def of_transformers(config: ModelConfig, device: torch.device) -> Continue:
     with device:
         model = AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16).to(device).eval()
 
-    def call(prompts: torch.Tensor, n: int) -> float:
-        clock, length = Clock(), BEFORE + n
-        options = {"do_sample": False, "max_new_tokens": length, "min_new_tokens": length, "pad_token_id": 0}
+    def call(prompts: torch.Tensor, marks: Sequence[int]) -> list[float]:
+        clock = Clock()
+        options = {"do_sample": False, "max_new_tokens": marks[-1], "min_new_tokens": marks[-1], "pad_token_id": 0}
         model.generate(prompts, attention_mask=torch.ones_like(prompts), streamer=clock, **options)
-        return clock.stamps[-1] - clock.stamps[BEFORE]
+        return [clock.stamps[mark] for mark in marks]
 
     return call
 
@@ -139,14 +143,14 @@ MAKERS: dict[str, Callable[[ModelConfig, torch.device], Continue]] = {
 
 
 def milliseconds_per_token(call: Continue, prompts: torch.Tensor) -> list[float]:
-    """One figure for each repeat."""
+    """The figures of one generation."""
 
-    call(prompts, 2)  # compiles
-    n = NEW_TOKENS if call(prompts, 2) * NEW_TOKENS < 4 else NEW_TOKENS // 4
-    began, found = time.perf_counter(), []
-    while len(found) < REPEATS and (len(found) < 2 or time.perf_counter() - began < ENOUGH_SECONDS):
-        found.append(1e3 * call(prompts, n) / n)
-    return found
+    call(prompts, [BEFORE, BEFORE + 2])  # compiles
+    began, ended = call(prompts, [BEFORE, BEFORE + 2])
+    is_slow = (ended - began) / 2 * TOKENS > SLOW_SECONDS
+    figures, tokens = (SLOW_FIGURES, SLOW_TOKENS) if is_slow else (FIGURES, TOKENS)
+    stamps = call(prompts, [BEFORE + number * tokens for number in range(figures + 1)])
+    return [1e3 * (after - before) / tokens for before, after in pairwise(stamps)]
 
 
 def measure(name: str, config: ModelConfig, device: torch.device) -> dict[int, list[float]]:
