@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.decode.launch import _pdl, _power_of_two_from, _power_of_two_in
 
+SMALL = 2**22  # elements of a matrix that has too few rows for large tiles
 PIECE = 32  # outputs of the projection that a program has at once
 
 
@@ -40,7 +41,7 @@ def product(x: Tensor, weight: Tensor, in_parts: bool = False, ahead: Tensor | N
     from kernels.decode.batch_kernels import linear_kernel
 
     (batch, size), outputs = x.shape, len(weight)
-    tile = LAUNCH.outputs
+    tile = LAUNCH.outputs if weight.numel() > SMALL else LAUNCH.outputs // 2
     if not LAUNCH.own_products or size % LAUNCH.inputs or x.dtype == torch.float32:
         y = torch.nn.functional.linear(x, weight)
         return y.unsqueeze(0) if in_parts else y
