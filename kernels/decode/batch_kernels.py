@@ -246,3 +246,23 @@ def norm_kernel(
     square = tl.sum(value * value, axis=0)
     value = value * tl.rsqrt(square / size + eps) * scale
     tl.store(y + row, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_norm_kernel(x, z, weight, y, size, eps, z_batch, SIZE: tl.constexpr, PDL: tl.constexpr):
+    """Program (b, g): the norm of x · silu(z) over group g of `size` channels; all but z is contiguous."""
+    if PDL:
+        gdc_launch_dependents()
+    c = tl.arange(0, SIZE)
+    inside = c < size
+    first = tl.program_id(1) * size
+    scale = tl.load(weight + first + c, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    b = tl.program_id(0).to(tl.int64)
+    place = b * tl.num_programs(1) * size + first + c
+    gate = tl.load(z + b * z_batch + first + c, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value *= gate / (1.0 + tl.exp(-gate))
+    value *= tl.rsqrt(tl.sum(value * value, axis=0) / size + eps) * scale
+    tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)

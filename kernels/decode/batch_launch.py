@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.decode.launch import _pdl, _power_of_two_from, _power_of_two_in
+from kernels.decode.launch import _power_of_two_from, _power_of_two_in
+from kernels.dispatch import early_start
 
 SMALL = 2**22  # elements of a matrix that has too few rows for large tiles
 PIECE = 32  # outputs of the projection that a program has at once
@@ -62,7 +63,7 @@ def product(x: Tensor, weight: Tensor, in_parts: bool = False, ahead: Tensor | N
             LINES=_power_of_two_in(size // splits // line) if LAUNCH.prefetch else 0,
             AHEAD=_ahead_lines(ahead, programs * splits),
             num_warps=LAUNCH.product_warps,
-            **_pdl(x),
+            **early_start(x),
         )
     return y if in_parts else y[0]
 
@@ -83,9 +84,27 @@ def normed(parts: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -
             SPLITS=splits,
             SIZE=_power_of_two_from(size),
             num_warps=4,
-            **_pdl(parts),
+            **early_start(parts),
         )
     return y, total
+
+
+def gated_normed(x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    """norm(x · silu(z)), over each of `groups` of channels, in the dtype of x.
+
+    Shapes: x contiguous, z (batch, channel), weight (channel).
+    """
+    from kernels.decode.batch_kernels import gated_norm_kernel
+
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        gated_norm_kernel[(len(x), groups)](
+            *(x, z, weight, y, x.shape[1] // groups, eps, z.stride(0)),
+            SIZE=_power_of_two_from(x.shape[1] // groups),
+            num_warps=8,
+            **early_start(x),
+        )
+    return y
 
 
 def conv_scan(
@@ -127,14 +146,14 @@ def conv_scan(
             PIECES=-(-outputs // PIECE),
             AHEAD=_ahead_lines(ahead, splits * groups),
             num_warps=LAUNCH.project_warps,
-            **_pdl(x),
+            **early_start(x),
         )
         sum_kernel[(-(-projected.numel() // 128),)](
             *(parts, projected, splits, projected.numel()),
             SPLITS=_power_of_two_from(splits),
             BLOCK=128,
             num_warps=4,
-            **_pdl(x),
+            **early_start(x),
         )
         dt_scan_kernel[(-(-channels // LAUNCH.scan), groups)](
             *(state, mixed, z, projected, dt_weight, dt_bias, A_log, D, y, batch, channels, rank, states, z.stride(0)),
@@ -143,7 +162,7 @@ def conv_scan(
             RANK=max(16, _power_of_two_from(rank)),
             STATES=_power_of_two_from(states),
             num_warps=LAUNCH.scan_warps,
-            **_pdl(x),
+            **early_start(x),
         )
     return y
 

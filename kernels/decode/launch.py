@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import processors, triton_unsupported
+from kernels.dispatch import early_start, processors, triton_unsupported
 
 MAX_BATCH = 2  # sequences; for more, tensor cores are faster
 GREEDY_BLOCK = 8192  # logits that a program looks at, at once
@@ -96,7 +96,7 @@ def linear(
             WIDTH=width,
             SHIFTED=_power_of_two_from(-(-conv_channels // programs)),
             num_warps=LAUNCH.warps,
-            **_pdl(x),
+            **early_start(x),
         )
     return y, total
 
@@ -123,7 +123,7 @@ def conv_project(
             CHANNELS=LAUNCH.project,
             OUTPUTS=_power_of_two_from(outputs),
             num_warps=LAUNCH.warps,
-            **_pdl(x),
+            **early_start(x),
         )
     return mixed, parts
 
@@ -150,7 +150,7 @@ def dt_scan(
             STATES=_power_of_two_from(states),
             SPLITS=_power_of_two_from(splits),
             num_warps=LAUNCH.warps,
-            **_pdl(x),
+            **early_start(x),
         )
     return y
 
@@ -185,7 +185,7 @@ def conv_ssd(
             ROWS=rows,
             STATES=_power_of_two_from(states),
             num_warps=LAUNCH.warps,
-            **_pdl(x),
+            **early_start(x),
         )
     return y
 
@@ -220,15 +220,6 @@ def _tiles(outputs: int, rows: int, multiprocessors: int, launch: Launch) -> tup
     tiles = -(-outputs // rows)
     each = max(1, min(launch.tiles, -(-tiles // (launch.resident * multiprocessors))))
     return each, -(-tiles // each)
-
-
-def _pdl(x: Tensor) -> dict[str, Any]:
-    return {"PDL": True, "launch_pdl": True} if x.is_cuda and _has_pdl(x.device.index) else {"PDL": False}
-
-
-@functools.cache
-def _has_pdl(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def _power_of_two_in(size: int) -> int:

@@ -9,9 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import decode
+from kernels.causal_conv1d import causal_conv1d_step
+from kernels.ssd import ssd_step
 from mamba_train.config import MixerKind, layer_mixers
 from mamba_train.model.block import Block, RMSNorm
 from mamba_train.model.language_model import MambaLM
+from mamba_train.model.mamba2_ssm import Mamba2SSM
 from mamba_train.model.mixers import LayerState, Mamba1Mixer, Mamba2Mixer
 from mamba_train.model.selective_ssm import SSMState
 
@@ -84,14 +87,22 @@ def _layer_of_many(
             state.conv, state.scan, x, z, *weights, ssm.dt_bias, ssm.A_log, ssm.D, mixer.out_proj.weight
         )
     else:
-        z, x, dt = mixer.ssm.parts(projected)
-        y, _ = mixer.ssm.step(x, dt, z, state, in_place=True)
+        y = _middle_of_many(mixer.ssm, projected, state)
     parts = decode.product(y, mixer.out_proj.weight, in_parts=True, ahead=ahead)
     if block.has_mlp:
         hidden, total = decode.normed(parts, total, block.mlp_norm.weight, block.mlp_norm.eps)
         value, gate = decode.product(hidden, block.mlp.in_proj.weight).chunk(2, dim=-1)
         parts = decode.product(value * F.silu(gate), block.mlp.out_proj.weight, in_parts=True)
     return parts, total
+
+
+def _middle_of_many(ssm: Mamba2SSM, projected: Tensor, state: SSMState) -> Tensor:
+    z, x, dt = ssm.parts(projected)
+    x, _ = causal_conv1d_step(state.conv, x, ssm.conv_weight, ssm.conv_bias, activation="silu", in_place=True)
+    x, B, C = x.split(ssm.split_sizes, dim=-1)
+    x, B, C = x.unflatten(-1, ssm.head_shape), B.unflatten(-1, ssm.group_shape), C.unflatten(-1, ssm.group_shape)
+    y, _ = ssd_step(state.scan, x, dt, ssm.A_log, B, C, ssm.D, dt_bias=ssm.dt_bias, A_is_log=True, in_place=True)
+    return decode.gated_normed(y.flatten(-2), z, ssm.norm_weight, ssm.norm_eps, ssm.group_shape[0])
 
 
 def _normed_linear(hidden: Tensor, residual: Tensor | None, norm: RMSNorm, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.decode import launch
+from kernels import dispatch
 from mamba_train.config import MixerKind, ModelConfig
 from mamba_train.inference.decoder import Decoder
 from mamba_train.inference.fused_step import can_fuse, fused_step
@@ -93,7 +93,7 @@ def test_kernels_that_start_early_change_no_bit(mixer: MixerKind, batch: int, mo
     prompts = (10 * PROMPTS)[:batch]
     for early, cuda_graph in ((True, True), (True, False), (False, False)):
         if not early:
-            monkeypatch.setattr(launch, "_has_pdl", lambda index: False)
+            monkeypatch.setattr(dispatch, "can_start_early", lambda index: False)
         decoder = Decoder(model, prompts, cuda_graph=cuda_graph)
         token = torch.arange(batch, device="cuda")
         steps = []

@@ -101,6 +101,7 @@ def test_a_layer_for_many_sequences(capability: int, tmp_path: Path) -> None:
             shape.product_warps,
         ),
         (batch_kernels.norm_kernel, types(batch_kernels.norm_kernel, **common, SPLITS=4, SIZE=2048, size=2048), 4),
+        (batch_kernels.gated_norm_kernel, types(batch_kernels.gated_norm_kernel, **common, SIZE=4096, size=4096), 8),
         (batch_kernels.sum_kernel, types(batch_kernels.sum_kernel, **common, SPLITS=64, BLOCK=128), 4),
     ):
         found = compile_kernel(kernel, arguments, capability, warps, tmp_path)
