@@ -24,4 +24,4 @@ def test_rounds_of_programs_are_full(with_more: bool, at_once: int, shape: tuple
     sequences = batch * math.ceil(channels / launched.block)
     programs = sequences * math.ceil(length / (launched.steps - launch.MAX_WIDTH + 1))
     rounds = programs / places
-    assert rounds <= 1 or sequences >= places or math.ceil(rounds) - rounds < 0.25
+    assert rounds <= 1 or sequences >= places or rounds > 0.9 * math.ceil(rounds)
