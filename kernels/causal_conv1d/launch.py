@@ -42,9 +42,9 @@ def backward_shape(batch: int, length: int, channels: int, processors: int, with
     """The backward kernel: rounds of programs that fill the GPU, as few as give a program about 200 steps at most.
 
     Each has sums to leave, and some steps to walk for its neighbour, so that short ones cost more. with_more: three
-    inputs, which need 202 registers where a lane has four channels and 80 where it has two.
+    inputs, which need 202 registers where a lane has four channels and 96 where it has two.
     """
-    block, warps, at_once = (256, 4, 6) if with_more else (128, 1, 16)  # at once: on a multiprocessor
+    block, warps, at_once = (256, 4, 5) if with_more else (128, 1, 16)  # at once: on a multiprocessor
     unroll, most, least = 4, 192, 32
     sequences = batch * -(-channels // block)
     places = processors * at_once

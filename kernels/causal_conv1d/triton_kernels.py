@@ -251,11 +251,11 @@ def backward_kernel(
     x_grad_here = x_grad + (start - (WIDTH - 1)) * out_row + c
     read_stop = min(stop + WIDTH - 1, length)
     more_row = channels.to(tl.int64)
-    if more is not None:
-        more += (batch * length + start) * more_row + c
     x_ahead = ()  # what the next round reads is asked for before this one computes
     y_grad_ahead = ()
-    more_ahead = ()
+    if more is not None:
+        more += (batch * length + start) * more_row + c
+        more_ahead = ()
     for u in tl.static_range(UNROLL):
         mask = is_channel & (start + u < read_stop)
         x_ahead = x_ahead + (tl.load(x_here + u * x_row, mask=mask, other=0.0),)
@@ -270,9 +270,9 @@ def backward_kernel(
         y_grad_here += UNROLL * grad_row
         if more is not None:
             more += UNROLL * more_row
+            more_next = ()
         x_next = ()
         y_grad_next = ()
-        more_next = ()
         for u in tl.static_range(UNROLL):
             rows = rows + (x_ahead[u].to(tl.float32),)
             grad = y_grad_ahead[u].to(tl.float32)
@@ -289,7 +289,8 @@ def backward_kernel(
             ages = ages + (age,)
         x_ahead = x_next
         y_grad_ahead = y_grad_next
-        more_ahead = more_next
+        if more is not None:
+            more_ahead = more_next
         for u in tl.static_range(UNROLL):
             t = t0 + u
             age_here = ages[u]

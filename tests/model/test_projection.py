@@ -19,7 +19,7 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(MixedProduct.apply, (x, weight))
 
 
-def test_the_weight_has_an_unrounded_gradient() -> None:
+def test_the_gradient_of_a_weight_has_its_dtype() -> None:
     x, y_grad = torch.randn(50, 8).bfloat16(), torch.randn(50, 3).bfloat16()
     weight = torch.randn(3, 8, requires_grad=True)
     y = MixedProduct.apply(x, weight)
@@ -49,13 +49,12 @@ def test_a_mixer_whose_gradients_share_memory(recompute: bool) -> None:
 
 
 @pytest.mark.usefixtures("always_mixed")
-def test_another_gradient_of_the_output() -> None:
-    """What reaches the SSM is then not what out_proj wrote."""
+def test_memory_of_a_gradient_that_someone_else_has() -> None:
+    """What out_proj's backward gave away in an earlier walk is not written over in another."""
     mixer = make_mixer()
     hidden = torch.randn(1, 7, D_MODEL, dtype=torch.float64, requires_grad=True)
     y = mixer.ssm(mixer.in_proj(hidden))
-    total = mixer.out_proj(y).sum() + 3 * y.sum()
-    found = torch.autograd.grad(total, hidden)[0]
-    y = mixer.ssm(mixer.in_proj(hidden))
-    expected = torch.autograd.grad(y, hidden, mixer.out_proj.weight.sum(dim=0).expand_as(y) + 3)[0]
-    torch.testing.assert_close(found, expected)
+    given = torch.autograd.grad(mixer.out_proj(y).sum(), y)[0]
+    before = given.clone()
+    torch.autograd.grad(y, hidden, torch.ones_like(y))
+    assert torch.equal(given, before)

@@ -14,7 +14,7 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 2048, 5120), (1, 131072, 5376), (3, 4063, 4200), (64, 100, 5120), (1, 7, 8)])
-@pytest.mark.parametrize(("with_more", "at_once"), [(False, 16), (True, 6)])
+@pytest.mark.parametrize(("with_more", "at_once"), [(False, 16), (True, 5)])
 def test_rounds_of_programs_are_full(with_more: bool, at_once: int, shape: tuple[int, int, int]) -> None:
     """None has a last round for a few programs, which would take as long as the others."""
     batch, length, channels = shape
@@ -24,4 +24,4 @@ def test_rounds_of_programs_are_full(with_more: bool, at_once: int, shape: tuple
     sequences = batch * math.ceil(channels / launched.block)
     programs = sequences * math.ceil(length / (launched.steps - launch.MAX_WIDTH + 1))
     rounds = programs / places
-    assert rounds <= 1 or sequences >= places or math.ceil(rounds) - rounds < 0.25
+    assert rounds <= 1 or sequences >= places or rounds > 0.9 * math.ceil(rounds)
