@@ -327,7 +327,10 @@ def test_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("shape", [(2, 77, 4), (2, 1024, 24)], ids=str)
 def test_errors_are_those_of_the_official_kernels(shape: tuple[int, int, int]) -> None:
-    """In chunks of the same size: what is carried from one to the next is rounded to 16 bits in both."""
+    """In chunks of the same size: what is carried from one to the next is rounded to 16 bits in both.
+
+    But for dA, a few sums of what those roundings leave, whose errors no four draws tell apart.
+    """
     official = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", reason="needs mamba_ssm")
 
     def draw() -> tuple[Inputs, Inputs, Inputs]:
@@ -337,6 +340,10 @@ def test_errors_are_those_of_the_official_kernels(shape: tuple[int, int, int]) -
         y = official.mamba_chunk_scan_combined(**values, chunk_size=launch.GRADIENTS.chunk, dt_softplus=True)
         found = torch.autograd.grad(y, list(values.values()), grads[0])
         named = {"y": y.detach()} | {f"d{n}": v for n, v in zip(values, found, strict=True)}
-        return run(inputs, grads), named, run(in_fp64(inputs), grads)
+        ours, exact = run(inputs, grads), run(in_fp64(inputs), grads)
+        del named["dA"]
+        error = (ours["dA"].double() - exact["dA"]).norm() / exact["dA"].norm()
+        assert error < 4 * ROUNDING[torch.bfloat16], f"dA: {error:.1e}"
+        return ours, named, exact
 
     assert_no_worse(draw)
