@@ -15,7 +15,12 @@ PIECE = 32  # outputs of the projection that a program has at once
 
 
 class Launch(NamedTuple):
-    """Sequences, channels and warps of a program of the two large kernels."""
+    """How the kernels divide their work.
+
+    batch: sequences of a program of `conv_scan`; project, scan and their warps: channels and warps of its two large
+    kernels. own_products: not by cuBLAS; outputs, inputs: of a tile of a product, in `stages` buffers; prefetch,
+    ahead_bytes: what is fetched into the L2 cache of a matrix before it is needed, and of the next matrix.
+    """
 
     batch: int = 16
     project: int = 64

@@ -18,8 +18,11 @@ MAX_PIECES = 8  # of a row of a matrix, which is held in pieces whose sizes are 
 class Launch(NamedTuple):
     """How a kernel divides its work.
 
-    tile_bytes: of the matrix that a program of `linear` holds, at most; programs: of `linear`, at least that many for
-    each multiprocessor; project, scan: channels of a program of `conv_project` and `dt_scan`; ssd: rows of a head.
+    tile_bytes: of the matrix that a program of `linear` holds at once, at most; programs: of `linear`, at least that
+    many for each multiprocessor; resident: about how many of them run at once there; tiles: that a program has one
+    after the other, at most; ahead_bytes: of the matrix after this one that are fetched into the L2 cache; prefetch:
+    whether later tiles are, too; once: whether the cache may forget a matrix at once; project, scan: channels of a
+    program of `conv_project` and `dt_scan`; ssd: rows of a head.
     """
 
     tile_bytes: int = 16 * 1024
