@@ -188,9 +188,11 @@ def test_every_variant() -> None:
         check(make_inputs(batch, 18, channels, 16, torch.bfloat16, packed=True))
 
 
-def test_many_states_and_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_many_states_and_few_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that takes one group of channels after another adds to its own part of dB and dC."""
     monkeypatch.setattr(variants, "FREE_PARTS_BYTES", 0)
+    side_by_side(monkeypatch, count)
     check(make_inputs(2, 50, 200, 64, torch.bfloat16, packed=True, initial=True))
 
 

@@ -507,6 +507,7 @@ extern "C" __global__ void __launch_bounds__(256) sum_parts(
         if (i >= channels || to == nullptr) return;
     }
     float sum = 0.f;
+#pragma unroll 8
     for (int p = 0; p < time_parts; ++p) sum += from[p * width + i];
     to[i] = sum;
 }

@@ -11,6 +11,7 @@ SCALAR_BYTES = (4, 2, 2)  # of fp32, fp16, bf16: the order of DTYPE in common.cu
 MAX_STATES = 256
 SEGMENT_STEPS = 256  # a few microseconds to begin one, a hundred and more to compute it
 LEAST_TILES = 8  # of a segment that is done beside others
+MOST_SEGMENTS = 128  # done side by side: the last one begins by going through what all others have left
 FREE_PARTS_BYTES = 2**30  # of the parts of dB and dC that blocks leave to be summed; more only beside large inputs
 
 
@@ -226,7 +227,7 @@ def _side_by_side(variant: Variant, batch: int, length: int, channels: int, proc
     if fill < choice.least_fill or tiles < choice.least_segments * LEAST_TILES:
         return 1
     rounds = min(choice.rounds, tiles // (2 * LEAST_TILES * fill))
-    return rounds * fill if rounds > 1 else min(fill, tiles // LEAST_TILES)
+    return min(rounds * fill if rounds > 1 else min(fill, tiles // LEAST_TILES), MOST_SEGMENTS)
 
 
 def segments(units: int, length: int, states: int, processors: int, at_once: int) -> int:
