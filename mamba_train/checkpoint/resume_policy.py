@@ -89,7 +89,6 @@ RULES: tuple[Rule, ...] = (
     Rule("data.hub_*", Action.allow, _SAME_TOKENS),
     Rule("optim.*", Action.warn, _OTHER_OPTIMISER),
     Rule("schedule.*", Action.warn, _OTHER_SCHEDULE),
-    Rule("engine.recompute*", Action.allow, "the same numbers, kept or computed again"),
     Rule("engine.*", Action.warn, _OTHER_ARITHMETIC),
     Rule("logging.*", Action.allow, "does not touch the training"),
     Rule("checkpoint.*", Action.allow, "does not touch the training"),
