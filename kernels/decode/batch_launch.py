@@ -18,8 +18,9 @@ class Launch(NamedTuple):
     """How the kernels divide their work.
 
     batch: sequences of a program of `conv_scan`; project, scan and their warps: channels and warps of its two large
-    kernels. own_products: not by cuBLAS; outputs, inputs: of a tile of a product, in `stages` buffers; prefetch,
-    ahead_bytes: what is fetched into the L2 cache of a matrix before it is needed, and of the next matrix.
+    kernels, of the scan at most. own_products: not by cuBLAS; outputs, inputs: of a tile of a product, in `stages`
+    buffers; prefetch, ahead_bytes: what is fetched into the L2 cache of a matrix before it is needed, and of the next
+    matrix.
     """
 
     batch: int = 16
@@ -139,6 +140,7 @@ def conv_scan(
     mixed, y = (x.new_empty((batch, channels)) for _ in range(2))
     projected = x.new_empty((batch, outputs))
     splits, groups = -(-channels // LAUNCH.project), -(-batch // LAUNCH.batch)
+    scan = scan_channels(states)
     parts = torch.empty((splits, batch, outputs), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         conv_project_kernel[(splits, groups)](
@@ -160,16 +162,21 @@ def conv_scan(
             num_warps=4,
             **early_start(x),
         )
-        dt_scan_kernel[(-(-channels // LAUNCH.scan), groups)](
+        dt_scan_kernel[(-(-channels // scan), groups)](
             *(state, mixed, z, projected, dt_weight, dt_bias, A_log, D, y, batch, channels, rank, states, z.stride(0)),
             BATCH=LAUNCH.batch,
-            CHANNELS=LAUNCH.scan,
+            CHANNELS=scan,
             RANK=max(16, _power_of_two_from(rank)),
             STATES=_power_of_two_from(states),
             num_warps=LAUNCH.scan_warps,
             **early_start(x),
         )
     return y
+
+
+def scan_channels(states: int) -> int:
+    """Channels of a program of the scan, whose states are in registers; at least 8, as a product of tensor cores."""
+    return max(8, min(LAUNCH.scan, LAUNCH.scan * 32 // _power_of_two_from(states)))
 
 
 def _ahead(matrix: Tensor | None) -> tuple[Tensor | None]:

@@ -10,7 +10,7 @@ from mamba_train.inference.decoder import Decoder
 from mamba_train.inference.fused_step import fused_step
 from mamba_train.inference.load import inference_model
 from mamba_train.model.selective_ssm import SSMState
-from tests.model.families import lively
+from tests.model.families import lively, perturbed, small_config
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled, not interpreted"
 PROMPTS = [[5, 9, 2], [7], [1, 1, 2, 3, 5, 8]]
@@ -49,6 +49,18 @@ def test_steps_of_many_sequences(family: str) -> None:
         assert isinstance(expected, SSMState)
         torch.testing.assert_close(layer.conv, expected.conv, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.scan, expected.scan, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [{"d_state": 65}, {"d_conv": 2, "d_state": 1, "dt_rank": 1}, {"d_conv": 6}])
+@torch.no_grad()
+def test_other_sizes_of_mamba1(sizes: dict[str, int]) -> None:
+    trained = perturbed(small_config("mamba1", n_layer=1, **sizes))
+    model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
+    for batch in (2, 18):
+        wanted, fused = (Decoder(model, [[row, 7] for row in range(batch)]) for _ in range(2))
+        for _ in range(2):
+            token = torch.arange(batch)
+            torch.testing.assert_close(fused_step(model, token, fused._state), wanted.step(token), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -107,3 +107,12 @@ def test_a_layer_for_many_sequences(capability: int, tmp_path: Path) -> None:
         found = compile_kernel(kernel, arguments, capability, warps, tmp_path)
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack <= 16
+
+
+@pytest.mark.parametrize("states", [16, 32, 64, 128])
+def test_many_states_of_many_sequences_stay_in_registers(states: int, tmp_path: Path) -> None:
+    kernel, shape = batch_kernels.dt_scan_kernel, batch_launch.LAUNCH
+    sizes = {"BATCH": shape.batch, "CHANNELS": batch_launch.scan_channels(states), "RANK": 128, "STATES": states}
+    found = compile_kernel(kernel, types(kernel, **sizes, states=states, PDL=True), 90, shape.scan_warps, tmp_path)
+    assert found.stack == 0
+    assert batch_launch.scan_channels(states) == shape.scan or states > 32
