@@ -24,10 +24,10 @@ from kernels.causal_conv1d import causal_conv1d, launch
 ROWS = [(8, 2048, 5120), (1, 131072, 5376), (8, 2048, 5376), (8, 2048, 1536), (8, 2048, 4096), (1, 2048, 5120)]
 WIDTH = 4
 LAUNCHES = {  # channels of a program, its warps, steps at once
-    "forward_shape": [(128, 1, 4), (256, 1, 4), (256, 2, 4), (256, 2, 8), (512, 4, 4)],
-    "backward_shape": [(128, 1, 4), (128, 2, 4), (256, 2, 4), (256, 4, 4), (256, 4, 8)],
+    "forward_shape": [(128, 1, 4), (256, 1, 4), (256, 2, 4), (256, 2, 8), (512, 4, 8)],
+    "backward_shape": [(128, 1, 4), (256, 2, 4), (256, 4, 4)],
 }
-STEPS = {"forward_shape": (16, 32, 64), "backward_shape": (32, 64, 128)}
+STEPS = {"forward_shape": (8, 16, 32, 64), "backward_shape": (32, 44, 64, 100, 132, 164, 192, 256)}
 FORWARD_TENSORS, BOTH_TENSORS = 2, 5  # that must be read or written once: x, y; and x, dy, dx
 
 

@@ -2,11 +2,14 @@
 
     python -m benchmarks.decoding [MODEL ...]
 
-Weights are random (the time does not depend on them), matrices bf16, sampling greedy, the prompt 64 tokens. A figure is
-the difference of two generations, of 66 and of 2 tokens, divided by 64: the prompt and the capture of the graph are
-in neither. Median and range of five, of two where they take long. mamba_ssm decodes by the CUDA graph of its
-`generate(cg=True)`. Our state is fp32; that of mamba_ssm has the dtype of its weights, so a row with ours in bf16 is
-there, too. What is not installed, or does not run, is left out with a line that says why.
+Weights are random (the time does not depend on them), matrices bf16, sampling greedy, the prompt 64 tokens. One
+generation of 322 tokens gives five figures: the time from the second token to number 66, from there to number 130, and
+so on, divided by 64. Neither the prompt nor the capture of a graph is in them. Where 64 tokens would take over 0.6
+seconds there are two figures, of 16 tokens.
+mamba_ssm decodes by the CUDA graph of its `generate(cg=True)` and looks at no token; ours brings each to the CPU, as
+whoever shows a text or stops at a string has to. Our state is fp32; that of mamba_ssm and transformers has the dtype
+of their weights, so a row with ours in bf16 is there, too. What is not installed, or does not run, is left out with a
+line that says why.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ import importlib.metadata
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,9 +36,13 @@ from mamba_train.model.language_model import MambaLM, resolve_model_config
 
 MODELS = ("mamba_130m", "mamba_1.4b", "mamba2_1.3b")
 BATCHES = (1, 64)
-PROMPT_TOKENS, NEW_TOKENS, REPEATS, ENOUGH_SECONDS = 64, 64, 5, 2.0
+PROMPT_TOKENS = 64
+BEFORE = 2  # tokens that come before the clock starts
+FIGURES, TOKENS = 5, 64  # of a generation, and of a figure
+SLOW_FIGURES, SLOW_TOKENS, SLOW_SECONDS = 2, 16, 0.6
 VOCAB_SIZE = 50277
-Continue = Callable[[torch.Tensor, int], object]  # prompts (batch, length) by so many tokens
+# Continues prompts (batch, length); for some numbers of new tokens the seconds of the clock when there were so many.
+Continue = Callable[[torch.Tensor, Sequence[int]], list[float]]
 
 
 def ours(config: ModelConfig, device: torch.device, state_dtype: torch.dtype = torch.float32) -> Continue:
@@ -45,15 +53,24 @@ def ours(config: ModelConfig, device: torch.device, state_dtype: torch.dtype = t
     weights = {name: torch.randn(p.shape, device=device) * 0.02 for name, p in model.named_parameters()}
     ready = inference_model(config, weights, device, torch.bfloat16)
 
-    def call(prompts: torch.Tensor, n: int) -> object:
-        return generate(
+    def call(prompts: torch.Tensor, marks: Sequence[int]) -> list[float]:
+        stamps: list[float] = []
+
+        def on_token(row: int, token: int) -> bool:
+            if row == 0:
+                stamps.append(time.perf_counter())
+            return False
+
+        generate(
             ready,
             prompts.tolist(),
             Sampling(temperature=0),
-            max_new_tokens=n,
+            max_new_tokens=marks[-1],
             vocab_size=VOCAB_SIZE,
+            on_token=on_token,
             state_dtype=state_dtype,
         )
+        return [stamps[mark - 1] for mark in marks]
 
     return call
 
@@ -69,17 +86,34 @@ def of_mamba_ssm(config: ModelConfig, device: torch.device) -> Continue:
     cache: list[Any] = [None]
 
     @torch.inference_mode()
-    def call(prompts: torch.Tensor, n: int) -> object:
+    def call(prompts: torch.Tensor, marks: Sequence[int]) -> list[float]:
         # Without the prompt, whose kernels take minutes to tune themselves: a figure is of what comes after it.
-        cache[0] = update_graph_cache(model, cache[0], len(prompts), PROMPT_TOKENS, PROMPT_TOKENS + 2 + NEW_TOKENS)
-        token, texts = prompts[:, -1:], []
-        for place in range(PROMPT_TOKENS, PROMPT_TOKENS + n):
+        longest = PROMPT_TOKENS + BEFORE + FIGURES * TOKENS
+        cache[0] = update_graph_cache(model, cache[0], len(prompts), PROMPT_TOKENS, longest)
+        token, texts, stamps = prompts[:, -1:], [], []
+        for place in range(PROMPT_TOKENS, PROMPT_TOKENS + marks[-1]):
             position = torch.full((len(prompts), 1), place, dtype=torch.long, device=device)
             token = cache[0].run(token, position, place).squeeze(1).argmax(-1, keepdim=True)
             texts.append(token)
-        return torch.cat(texts, dim=1)
+            if len(texts) in marks:
+                torch.cuda.synchronize()
+                stamps.append(time.perf_counter())
+        return stamps
 
     return call
+
+
+class Clock:
+    """What `generate` of transformers calls with the prompt and with each token, on the CPU."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def of_transformers(config: ModelConfig, device: torch.device) -> Continue:
@@ -91,40 +125,32 @@ def of_transformers(config: ModelConfig, device: torch.device) -> Continue:
     with device:
         model = AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16).to(device).eval()
 
-    def call(prompts: torch.Tensor, n: int) -> object:
-        mask = torch.ones_like(prompts)
-        return model.generate(
-            prompts, attention_mask=mask, do_sample=False, max_new_tokens=n, min_new_tokens=n, pad_token_id=0
-        )
+    def call(prompts: torch.Tensor, marks: Sequence[int]) -> list[float]:
+        clock = Clock()
+        options = {"do_sample": False, "max_new_tokens": marks[-1], "min_new_tokens": marks[-1], "pad_token_id": 0}
+        model.generate(prompts, attention_mask=torch.ones_like(prompts), streamer=clock, **options)
+        return [clock.stamps[mark] for mark in marks]
 
     return call
 
 
 MAKERS: dict[str, Callable[[ModelConfig, torch.device], Continue]] = {
     "ours": ours,
-    "mamba_ssm": of_mamba_ssm,
     "ours, bf16": partial(ours, state_dtype=torch.bfloat16),
+    "mamba_ssm": of_mamba_ssm,
     "transformers": of_transformers,
 }
 
 
 def milliseconds_per_token(call: Continue, prompts: torch.Tensor) -> list[float]:
-    """One figure for each repeat."""
+    """The figures of one generation."""
 
-    def seconds(n: int) -> float:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        call(prompts, n)
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    seconds(2)  # compiles
-    seconds(2 + NEW_TOKENS)
-    before = statistics.median(seconds(2) for _ in range(3))
-    began, found = time.perf_counter(), []
-    while len(found) < REPEATS and (len(found) < 2 or time.perf_counter() - began < ENOUGH_SECONDS):
-        found.append(1e3 * (seconds(2 + NEW_TOKENS) - before) / NEW_TOKENS)
-    return found
+    call(prompts, [BEFORE, BEFORE + 2])  # compiles
+    began, ended = call(prompts, [BEFORE, BEFORE + 2])
+    is_slow = (ended - began) / 2 * TOKENS > SLOW_SECONDS
+    figures, tokens = (SLOW_FIGURES, SLOW_TOKENS) if is_slow else (FIGURES, TOKENS)
+    stamps = call(prompts, [BEFORE + number * tokens for number in range(figures + 1)])
+    return [1e3 * (after - before) / tokens for before, after in pairwise(stamps)]
 
 
 def measure(name: str, config: ModelConfig, device: torch.device) -> dict[int, list[float]]:
@@ -156,14 +182,18 @@ def main() -> None:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"no {package}")
     print(f"{torch.cuda.get_device_name()}; {', '.join(versions)}; bf16, prompt {PROMPT_TOKENS}, greedy")
-    ours_at: dict[tuple[str, int], float] = {}
+    ours_at: dict[tuple[str, int], list[float]] = {}  # with a state in fp32, and in bf16
     for name in MAKERS:
         for model in sys.argv[1:] or MODELS:
             config = resolve_model_config(compose_config([f"model={model}"]).model, VOCAB_SIZE)
             for batch, found in measure(name, config, torch.device("cuda")).items():
                 median = statistics.median(found)
-                times = median / ours_at.setdefault((model, batch), median)
-                beside = f"  {times:.2f} times ours" if name != "ours" else ""
+                at = ours_at.setdefault((model, batch), [])
+                if name.startswith("ours"):
+                    at.append(median)
+                beside = (
+                    "" if name.startswith("ours") else "  times ours: " + ", ".join(f"{median / o:.2f}" for o in at)
+                )
                 row = f"{model:12} batch {batch:3}  {name:13} {median:8.3f} ms per token"
                 print(f"{row} ({min(found):.3f} to {max(found):.3f}, {len(found)} times){beside}", flush=True)
 

@@ -1,13 +1,14 @@
 """Training with the fast operators beside the same training with the reference operators in plain PyTorch.
 
-    python -m benchmarks.operator_training [--steps 300] [--repeats 4] [--jobs 1] [--plot FILE.png] [KEY=VALUE ...]
+    python -m benchmarks.operator_training [--model mamba_130m] [--steps 300] [--repeats 4] [--jobs 1] [--plot FILE.png]
+                                           [KEY=VALUE ...]
 
-Runs train.py: mamba_130m on the sources of the standard library, 8 sequences of 512 tokens a step, with either kind of
-operators (scan, convolution, norms, loss) as often as --repeats says. Run k's learning rate is k millionths higher:
-nothing that matters, but it moves roundings, and so the runs of one kind show the noise that the difference of the two
-is judged by. With --jobs more than one run at a time, and speeds that mean nothing. Prints loss and median speed of
-each run in the folder, the mean of each kind with its standard deviation, their difference, and how far apart each two
-runs are; the metrics.jsonl stay there. --repeats 0 only reports.
+Runs train.py: the model on the sources of the standard library, 8 sequences of 512 tokens a step, with either kind of
+operators (scan or SSD, convolution, norms, loss) as often as --repeats says. Run k's learning rate is k millionths
+higher: nothing that matters, but it moves roundings, and so the runs of one kind show the noise that the difference of
+the two is judged by. With --jobs more than one run at a time, and speeds that mean nothing. Prints loss and median
+speed of each run in the folder, the mean of each kind with its standard deviation, their difference, and how far apart
+each two runs are; the metrics.jsonl stay there. --repeats 0 only reports.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ KINDS = ["fast", "reference"]
 LAST, WINDOW = 50, 25
 LEARNING_RATE = 6e-4
 OPTIONS = [
-    "model=mamba_130m",
     "data=stdlib",
     "data.sequence_length=512",
     "training.global_batch_size=8",
@@ -112,6 +112,7 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mamba_130m")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS, help="run only these")
     parser.add_argument("--repeats", type=int, default=4)
@@ -119,10 +120,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs" / "operators")
     parser.add_argument("--plot", type=Path, help="where to draw the curves")
     arguments, options = parser.parse_known_args()
-    folder, steps = arguments.folder.resolve(), f"training.total_steps={arguments.steps}"
+    folder = arguments.folder.resolve()
+    chosen = [f"model={arguments.model}", f"training.total_steps={arguments.steps}"]
     names = [f"{kind}-{number}" for number in range(arguments.repeats) for kind in arguments.kinds]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda name: run(name, folder, [steps, *options]), names))
+        list(pool.map(lambda name: run(name, folder, [*chosen, *options]), names))
     report(folder, arguments.plot)
 
 

@@ -1,6 +1,6 @@
 """The selective scan of Mamba-1 beside mamba_ssm's, with the floors that bytes and exponentials set.
 
-    python -m benchmarks.selective_scan [--quick]
+    python -m benchmarks.selective_scan [--rows many few states random]
 
 One process, one GPU: each row times ours and the peer on inputs of the same shape, dtype and distribution, each in the
 layout that it takes without a copy. GPU times are medians over replays of a CUDA graph of several calls, with the
@@ -23,9 +23,15 @@ from torch import Tensor
 
 from kernels.selective_scan import selective_scan
 
-ROWS = [(8, 2048, 5120), (8, 2048, 4096), (8, 2048, 1536), (4, 8192, 5120), (32, 2048, 1536)]
-LONG = [(1, 2048, 5120), (1, 32768, 5120)]
-STATES = [(8, 2048, 2048, n) for n in (8, 32, 64)]
+# Batch, length, channels, states: batch x channels fill an H100, or don't.
+ROWS = {
+    "many": [(8, 2048, 5120, 16), (8, 2048, 4096, 16), (8, 2048, 1536, 16), (4, 8192, 5120, 16), (32, 2048, 1536, 16)],
+    "few": [(1, 2048, 5120, 16), (1, 32768, 5120, 16), (1, 131072, 2048, 16)],
+    "states": [(8, 2048, 2048, n) for n in (8, 32, 64)],
+    "random": [
+        (random.choice([1, 2, 3, 5, 8]), random.randint(100, 4096), 8 * random.randint(32, 640), 16) for _ in range(5)
+    ],
+}
 EXPONENTIALS_PER_CLOCK = 16  # of one multiprocessor
 
 
@@ -166,8 +172,8 @@ def copy_bytes_per_second() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="only the table's rows")
-    quick = parser.parse_args().quick
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    arguments = parser.parse_args()
     import mamba_ssm
 
     print(ask_device("name,driver_version,clocks.max.sm,clocks.max.mem"))
@@ -180,12 +186,7 @@ def main() -> None:
         "  b      l     d   n |   forward: ours           mamba_ssm  ratio  bytes    exp"
         " | forward + backward: ours mamba_ssm  ratio  bytes    exp | eager f+b: ours, mamba_ssm"
     )
-    rows = [(*shape, 16) for shape in ROWS]
-    if not quick:
-        rows += [(*shape, 16) for shape in LONG] + STATES
-        for _ in range(5):
-            rows.append((random.choice([1, 2, 3, 5, 8]), random.randint(100, 4096), 8 * random.randint(32, 640), 16))
-    for shape in rows:
+    for shape in (shape for name in arguments.rows for shape in ROWS[name]):
         print(row(*shape, official, rate), flush=True)
         torch.cuda.empty_cache()
 

@@ -78,6 +78,20 @@ def processors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index or 0).multi_processor_count
 
 
+def early_start(x: Tensor) -> dict[str, Any]:
+    """Launch options of a Triton kernel with a constant PDL: where it may start before the kernel before it has ended.
+
+    Such a kernel (programmatic dependent launch) waits by itself, with `gdc_wait`, before it reads what others write.
+    """
+    return {"PDL": True, "launch_pdl": True} if x.is_cuda and can_start_early(x.device.index) else {"PDL": False}
+
+
+@functools.cache
+def can_start_early(index: int | None) -> bool:
+    """Whether a CUDA device has programmatic dependent launch."""
+    return torch.cuda.get_device_capability(index or 0) >= (9, 0)
+
+
 @functools.cache
 def shared_bytes(index: int | None) -> int:
     """Shared memory that a program may have on a CUDA device, but for a few KiB of the compiler's own."""

@@ -7,6 +7,17 @@ ROWS = 32
 COLUMNS = 64
 
 
+@triton.jit
+def sum_rows(parts, kind, column, is_column, rows, columns, KINDS: tl.constexpr, ROWS: tl.constexpr):
+    """The sum over rows of parts (row, kind, column), fp32, for a block of columns of a kind."""
+    row = tl.arange(0, ROWS).to(tl.int64)
+    total = tl.zeros([ROWS, column.shape[0]], tl.float32)
+    for first in range(0, rows, ROWS):
+        at = ((first + row) * KINDS + kind) * columns
+        total += tl.load(parts + at[:, None] + column, mask=((first + row) < rows)[:, None] & is_column, other=0.0)
+    return tl.sum(total, axis=0)
+
+
 @triton.jit(do_not_specialize=["rows", "columns"])
 def sum_parts(parts, sums, last, rows, columns, KINDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """sums (column, kind) = sum over rows of parts (row, kind, column), fp32; where `last` is given, the last kind's.
@@ -16,12 +27,7 @@ def sum_parts(parts, sums, last, rows, columns, KINDS: tl.constexpr, ROWS: tl.co
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     kind = tl.program_id(1)
     is_column = column < columns
-    row = tl.arange(0, ROWS).to(tl.int64)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, rows, ROWS):
-        at = ((first + row) * KINDS + kind) * columns
-        total += tl.load(parts + at[:, None] + column, mask=((first + row) < rows)[:, None] & is_column, other=0.0)
-    value = tl.sum(total, axis=0)
+    value = sum_rows(parts, kind, column, is_column, rows, columns, KINDS, ROWS)
     if last is None:
         tl.store(sums + column * KINDS + kind, value.to(sums.dtype.element_ty), mask=is_column)
     else:

@@ -167,6 +167,7 @@ class EngineConfig:
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
     cuda_graphs: bool | None = None  # replay forward and backward as one graph; null: with engine=single on a GPU
     recompute: Recompute = Recompute.auto  # activation checkpointing: less memory, more computation
+    recompute_layers: int | None = None  # with recompute=scan: in so many layers, from the first; null: in all
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic
     zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too
     # fsdp

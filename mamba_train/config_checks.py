@@ -218,8 +218,18 @@ def _engine(config: Config) -> Iterable[Problem]:
         yield "engine.zero_stage", engine.zero_stage, "expected 1, 2 or 3"
     if engine.compile and engine.name is EngineKind.deepspeed:
         yield "engine.compile", engine.compile, "expected false with engine=deepspeed; engine=fsdp compiles"
-    if engine.cuda_graphs and (engine.name not in (EngineKind.single, EngineKind.auto) or launch().world_size > 1):
-        yield "engine.cuda_graphs", engine.cuda_graphs, "expected null or false with more than engine=single"
+    records = engine.name in (EngineKind.single, EngineKind.ddp)
+    if engine.cuda_graphs and not records and not (engine.name is EngineKind.auto and launch().world_size == 1):
+        yield (
+            "engine.cuda_graphs",
+            engine.cuda_graphs,
+            f"expected null or false with engine={engine.name}; engine=single and engine=ddp record",
+        )
+    if engine.recompute_layers is not None:
+        if engine.recompute is not Recompute.scan:
+            yield "engine.recompute_layers", engine.recompute_layers, "expected null without engine.recompute=scan"
+        elif engine.recompute_layers < 0:
+            yield "engine.recompute_layers", engine.recompute_layers, "expected at least 0"
     if engine.replicas != 1 and engine.name is not EngineKind.fsdp:
         yield "engine.replicas", engine.replicas, f"expected 1 with engine={engine.name}; engine=fsdp has replicas"
     may_be_fsdp = engine.name in (EngineKind.fsdp, EngineKind.auto)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import alignment, triton_unsupported
+from kernels.dispatch import alignment, processors, triton_unsupported
 
 WIDTHS = (2, 3, 4)
-PROGRAMS = 660  # five for each multiprocessor of an H100
+MAX_WIDTH = max(WIDTHS)
 
 
 class Shape(NamedTuple):
@@ -22,21 +22,36 @@ class Shape(NamedTuple):
     steps: int  # of a program, a multiple of `unroll`
 
 
-def forward_shape(batch: int, length: int, channels: int) -> Shape:
-    """The forward kernel for a shape; with fewer steps where there are few programs for a GPU's multiprocessors."""
-    return Shape(block=256, warps=1, unroll=4, steps=_steps(64, 16, batch, length, channels))
+# Milliseconds on an H100, bf16, width 4, of (block, warps, unroll, steps), from `--sweep`:
+#
+#                        (8, 2048, 5120) (1, 131072, 5376) (8, 2048, 1536) (1, 2048, 5120)
+#   forward (256, 2, 4, 8)        0.1159            0.9450          0.0385          0.0163
+#           (256, 2, 4, 16)       0.1233            0.9946          0.0402          0.0169
+#           (256, 1, 4, 16)       0.1226            0.9778
+#   backward (128, 1, 4, 164)     0.1912
+#            (128, 1, 4, 112)     0.1939                            0.0647
+#            (128, 1, 4, 48)                                                        0.0299
 
 
-def backward_shape(batch: int, length: int, channels: int) -> Shape:
-    """The backward kernel for a shape."""
-    return Shape(block=256, warps=2, unroll=4, steps=_steps(128, 32, batch, length, channels))
+def forward_shape() -> Shape:
+    """The forward kernel: programs so short and many that the last ones leave little of the GPU idle."""
+    return Shape(block=256, warps=2, unroll=4, steps=8)
 
 
-def _steps(most: int, least: int, batch: int, length: int, channels: int) -> int:
-    """Between both, so many that there are `PROGRAMS` programs of 256 channels, where there can be."""
-    while most > least and batch * (length // most) * (channels // 256) < PROGRAMS:
-        most //= 2
-    return most
+def backward_shape(batch: int, length: int, channels: int, processors: int, with_more: bool) -> Shape:
+    """The backward kernel: rounds of programs that fill the GPU, as few as give a program about 200 steps at most.
+
+    Each has sums to leave, and some steps to walk for its neighbour, so that short ones cost more. with_more: three
+    inputs, which need 202 registers where a lane has four channels and 96 where it has two.
+    """
+    block, warps, at_once = (256, 4, 5) if with_more else (128, 1, 16)  # at once: on a multiprocessor
+    unroll, most, least = 4, 192, 32
+    sequences = batch * -(-channels // block)
+    places = processors * at_once
+    rounds = max(1, -(-sequences * length // (places * most)))
+    chunks = max(1, rounds * places // sequences)
+    steps = -(-length // chunks) + MAX_WIDTH - 1
+    return Shape(block, warps, unroll, steps=max(least, -(-steps // unroll) * unroll))
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -61,13 +76,13 @@ def forward(
     x, initial_state, bias = _unit(x), _contiguous(initial_state), _contiguous(bias)
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     final_state = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
-    shape = forward_shape(batch, length, channels)
+    shape = forward_shape()
     chunks = -(-length // shape.steps)
     align = alignment(channels, x.stride(0), x.stride(1))
     with torch.cuda.device_of(x):
         forward_kernel[(batch * chunks * -(-channels // shape.block),)](
-            *(x, weight, bias, seq_idx, initial_state, y, final_state),
-            *(x.stride(0) // align, x.stride(1) // align, weight.stride(0), weight.stride(1)),
+            *(x, weight.contiguous(), bias, seq_idx, initial_state, y, final_state),
+            *(x.stride(0) // align, x.stride(1) // align),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             *(length, channels // align, chunks, shape.steps),
             *(width, silu, align, shape.block, shape.unroll),
@@ -86,10 +101,11 @@ def backward(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     x_grad: Tensor | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator's backward: gradients of x, weight, bias, initial state; empty for an absent one.
 
-    x_grad: where the first one goes, with neighbouring channels side by side.
+    x_grad: where the first one goes, with neighbouring channels side by side. more: what there is to add to y_grad.
     """
     from kernels.causal_conv1d.triton_kernels import backward_kernel
     from kernels.sum_parts import COLUMNS, ROWS, sum_parts
@@ -103,16 +119,18 @@ def backward(
     state_grad = x.new_empty((0,) if initial_state is None else initial_state.shape)
     weight_grad = weight.new_empty(weight.shape)
     bias_grad = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
-    shape, kinds = backward_shape(batch, length, channels), width + (bias is not None)
+    at_once = processors(x.device.index) if x.is_cuda else 1
+    shape = backward_shape(batch, length, channels, at_once, more is not None)
+    kinds = width + (bias is not None)
     chunks = -(-length // (shape.steps - (width - 1)))
     parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
     strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]
     align = alignment(channels, *strides)
     with torch.cuda.device_of(x):
         backward_kernel[(batch * chunks * -(-channels // shape.block),)](
-            *(y_grad, final_grad, x, weight, bias, seq_idx, initial_state, x_grad, state_grad, parts),
+            *(y_grad, _contiguous(more), final_grad, x, weight.contiguous(), bias, seq_idx, initial_state),
+            *(x_grad, state_grad, parts),
             *(stride // align for stride in strides),
-            *(weight.stride(0), weight.stride(1)),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             *(length, channels // align, chunks, shape.steps),
             *(width, silu, align, shape.block, shape.unroll),

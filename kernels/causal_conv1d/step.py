@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.checks import compute_dtype, needs_gradient
-from kernels.dispatch import on_cuda, triton_unsupported
+from kernels.dispatch import early_start, on_cuda, triton_unsupported
 from kernels.operator import operator
 
 MAX_WIDTH = 16  # of the kernel, which is unrolled over the width
@@ -83,6 +83,7 @@ def _launch(state: Tensor, new_state: Tensor, x: Tensor, weight: Tensor, bias: T
             SILU=silu,
             CHANNELS=LAUNCH.channels,
             num_warps=LAUNCH.warps,
+            **early_start(x),
         )
     return y
 

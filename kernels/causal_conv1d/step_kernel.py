@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -23,11 +24,15 @@ def step_kernel(
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     CHANNELS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (b, c): CHANNELS channels of sequence b. y and new_state are contiguous, all else has strides.
 
     new_state may be state itself: a thread has read all of its channels' taps before it writes the first.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     sequence = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     row = channel < channels

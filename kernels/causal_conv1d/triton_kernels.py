@@ -38,12 +38,24 @@ def _row_before(x, initial_state, t, x_row, channels, c, is_channel, WIDTH: tl.c
 
 
 @triton.jit
-def _taps(weight, weight_channel, weight_tap, c, is_channel, WIDTH: tl.constexpr):
-    """The filters by lag: the first multiplies the input of the same position."""
-    taps = ()
-    for lag in tl.static_range(WIDTH):
-        tap = weight + c * weight_channel + (WIDTH - 1 - lag) * weight_tap
-        taps = taps + (tl.load(tap, mask=is_channel, other=0.0).to(tl.float32),)
+def _taps(weight, c, is_channel, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The filters by lag: the first multiplies the input of the same position. Read side by side, then taken apart."""
+    PADDED: tl.constexpr = 2 if WIDTH == 2 else 4
+    tap = tl.arange(0, PADDED)
+    is_tap = is_channel[:, None]
+    if PADDED != WIDTH:
+        is_tap = is_tap & (tap < WIDTH)
+    filters = tl.load(weight + c[:, None] * WIDTH + tap, mask=is_tap, other=0.0).to(tl.float32)
+    if WIDTH == 2:
+        first, second = tl.split(filters)
+        taps = (second, first)
+    else:
+        even, odd = tl.split(filters.reshape(BLOCK, 2, 2))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        taps = (third, second, first)
+        if WIDTH == 4:
+            taps = (fourth, third, second, first)
     return taps
 
 
@@ -61,8 +73,7 @@ def _before_activation(rows, now: tl.constexpr, taps, bias, age, WIDTH: tl.const
 
 @triton.jit(
     do_not_specialize=[
-        *("x_batch", "x_row", "weight_channel", "weight_tap", "seq_batch", "seq_row"),
-        *("length", "channels", "chunks", "steps"),
+        *("x_batch", "x_row", "seq_batch", "seq_row", "length", "channels", "chunks", "steps"),
     ]
 )
 def forward_kernel(
@@ -75,8 +86,6 @@ def forward_kernel(
     final_state,
     x_batch,
     x_row,
-    weight_channel,
-    weight_tap,
     seq_batch,
     seq_row,
     length,
@@ -112,7 +121,7 @@ def forward_kernel(
     if initial_state is not None:
         initial_state += batch * (WIDTH - 1) * channels
 
-    taps = _taps(weight, weight_channel, weight_tap, c, is_channel, WIDTH)
+    taps = _taps(weight, c, is_channel, WIDTH, BLOCK)
     offset = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
         offset = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
@@ -156,12 +165,12 @@ def forward_kernel(
 @triton.jit(
     do_not_specialize=[
         *("grad_batch", "grad_row", "x_batch", "x_row", "out_batch", "out_row"),
-        *("weight_channel", "weight_tap", "seq_batch", "seq_row"),
-        *("length", "channels", "chunks", "steps"),
+        *("seq_batch", "seq_row", "length", "channels", "chunks", "steps"),
     ]
 )
 def backward_kernel(
     y_grad,
+    more,
     final_grad,
     x,
     weight,
@@ -177,8 +186,6 @@ def backward_kernel(
     x_row,
     out_batch,
     out_row,
-    weight_channel,
-    weight_tap,
     seq_batch,
     seq_row,
     length,
@@ -195,7 +202,8 @@ def backward_kernel(
 
     The gradient of a position is complete WIDTH-1 positions later: the walk goes that far into the next program's
     positions, and past the end, where the final state stands for what would have read them. `pending` holds the
-    incomplete ones. parts: (program, WIDTH by lag from the longest, then the bias, channel), fp32.
+    incomplete ones. more: a second summand of the gradient of y, contiguous. parts: (program, WIDTH by lag from the
+    longest, then the bias, channel), fp32.
     """
     PACKED: tl.constexpr = seq_idx is not None
     owned = steps - (WIDTH - 1)
@@ -224,7 +232,7 @@ def backward_kernel(
         final_grad += batch * (WIDTH - 1) * channels
 
     zeros = tl.zeros([BLOCK], tl.float32)
-    taps = _taps(weight, weight_channel, weight_tap, c, is_channel, WIDTH)
+    taps = _taps(weight, c, is_channel, WIDTH, BLOCK)
     offset = zeros
     if bias is not None:
         offset = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
@@ -241,17 +249,48 @@ def backward_kernel(
 
     x_here, y_grad_here = x + start * x_row + c, y_grad + start * grad_row + c
     x_grad_here = x_grad + (start - (WIDTH - 1)) * out_row + c
+    read_stop = min(stop + WIDTH - 1, length)
+    more_row = channels.to(tl.int64)
+    x_ahead = ()  # what the next round reads is asked for before this one computes
+    y_grad_ahead = ()
+    if more is not None:
+        more += (batch * length + start) * more_row + c
+        more_ahead = ()
+    for u in tl.static_range(UNROLL):
+        mask = is_channel & (start + u < read_stop)
+        x_ahead = x_ahead + (tl.load(x_here + u * x_row, mask=mask, other=0.0),)
+        y_grad_ahead = y_grad_ahead + (tl.load(y_grad_here + u * grad_row, mask=mask, other=0.0),)
+        if more is not None:
+            more_ahead = more_ahead + (tl.load(more + u * more_row, mask=mask, other=0.0),)
     for t0 in range(start, stop + WIDTH - 1, UNROLL):
         rows = history
         grads = ()
         ages = ()
+        x_here += UNROLL * x_row
+        y_grad_here += UNROLL * grad_row
+        if more is not None:
+            more += UNROLL * more_row
+            more_next = ()
+        x_next = ()
+        y_grad_next = ()
         for u in tl.static_range(UNROLL):
-            mask = is_channel & (t0 + u < length)
-            rows = rows + (_row(x_here + u * x_row, mask),)
-            grads = grads + (_row(y_grad_here + u * grad_row, mask),)
+            rows = rows + (x_ahead[u].to(tl.float32),)
+            grad = y_grad_ahead[u].to(tl.float32)
+            if more is not None:
+                grad += more_ahead[u].to(tl.float32)
+            grads = grads + (grad,)
+            mask = is_channel & (t0 + UNROLL + u < read_stop)
+            x_next = x_next + (tl.load(x_here + u * x_row, mask=mask, other=0.0),)
+            y_grad_next = y_grad_next + (tl.load(y_grad_here + u * grad_row, mask=mask, other=0.0),)
+            if more is not None:
+                more_next = more_next + (tl.load(more + u * more_row, mask=mask, other=0.0),)
             if PACKED:
                 age = tl.where(_begins_document(seq_idx, t0 + u, seq_row, length), 0, age + 1)
             ages = ages + (age,)
+        x_ahead = x_next
+        y_grad_ahead = y_grad_next
+        if more is not None:
+            more_ahead = more_next
         for u in tl.static_range(UNROLL):
             t = t0 + u
             age_here = ages[u]
@@ -291,8 +330,6 @@ def backward_kernel(
                 target = state_grad + (position + WIDTH - 1) * channels + c
                 tl.store(target, complete.to(state_grad.dtype.element_ty), mask=is_channel & (position < 0))
         history = rows[UNROLL:]
-        x_here += UNROLL * x_row
-        y_grad_here += UNROLL * grad_row
         x_grad_here += UNROLL * out_row
 
     parts += (pid // groups).to(tl.int64) * KINDS * channels + c

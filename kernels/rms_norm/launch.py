@@ -29,6 +29,8 @@ class Shape(NamedTuple):
 #   add, forward     768  (1024, 2) .0534   (512, 1) .0539   (256, 2) .0551
 #                   2560  (1024, 4) .1719   (512, 4) .1733   (1024, 2) .1738   with 16 programs .1834
 #   gated, forward  5120  (2048, 4) .1668   (512, 8) .1785   (1024, 4) .1808   with 16 programs .1747
+#                   1536  (512, 4) .0534   (2048, 4) .0538   (256, 2) .0541
+#                   4096  (4096, 8) .1350   (2048, 8) .1351   (4096, 4) .1362
 #   add, backward    768  (1024, 8, 2, 3) .0837   4 rows of (256, 16, 1, 3) .0791
 #                   2560  (1024, 4, 2, 2) .2444   (1024, 4, 1, 3) .2455   (512, 8, 2, 2) .2456
 #   gated, backward 5120  (1024, 8, 1, 3) .3090   (2048, 8, 2, 3) .3104   (1024, 8, 3, 3) .3223
@@ -38,7 +40,7 @@ def forward_shape(size: int, gated: bool) -> Shape:
     """The forward kernel for groups of `size` channels: each program has its rows once."""
     block = piece(size)
     rows = max(1, 512 // block)
-    each = 32 if gated else 16  # channels of a thread, about
+    each = 32 if gated and size > 4096 else 16  # channels of a thread, about
     return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each), programs=MANY, stages=1)
 
 

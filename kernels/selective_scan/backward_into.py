@@ -35,7 +35,8 @@ def selective_scan_backward_into(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fill x_grad, dt_grad (contiguous) and z_grad; return the gradients of A, B, C, D and dt_bias.
 
-    All activations have one dtype. x_grad and dt_grad may be the memory of `dt` and `ungated`; z_grad that of none.
+    All activations have one dtype. x_grad and dt_grad may be the memory of `dt` and `ungated`, z_grad that of
+    `y_grad`.
     """
     dx, ddt, dA, dB, dC, dD, dz, dt_bias_grad, _ = selective_scan_backward_op(
         y_grad, None, x, dt, A, B, C, D, z, dt_bias, True, seq_idx, starts, ungated

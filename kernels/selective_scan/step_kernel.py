@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton_math import softplus
 
@@ -40,11 +41,15 @@ def step_kernel(
     A_IS_LOG: tl.constexpr,
     CHANNELS: tl.constexpr,
     STATES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (b, c): CHANNELS channels of sequence b. y and new_state are contiguous, all else has strides.
 
     new_state may be state itself: each element is read and written by the same thread, in this order.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     sequence = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.arange(0, STATES)

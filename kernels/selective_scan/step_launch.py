@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.dispatch import early_start
+
 
 class Launch(NamedTuple):
     """How a program of the kernel is made: states that it holds at least, and its warps."""
@@ -87,5 +89,6 @@ def _launch(
             CHANNELS=per_program,
             STATES=padded_states,
             num_warps=LAUNCH.warps,
+            **early_start(x),
         )
     return y

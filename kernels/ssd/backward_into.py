@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.dispatch import on_cuda
 from kernels.operator import operator
-from kernels.ssd import launch
+from kernels.ssd import launch, launch_backward
 from kernels.ssd.reference import ssd_backward_op
 
 
@@ -57,12 +57,12 @@ def launch_into(
     y_grad, x, dt, A, B, C, D, dt_bias, chunk_size, seq_idx, starts, x_grad, dt_grad, B_grad, C_grad
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same on CUDA devices."""
-    _, _, dA, _, _, dD, _, dt_bias_grad, _ = launch.backward(
+    _, _, dA, _, _, dD, _, dt_bias_grad, _ = launch_backward.backward(
         *(y_grad, None, x, dt, A, B, C, D, None, dt_bias, True, 0.0, math.inf, chunk_size, seq_idx, starts),
         y_grad.new_empty((0,)),
-        launch.Outputs(x_grad, dt_grad, B_grad, C_grad),
+        launch_backward.Outputs(x_grad, dt_grad, B_grad, C_grad),
     )
     return dA, dD, dt_bias_grad
 
 
-on_cuda(ssd_backward_into, launch_into, lambda y_grad, x, dt, A, B, *_: launch.unsupported(x, B, 0.0))
+on_cuda(ssd_backward_into, launch_into, lambda y_grad, x, *_: launch.unsupported(x, 0.0))

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton_math import clamp, softplus
 
@@ -49,11 +50,15 @@ def step_kernel(
     A_IS_LOG: tl.constexpr,
     ROWS: tl.constexpr,
     STATES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (b * heads + h, r): ROWS of the head_dim rows of a head's state. y and new_state are contiguous.
 
     new_state may be state itself.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     sequence = tl.program_id(0).to(tl.int64) // heads
     head = tl.program_id(0).to(tl.int64) % heads
     group = head // heads_of_group

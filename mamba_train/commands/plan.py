@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_train.composition import compose_config
-from mamba_train.config import Config, EngineKind
+from mamba_train.config import Config, EngineKind, Recompute
 
 if TYPE_CHECKING:
     from mamba_train.monitor.plan import Plan
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     from mamba_train.monitor.flops import datasheet_peak
     from mamba_train.monitor.plan import make_plan
-    from mamba_train.parallel.auto import choose_engine, probable_vocab_size
+    from mamba_train.parallel.auto import choose_engine, layers_to_recompute, probable_vocab_size, with_recompute
 
     peak = args.peak_tflops * 1e12 if args.peak_tflops else datasheet_peak(args.device, torch.bfloat16)
     if peak is None:
@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
     if config.engine.name is EngineKind.auto:
         config.engine.name, reason = choose_engine(config, n_gpus, gpu_bytes)
         print(f"engine=auto: {config.engine.name}, {reason}\n")
+    if config.engine.recompute is Recompute.auto:
+        config.engine = with_recompute(config.engine, layers_to_recompute(config, n_gpus, gpu_bytes))
     memory = _memory(plan, config, n_gpus, gpu_bytes)
     for section in (_model(plan), memory, _disk(plan, config), _time(plan, config, peak, device, args)):
         print("\n".join(section) + "\n")
@@ -87,10 +89,11 @@ def _memory(plan: "Plan", config: Config, n_gpus: int, gpu_bytes: float) -> list
     memory = memory_per_device(config, plan.model, n_gpus)
     total = sum(memory.values())
     batch, length = config.training.micro_batch_size, config.data.sequence_length
+    layers = f" in {config.engine.recompute_layers} layers" if config.engine.recompute_layers else ""
     share = f", {total / gpu_bytes:.0%} of it" if gpu_bytes < float("inf") else ""
     return [
         f"memory of each of {n_gpus} device{'s' if n_gpus > 1 else ''}, engine.name={config.engine.name}, "
-        f"micro-batches of {batch} x {length:,} tokens, engine.recompute={config.engine.recompute}: "
+        f"micro-batches of {batch} x {length:,} tokens, engine.recompute={config.engine.recompute}{layers}: "
         f"{_size(total)}{share}",
         *(_row(name, _size(size), size / total) for name, size in memory.items()),
         f"  besides about {_size(OVERHEAD_BYTES)} for the CUDA context, NCCL and fragments",

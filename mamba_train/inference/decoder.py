@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mamba_train.config import MixerKind, layer_mixers
+from mamba_train.inference.fused_step import can_fuse, fused_step
 from mamba_train.model.attention import KVState
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.mixers import LayerState
@@ -61,8 +62,14 @@ class Decoder:
                 self._step = _GraphedStep(self._model, self._state)
             self.logits = self._step(tokens)
         else:
-            self.logits, self._state = self._model.step(tokens, self._state, in_place=True)
+            self.logits, self._state = _step(self._model, tokens, self._state)
         return self.logits
+
+
+def _step(model: MambaLM, tokens: Tensor, state: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
+    if can_fuse(model, len(tokens)):
+        return fused_step(model, tokens, state), state
+    return model.step(tokens, state, in_place=True)
 
 
 class _GraphedStep:
@@ -72,8 +79,8 @@ class _GraphedStep:
         self._token = torch.zeros(_batch_size(state), dtype=torch.int64, device=model.embedding.weight.device)
         scratch = [_zeros_like(layer) for layer in state]
         self._replay = record(
-            lambda: model.step(self._token, state, in_place=True)[0],
-            warm_up=lambda: model.step(self._token, scratch, in_place=True),
+            lambda: _step(model, self._token, state)[0],
+            warm_up=lambda: _step(model, self._token, scratch),
         )
 
     def __call__(self, tokens: Tensor) -> Tensor:

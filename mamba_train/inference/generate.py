@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mamba_train.inference.decoder import Decoder, record
+from mamba_train.inference.decoder import Decoder
 from mamba_train.inference.sampling import NOT_FINITE, Sampling, choose, uniform_draws
 from mamba_train.model.language_model import MambaLM
 
@@ -39,11 +39,10 @@ def generate(
     """
     decoder = Decoder(model, prompts, cuda_graph, state_dtype)
     draws = uniform_draws(sampling, len(prompts), decoder.logits.device)
-    choice = _Choice(decoder, sampling, vocab_size)
     texts: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
     for position in range(max_new_tokens):
-        tokens = choice(next(draws))
+        tokens = choose(decoder.logits[:, :vocab_size], sampling, next(draws))
         chosen = _Reading(tokens)
         is_last = position == max_new_tokens - 1
         # Rows that have ended are carried along: the batch keeps its shape.
@@ -68,26 +67,6 @@ def _ends(row: int, token: int, text: list[int], stop_token: int | None, on_toke
         return True
     text.append(token)
     return on_token(row, token)
-
-
-class _Choice:
-    """Chooses from the logits of a decoder; the most likely token by a CUDA graph, where its steps are one."""
-
-    def __init__(self, decoder: Decoder, sampling: Sampling, vocab_size: int) -> None:
-        self._decoder, self._sampling, self._vocab_size = decoder, sampling, vocab_size
-        self._first = decoder.logits  # those of the prompts lie elsewhere than all that follow
-        self._replays = decoder.replays and sampling.temperature == 0
-        self._replay: Callable[[], Tensor] | None = None
-
-    def __call__(self, uniform: Tensor) -> Tensor:
-        if not self._replays or self._decoder.logits is self._first:
-            return self._choose(uniform)
-        if self._replay is None:
-            self._replay = record(lambda: self._choose(uniform), warm_up=lambda: self._choose(uniform))
-        return self._replay()
-
-    def _choose(self, uniform: Tensor) -> Tensor:
-        return choose(self._decoder.logits[:, : self._vocab_size], self._sampling, uniform)
 
 
 class _Reading:

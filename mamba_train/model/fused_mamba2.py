@@ -77,7 +77,7 @@ class FusedMamba2(torch.autograd.Function):
             )
             del y_grad
             conv_weight_grad, conv_bias_grad = causal_conv1d_backward_into(
-                conv_grad, xBC, conv_weight, conv_bias, seq_idx, xBC_grad
+                conv_grad, None, xBC, conv_weight, conv_bias, seq_idx, xBC_grad
             )
         weights = (conv_weight_grad, conv_bias_grad, A_grad, D_grad, dt_bias_grad, norm_weight_grad)
         return projected_grad, *weights, None, None, None, None, None

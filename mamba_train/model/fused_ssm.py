@@ -1,7 +1,7 @@
 """The selective SSM of Mamba-1 as one node of autograd: what it saves, computes again, and where its gradients go.
 
 Composed of the same operators as the plain form, it saves passes over memory that autograd cannot: the gradients of x
-and z are written as the two halves of one tensor, that of the convolution's output is summed inside a matrix product.
+and z are written as the two halves of one tensor, that of the convolution's output is summed where it is read.
 
 With `recompute`, neither Δ nor what the scan returned is kept until the backward, but computed again there. What
 follows the SSM keeps its output, too, and is made to forget it by `forgetting`.
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from kernels.causal_conv1d.backward_into import causal_conv1d_backward_into
 from kernels.selective_scan.backward_into import selective_scan_backward_into
+from mamba_train.model.projection import weight_gradient
 
 
 class FusedSSM(torch.autograd.Function):
@@ -53,6 +54,7 @@ class FusedSSM(torch.autograd.Function):
         )
         ctx.recompute = recompute
         ctx.computed_again = None
+        ctx.wide_grad = None  # left by `Projection`: its second half is the gradient of y
         ctx.dt_proj_dtype = dt_proj_weight.dtype
         return y
 
@@ -71,24 +73,28 @@ class FusedSSM(torch.autograd.Function):
         with torch.autocast(xz.device.type, enabled=False):
             (x_given, z), rank, states = xz.chunk(2, dim=-1), dt_proj.shape[1], A.shape[1]
             dt_low, B, C = projected.split((rank, states, states), dim=-1)
-            xz_grad = torch.empty_like(xz)
+            # The scan's backward reads the gradient of y once, before it writes that of z.
+            xz_grad, ctx.wide_grad = ctx.wide_grad, None
+            if xz_grad is None or xz_grad.chunk(2, dim=-1)[1].data_ptr() != y_grad.data_ptr():
+                xz_grad = torch.empty_like(xz)
             x_given_grad, z_grad = xz_grad.chunk(2, dim=-1)
             A_grad, B_grad, C_grad, D_grad, dt_bias_grad = selective_scan_backward_into(
                 *(y_grad, x, dt, A, B, C, D, z, dt_bias, seq_idx, starts, ungated, x_grad, dt_grad, z_grad)
             )
             projected_grad = torch.cat((dt_grad @ dt_proj, B_grad, C_grad), dim=-1)
-            dt_proj_grad = dt_grad.flatten(0, 1).t() @ dt_low.flatten(0, 1)
-            x_proj_grad = projected_grad.flatten(0, 1).t() @ x.flatten(0, 1)
-            x_grad.flatten(0, 1).addmm_(projected_grad.flatten(0, 1), x_proj_weight.to(x.dtype))
+            dt_proj_grad = weight_gradient(dt_grad, dt_low, ctx.dt_proj_dtype)
+            x_proj_grad = weight_gradient(projected_grad, x, x_proj_weight.dtype)
+            through_x_proj = dt_grad  # no longer needed, and of the same size
+            through_x_proj.flatten(0, 1).addmm_(projected_grad.flatten(0, 1), x_proj_weight.to(x.dtype), beta=0)
             conv_weight_grad, conv_bias_grad = causal_conv1d_backward_into(
-                x_grad, x_given, conv_weight, conv_bias, seq_idx, x_given_grad
+                x_grad, through_x_proj, x_given, conv_weight, conv_bias, seq_idx, x_given_grad
             )
         return (
             xz_grad,
             conv_weight_grad,
             conv_bias_grad,
-            x_proj_grad.to(x_proj_weight.dtype),
-            dt_proj_grad.to(ctx.dt_proj_dtype),
+            x_proj_grad,
+            dt_proj_grad,
             A_grad,
             D_grad,
             dt_bias_grad,

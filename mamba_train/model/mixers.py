@@ -10,6 +10,7 @@ from mamba_train.config import MixerKind, ModelConfig
 from mamba_train.model.attention import AttentionMixer, KVState
 from mamba_train.model.fused_ssm import forgetting
 from mamba_train.model.mamba2_ssm import Mamba2SSM
+from mamba_train.model.projection import Projection
 from mamba_train.model.selective_ssm import SelectiveSSM, SSMState
 
 LayerState: TypeAlias = SSMState | KVState
@@ -35,9 +36,9 @@ class Mamba1Mixer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d_inner = config.expand * config.d_model
-        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
+        self.in_proj = Projection(config.d_model, 2 * d_inner)
         self.ssm = SelectiveSSM(config)
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+        self.out_proj = Projection(d_inner, config.d_model)
 
     def forward(self, hidden: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         y = self.ssm(self.in_proj(hidden), seq_idx)

@@ -1,31 +1,68 @@
-"""`engine=auto`: one device, DDP or FSDP2, from the size of the model and the memory of a GPU."""
+"""What the config leaves to the size of the model and the memory of a GPU.
 
+`engine=auto`: one device, DDP or FSDP2. `engine.recompute=auto`: as few layers as fit compute their scan again.
+"""
+
+import bisect
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from mamba_train.config import Config, EngineConfig, EngineKind
+from mamba_train.config import Config, EngineConfig, EngineKind, MixerKind, Recompute, layer_mixers
 from mamba_train.data.tokenizer import load_tokenizer
 from mamba_train.model.language_model import resolve_model_config
-from mamba_train.parallel.memory import GIB, OVERHEAD_BYTES, memory_per_device
+from mamba_train.parallel.memory import GIB, OVERHEAD_BYTES, fits, memory_per_device
 from mamba_train.parallel.native import choose_device
 from mamba_train.ranks import Ranks
 
+USED = 0.95  # of a GPU: an estimate must not end a run that would go on with less
+
 
 def resolve_auto(config: Config, ranks: Ranks, log: Callable[[str], None]) -> EngineConfig:
-    """The engine's config with a name other than auto; the same on all ranks, and the log says why."""
-    if config.engine.name is not EngineKind.auto:
-        return config.engine
+    """The engine's config with nothing left to choose; the same on all ranks, and the log says why."""
+    engine = config.engine
+    if engine.name is EngineKind.auto:
 
-    def choose() -> list[str]:
-        name, reason = choose_engine(config, ranks.world_size, _device_bytes(config))
-        return [name.value, reason]
+        def choose() -> list[str]:
+            name, reason = choose_engine(config, ranks.world_size, _device_bytes(config))
+            return [name.value, reason]
 
-    name, reason = ranks.first(choose)
-    log(f"engine=auto: {name}, {reason}")
-    return dataclasses.replace(config.engine, name=EngineKind(name))
+        name, reason = ranks.first(choose)
+        log(f"engine=auto: {name}, {reason}")
+        engine = dataclasses.replace(engine, name=EngineKind(name))
+    if engine.recompute is not Recompute.auto:
+        return engine
+    chosen = dataclasses.replace(config, engine=engine)
+    layers = ranks.first(lambda: layers_to_recompute(chosen, ranks.world_size, _device_bytes(config)))
+    if layers:
+        log(f"engine.recompute=auto: {layers} layers compute their scan again, so that a step fits")
+    return with_recompute(engine, layers)
+
+
+def layers_to_recompute(config: Config, world_size: int, device_bytes: float | None) -> int:
+    """The fewest layers with engine.recompute=scan that let a step fit; all layers when nothing does.
+
+    device_bytes: what a GPU has, None on the CPU, where nothing is computed again.
+    """
+    model = resolve_model_config(config.model, probable_vocab_size(config))
+    if device_bytes is None or MixerKind.mamba1 not in layer_mixers(model):
+        return 0
+    limit = USED * device_bytes
+
+    def fit(layers: int) -> bool:
+        engine = with_recompute(config.engine, layers)
+        return fits(dataclasses.replace(config, engine=engine), model, world_size, limit)
+
+    return bisect.bisect_left(range(model.n_layer), True, key=fit)
+
+
+def with_recompute(engine: EngineConfig, layers: int) -> EngineConfig:
+    """The same with engine.recompute=scan in so many layers."""
+    if layers == 0:
+        return dataclasses.replace(engine, recompute=Recompute.none)
+    return dataclasses.replace(engine, recompute=Recompute.scan, recompute_layers=layers)
 
 
 def choose_engine(config: Config, world_size: int, device_bytes: float | None) -> tuple[EngineKind, str]:

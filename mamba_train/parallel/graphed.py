@@ -1,20 +1,25 @@
-"""The forward and backward pass of a micro-batch as one CUDA graph: one launch instead of several thousand.
+"""The passes of a micro-batch, and the update, as CUDA graphs: one launch instead of several thousand.
 
 A layer launches about fifty small kernels each way, and Python needs longer to launch them than a GPU needs to compute
-them unless the micro-batch is large.
+them unless the micro-batch is large. The update waits for the host's decision, and every millisecond that Python then
+needs the GPU is idle.
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]  # inputs, targets, seq_idx, n_targets
 Shapes = tuple[torch.Size | None, ...]
+Variant = tuple[bool, bool]  # the first of a step's micro-batches, the last
 
 
 @dataclass(frozen=True)
@@ -29,60 +34,87 @@ class GraphedPasses:
 
     The first call of each shape runs as it is: it compiles what there is to compile. Only one shape is recorded, the
     first that comes twice, because a graph keeps the memory of its activations; others run as they are. The same
-    kernels run in the same order either way, so the numbers are the same.
-    Whoever clears the gradients must keep their memory (`clear_gradients`), which the graph adds to.
+    kernels run in the same order either way, so the numbers are the same. `variant` tells apart passes of the same
+    shape that do not launch the same; each has a graph, and all of them one memory. While `may_record` is false
+    nothing is recorded: a variant's first call would need memory of its own beside the graph of another.
+    Once it `has_recorded`, `.grad` of the parameters must stay the same tensors: a graph adds to those that it found;
+    where it found none, it makes them anew each time, at the same place.
     """
 
-    def __init__(self, passes: Callable[..., Tensor], parameters: list[nn.Parameter]) -> None:
+    def __init__(self, passes: Callable[..., Tensor]) -> None:
         self._passes = passes
-        self._parameters = parameters
-        self._seen: set[Shapes] = set()
+        self._seen: set[tuple[Shapes, Variant]] = set()
         self._recorded: Shapes | None = None
-        self._recording: _Recording | None = None
+        self._recordings: dict[Variant, _Recording | None] = {}
+        self.has_recorded = False
+        self.may_record = True
 
-    def __call__(self, *arguments: *Arguments) -> Tensor:
+    def __call__(self, *arguments: *Arguments, variant: Variant = (True, True)) -> Tensor:
         shapes = tuple(None if argument is None else argument.shape for argument in arguments)
-        if shapes not in self._seen:
-            self._seen.add(shapes)
-            return self._passes(*arguments)
-        if self._recorded is None:
-            self._recorded = shapes
-            self._recording = self._record(arguments)
-        if self._recording is None or shapes != self._recorded:
-            return self._passes(*arguments)
-        for static, argument in zip(self._recording.arguments, arguments, strict=True):
+        if (shapes, variant) not in self._seen or not self.may_record:
+            self._seen.add((shapes, variant))
+            return self._passes(*arguments, variant=variant)
+        self._recorded = self._recorded or shapes
+        if shapes != self._recorded:
+            return self._passes(*arguments, variant=variant)
+        if variant not in self._recordings:
+            self._recordings[variant] = self._record(arguments, variant)
+        recording = self._recordings[variant]
+        if recording is None:
+            return self._passes(*arguments, variant=variant)
+        for static, argument in zip(recording.arguments, arguments, strict=True):
             if static is not None and argument is not None:
                 static.copy_(argument)
-        self._recording.graph.replay()
-        return self._recording.loss.clone()  # the next replay writes there
+        recording.graph.replay()
+        return recording.loss.clone()  # the next replay writes there
 
-    def _record(self, arguments: Arguments) -> _Recording | None:
+    def _record(self, arguments: Arguments, variant: Variant) -> _Recording | None:
         """None, and a line in the log, where something cannot be recorded."""
         inputs, targets, seq_idx, n_targets = arguments
         static = _copy(inputs), _copy(targets), None if seq_idx is None else _copy(seq_idx), _copy(n_targets)
-        for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        try:
-            graph = torch.cuda.CUDAGraph()
-            # A recording that fails would leave its own stream as the current one.
-            with torch.cuda.stream(torch.cuda.current_stream()):
-                # Other threads (the checkpoint's, the one that pins batches) may go on with what they do.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    loss = self._passes(*static)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            _log.warning("engine.cuda_graphs: the step cannot be recorded, it goes on without a graph: %s", reason)
+        others = [other.graph.pool() for other in self._recordings.values() if other is not None]
+        recorded = record(lambda: self._passes(*static, variant=variant), "the step", others[0] if others else None)
+        if recorded is None:
             return None
-        return _Recording(graph, static, loss)
+        self.has_recorded = True
+        return _Recording(recorded[0], static, recorded[1])
 
-    def clear_gradients(self) -> None:
-        """Zeros where the graph adds to; before there is one, no gradients at all."""
-        if self._recording is None:
-            for parameter in self._parameters:
-                parameter.grad = None
+
+class GraphedUpdate:
+    """Calls `update`, which reads and writes the same memory every time, and from the second call on replays it."""
+
+    def __init__(self, update: Callable[[], object]) -> None:
+        self._update = update
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        self._calls += 1
+        if self._calls == 2 and (recorded := record(self._update, "the update")) is not None:
+            self._graph = recorded[0]
+        if self._graph is None:
+            self._update()
         else:
-            torch._foreach_zero_([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+            self._graph.replay()
+
+
+def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T] | None:
+    """A graph of what `work` launches and what it returned; None, and a line in the log, where that cannot be.
+
+    pool: memory of another graph, which never runs at the same time.
+    """
+    try:
+        graph = torch.cuda.CUDAGraph()
+        # A recording that fails would leave its own stream as the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            # Other threads (the checkpoint's, the one that pins batches) may go on with what they do.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                result = work()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        _log.warning("engine.cuda_graphs: %s cannot be recorded, it goes on without a graph: %s", name, reason)
+        return None
+    return graph, result
 
 
 def _copy(tensor: Tensor) -> Tensor:

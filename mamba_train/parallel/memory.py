@@ -13,9 +13,9 @@ import torch
 
 from kernels.linear_cross_entropy.reference import GPU_LOGITS
 from kernels.selective_scan.plan import GPU_CHUNK
+from kernels.ssd.launch import GRADIENTS as SSD_GRADIENTS
 from mamba_train.config import (
     Config,
-    DeviceKind,
     EngineConfig,
     EngineKind,
     MixerKind,
@@ -26,6 +26,7 @@ from mamba_train.config import (
 )
 from mamba_train.model.contract import rule_for
 from mamba_train.model.language_model import MambaLM, padded_vocab_size
+from mamba_train.parallel.sharded import layers_per_unit
 from mamba_train.parallel.zero import LIVE_ELEMENTS, PREFETCHED_ELEMENTS, REDUCED_ELEMENTS
 
 MASTER_BYTES = 4  # fp32: weights, gradients, and each of AdamW's two moments
@@ -69,22 +70,14 @@ def memory_per_device(config: Config, model: ModelConfig, world_size: int) -> di
             "copies of the matrices in bf16": 0 if value_bytes == 4 else value_bytes * sizes.cast,
         }
     head = padded_vocab_size(model) * model.d_model
-    activations = activation_bytes(model, value_bytes, engine.recompute, micro_batch_tokens)
-    made = 0.0
-    if not _recorded(engine, world_size):
-        made = sum(memory.get(row, 0.0) for row in _made_at_the_end(engine, n_micro_batches))
+    activations = activation_bytes(model, value_bytes, engine.recompute, micro_batch_tokens, engine.recompute_layers)
+    made = sum(memory.get(row, 0.0) for row in _made_at_the_end(engine, n_micro_batches))
     # What is made while or after the backward pass frees the activations takes their place: the larger counts.
     memory["activations (estimate)" + (", beyond gradients" if made else "")] = max(
         activations / model.n_layer, activations - made
     )
     memory["logits chunk and gradient of the head"] = (4 + value_bytes) * _logits(model, micro_batch_tokens) + 4 * head
     return {name: round(size) for name, size in memory.items() if size}
-
-
-def _recorded(engine: EngineConfig, world_size: int) -> bool:
-    """Whether a CUDA graph is replayed: it keeps its activations, and the gradients that it adds to stay."""
-    may = engine.name in (EngineKind.single, EngineKind.auto) and world_size == 1
-    return may and engine.cuda_graphs is not False and engine.device is not DeviceKind.cpu
 
 
 def _made_at_the_end(engine: EngineConfig, n_micro_batches: int) -> list[str]:
@@ -101,15 +94,17 @@ def _fsdp(
     sizes: Sizes, engine: EngineConfig, world_size: int, value_bytes: int, n_micro_batches: int
 ) -> dict[str, float]:
     shards = world_size // engine.replicas
-    layer_bytes = value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32
-    # The layer at work, the next one on its way, and the buffer that it arrives in; or all of them.
-    n_gathered = 3.0 if engine.reshard_after_forward else 1 + (sizes.total - sizes.root) / sizes.layer
+    n_layers = (sizes.total - sizes.root) / sizes.layer
+    in_unit = layers_per_unit(engine, round(n_layers), sizes.layer)
+    unit_bytes = in_unit * (value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32)
+    # The unit at work, the next one on its way, and the buffer that it arrives in; or all of them.
+    n_gathered = 3.0 if engine.reshard_after_forward else 1 + n_layers / in_unit
     memory = {
         "weights (fp32 masters, sharded)": MASTER_BYTES * sizes.total / shards,
         SHARDED_GRADIENTS: MASTER_BYTES * sizes.total / shards,
         "AdamW moments (2 x fp32, sharded)": 2 * MASTER_BYTES * sizes.total / shards,
-        "gathered weights": 4 * sizes.root + n_gathered * layer_bytes,
-        "gradients being summed over the ranks": 8.0 * max(sizes.root, sizes.layer),
+        "gathered weights": 4 * sizes.root + n_gathered * unit_bytes,
+        "gradients being summed over the ranks": 8.0 * max(sizes.root, in_unit * sizes.layer),
     }
     if n_micro_batches > 1 and not engine.reduce_each_micro_batch:
         # The part of this rank takes their place, layer by layer.
@@ -160,22 +155,30 @@ def count(model: ModelConfig) -> Sizes:
     return Sizes(total, cast, root, layers[largest], fp32_of_layers.get(largest, 0))
 
 
-def activation_bytes(model: ModelConfig, value_bytes: int, recompute: Recompute, n_tokens: int) -> int:
-    """Of one micro-batch: what the backward pass finds of the forward pass, and what it computes again at once."""
+def activation_bytes(
+    model: ModelConfig, value_bytes: int, recompute: Recompute, n_tokens: int, layers: int | None = None
+) -> int:
+    """Of one micro-batch: what the backward pass finds of the forward pass, and what it computes again at once.
+
+    layers: as `engine.recompute_layers`.
+    """
     d, e, n = model.d_model, model.expand * model.d_model, model.d_state
-    whole = activation_bytes_per_token(model, value_bytes)
+    kept = activation_bytes_per_token(model, value_bytes)
+    # The backward of SSD computes the states before all chunks, and their gradients: those of one layer.
+    carried = 2 * value_bytes * e * n // SSD_GRADIENTS.chunk if MixerKind.mamba2 in layer_mixers(model) else 0
+    whole = kept + carried
     if recompute is Recompute.none:
         return whole * n_tokens
-    states = 4 * e * n // (GPU_CHUNK if model.mixer is MixerKind.mamba1 else model.chunk_size)
+    states = 4 * e * n // GPU_CHUNK if model.mixer is MixerKind.mamba1 else 0
     if recompute in (Recompute.scan, Recompute.auto):
         # Δ, y before and after the gate, and the states: in the backward pass those of one layer.
-        n_mamba1 = sum(mixer is MixerKind.mamba1 for mixer in layer_mixers(model))
+        n_mamba1 = sum(mixer is MixerKind.mamba1 for mixer in layer_mixers(model)[:layers])
         return (whole - max(0, n_mamba1 - 1) * (3 * value_bytes * e + states)) * n_tokens
     inputs = (4 + value_bytes) * d * model.n_layer  # hidden and residual of each layer
     if recompute is Recompute.keep_scan:
         n_ssm = sum(mixer is not MixerKind.attention for mixer in layer_mixers(model))
         inputs += n_ssm * (2 * value_bytes * e + states)
-    return (inputs + whole // model.n_layer) * n_tokens
+    return (inputs + kept // model.n_layer + carried) * n_tokens
 
 
 def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
@@ -187,7 +190,7 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
         Mamba-1    6 e + r + 2 n (x, z, the convolution's output, Δ, y before and after the gate)
         Mamba-2    5 e + 4 g n + h (z, x B C before and after the convolution, y before and after the gated norm)
         attention  3 q + 4 k (queries, keys, values; queries and keys rotated; the output)
-    besides the fp32 states the scan goes back to, one every 16 tokens (Mamba-1) or chunk_size (Mamba-2). An MLP adds
+    besides the fp32 states that the scan of Mamba-1 goes back to, one every 16 tokens. An MLP adds
     a residual and a norm of its own and 4 f. After the layers: the last residual, the normed hidden state and its
     gradient.
     """
@@ -198,8 +201,7 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
     k = (model.attention_kv_heads or model.attention_heads or 0) * head_width
     of_mixer = {
         MixerKind.mamba1: value_bytes * (6 * e + model.dt_rank + 2 * n) + 4 * e * n // GPU_CHUNK,
-        MixerKind.mamba2: value_bytes * (5 * e + 4 * model.n_groups * n + e // model.head_dim)
-        + 4 * e * n // model.chunk_size,
+        MixerKind.mamba2: value_bytes * (5 * e + 4 * model.n_groups * n + e // model.head_dim),
         MixerKind.attention: value_bytes * (3 * q + 4 * k),
     }
     norm = (4 + value_bytes) * d
@@ -232,8 +234,6 @@ def _changes(config: Config, world_size: int) -> Iterable[dict[str, object]]:
     engines: list[dict[str, object]] = [{}]
     if world_size > 1 and config.engine.name is not EngineKind.fsdp:
         engines.append({"engine.name": EngineKind.fsdp})
-    if _recorded(config.engine, world_size):
-        engines.append({"engine.cuda_graphs": False})
     single_rows: dict[str, object] = {"training.micro_batch_size": 1}
     for engine in engines:
         yield engine

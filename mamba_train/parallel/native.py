@@ -18,8 +18,9 @@ from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfi
 from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
+from mamba_train.parallel.cast_once import CastOnce
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
-from mamba_train.parallel.graphed import GraphedPasses
+from mamba_train.parallel.graphed import Arguments, GraphedPasses, GraphedUpdate, Variant
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks
@@ -29,6 +30,8 @@ class NativeEngine:
     """One device, or the ground that DDP and FSDP2 stand on."""
 
     may_record = True  # the passes of a micro-batch as a CUDA graph: nothing in them speaks with other ranks
+    _is_first, _is_last = True, True  # of the micro-batches of a step
+    casts_once = True  # a copy of each matrix for a whole step, see `CastOnce`
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
@@ -47,7 +50,7 @@ class NativeEngine:
         with torch.device("meta"):
             model = MambaLM(model_config)
         check_drawable(model)
-        recompute_activations(model, self.config.recompute, self.device)
+        recompute_activations(model, self.config.recompute, self.device, self.config.recompute_layers)
         self._shard(model)
         model.to_empty(device=self.device)
         self.model_config = model_config
@@ -56,11 +59,21 @@ class NativeEngine:
         self._parameters = dict(model.named_parameters())
         self._optimizer = make_optimizer(self._parameters, optim)
         draw_pieces(self.pieces().model, model_config, seed)
+        self._casts: CastOnce | None = None
+        if self.casts_once and self.compute_dtype is not torch.float32 and not self.config.compile:
+            self._casts = CastOnce((m for block in model.blocks() for m in block.modules()), self.compute_dtype)
         if self.config.compile:
             for block in model.blocks():
                 block.compile()  # in place, so that parameter names stay as they are
         self.model: nn.Module = self._wrapped(model)
-        self._graphed = GraphedPasses(partial(accumulate, self), list(model.parameters())) if self._records() else None
+        self._graphed = GraphedPasses(self._pass_over) if self._records() else None
+        if self._graphed is not None:
+            self._graphed.may_record = False
+        self._graphed_updates = {clips: GraphedUpdate(partial(self._update, clips=clips)) for clips in (False, True)}
+        # What an update reads besides: in memory, as a graph has to read it there.
+        self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr
 
     def _records(self) -> bool:
         """Whether the passes of a micro-batch become a CUDA graph."""
@@ -74,6 +87,8 @@ class NativeEngine:
         return model
 
     def compute(self) -> AbstractContextManager:
+        if self._casts is not None:
+            self._casts.refresh()
         if self.compute_dtype is torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
@@ -88,11 +103,26 @@ class NativeEngine:
         """Gradients need to be summed over the ranks after the last micro-batch only."""
 
     def backward(self, loss: Tensor) -> None:
+        if self._is_first:
+            self._begin_gradients()
+        if self._casts is not None:
+            self._casts.first = self._is_first
         loss.backward()
+        self._is_first = False
+
+    def _pass_over(self, *arguments: *Arguments, variant: Variant) -> Tensor:
+        """What a graph holds; also what is left when recording it has failed, whatever that has changed."""
+        self._is_first, self._is_last = variant
+        return accumulate(self, *arguments)
 
     def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
         if self._graphed is not None:
-            return self._graphed(inputs, targets, seq_idx, n_targets)
+            if self._casts is not None:
+                self._casts.refresh()
+            variant = (self._is_first, self._is_last)
+            loss = self._graphed(inputs, targets, seq_idx, n_targets, variant=variant)
+            self._is_first = False
+            return loss
         return accumulate(self, inputs, targets, seq_idx, n_targets)
 
     @torch.no_grad()
@@ -103,16 +133,41 @@ class NativeEngine:
         judgement = (judge or only_finite(self))(square)
         by_layer = self._layer_norms() if self.config.layer_grad_norms or judgement.skip else {}
         if not judgement.skip:
-            if judgement.grad_norm > self._max_grad_norm:
-                torch._foreach_mul_(gradients, self._max_grad_norm / (judgement.grad_norm + 1e-6))
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
+            self._lr.fill_(lr)
+            self._divisor.fill_((judgement.grad_norm + 1e-6) / self._max_grad_norm)
+            clips = judgement.grad_norm > self._max_grad_norm
+            if self._graphed is not None and self._graphed.has_recorded:
+                self._graphed_updates[clips]()
+            else:
+                self._update(clips=clips)
+        self._forget_gradients()
+        self._is_first = True
         if self._graphed is not None:
-            self._graphed.clear_gradients()
-        else:
-            self._optimizer.zero_grad(set_to_none=True)
+            self._graphed.may_record = True  # every kind of micro-batch has been there
         return StepResult(judgement.grad_norm, judgement.skip, by_layer)
+
+    @torch.no_grad()
+    def _update(self, *, clips: bool) -> None:
+        """All that follows the decision to apply a step."""
+        for group in self._optimizer.param_groups:
+            group["capturable"] = self._is_recording()  # torch records only what says so
+        self._optimizer.grad_scale = self._divisor if clips else None  # type: ignore[attr-defined]
+        self._optimizer.step()  # on gradients divided by that
+        if self._casts is not None:
+            self._casts.refresh(all_of_them=True)
+
+    def _is_recording(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _begin_gradients(self) -> None:
+        """Before the first backward pass of a step. There are none but those of a graph, of which it is no part."""
+        if kept := [p.grad for p in self._parameters.values() if p.grad is not None]:
+            torch._foreach_zero_(kept)
+
+    def _forget_gradients(self) -> None:
+        """After a step. Those that a graph makes stay, to be overwritten by the next step's first pass."""
+        if self._graphed is None or not self._graphed.has_recorded:
+            self._optimizer.zero_grad(set_to_none=True)
 
     def _layer_norms(self) -> dict[str, float]:
         gradients = {name: _local(p.grad) for name, p in self._parameters.items() if p.grad is not None}

@@ -12,11 +12,12 @@ from mamba_train.model.observe import SCAN_OPERATORS
 from mamba_train.model.selective_ssm import SelectiveSSM
 
 
-def recompute_activations(model: MambaLM, policy: Recompute, device: torch.device) -> None:
-    """Make every layer of `model` compute its activations again in the backward pass, as `policy` says.
+def recompute_activations(model: MambaLM, policy: Recompute, device: torch.device, layers: int | None = None) -> None:
+    """Make the layers of `model` compute their activations again in the backward pass, as `policy` says.
 
     layer: only the inputs of a layer are kept. keep_scan: also what the scans return, which are the dearest to
-    compute again. scan: all is kept but what the scans of Mamba-1 return and the Δ they read, which are the largest.
+    compute again. scan: all is kept but what the scans of Mamba-1 return and the Δ they read, which are the largest; in
+    the first `layers` layers, or in all.
     The names of parameters stay as they are.
     """
     if policy is Recompute.auto:
@@ -24,9 +25,10 @@ def recompute_activations(model: MambaLM, policy: Recompute, device: torch.devic
     if policy is Recompute.none:
         return
     if policy is Recompute.scan:
-        for module in model.modules():
-            if isinstance(module, SelectiveSSM):
-                module.recompute_scan = True
+        for block in model.blocks()[:layers]:
+            for module in block.modules():
+                if isinstance(module, SelectiveSSM):
+                    module.recompute_scan = True
         return
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
     if policy is Recompute.keep_scan:

@@ -1,22 +1,16 @@
-"""DDP: every rank has the whole model and works on its part of the batch."""
-
-from typing import Any
+"""Data parallelism: every rank has the whole model and works on its part of the batch."""
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from mamba_train.config import EngineConfig, ModelConfig, OptimConfig, Precision
-from mamba_train.model.language_model import MambaLM
+from mamba_train.parallel.buckets import GradientBuckets
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.ranks import Ranks, lone_group
 
 
 class ReplicatedEngine(NativeEngine):
-    """`DistributedDataParallel`; gradients are summed in fp32, or in bf16 if engine.reduce_precision says so."""
-
-    may_record = False
+    """`NativeEngine` on each rank; gradients are summed in fp32, or in bf16 if engine.reduce_precision says so."""
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
@@ -24,42 +18,24 @@ class ReplicatedEngine(NativeEngine):
 
     def prepare(self, model_config: ModelConfig, optim: OptimConfig, seed: int) -> None:
         super().prepare(model_config, optim, seed)
-        self._settle_buckets()
+        reduce_dtype = torch.bfloat16 if self.config.reduce_precision is Precision.bf16 else torch.float32
+        self._buckets = GradientBuckets(list(self._parameters.values()), reduce_dtype)
+        if self._casts is not None:
+            self._casts.on_gradient = self._buckets.complete
 
-    def _settle_buckets(self) -> None:
-        """Let DDP arrange its buckets before the first step.
-
-        It does so anew after the first backward pass of a process, in the order in which gradients came. Where an
-        element lies decides in which order the ranks' values are added: with three ranks or more a start would round
-        its first step otherwise than the run that was never stopped.
-        """
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
-        with torch.compiler.set_stance("force_eager"):
-            for _ in self.micro_batches([tokens]):
-                with self.compute():
-                    loss = self.model(tokens, tokens, None)
-                self.backward(0.0 * loss)
-        for parameter in self._parameters.values():
-            parameter.grad = None
-
-    def _wrapped(self, model: MambaLM) -> nn.Module:
-        self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        hook = _sum_in_bf16 if self.config.reduce_precision is Precision.bf16 else _sum
-        self._ddp.register_comm_hook(dist.group.WORLD, hook)
-        return self._ddp
+    def _records(self) -> bool:
+        return super()._records() and self.config.cuda_graphs is True
 
     def _before_micro_batch(self, *, is_last: bool) -> None:
-        # What its `no_sync` sets, which would have to enclose the forward pass in the loop.
-        self._ddp.require_backward_grad_sync = is_last
+        self._is_last = is_last
 
+    def backward(self, loss: Tensor) -> None:
+        self._buckets.begin(is_last=self._is_last)
+        super().backward(loss)
+        self._buckets.finish()
 
-def _sum(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """The sum over the ranks, where DDP by itself takes the mean."""
-    future = dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
+    def _begin_gradients(self) -> None:
+        self._buckets.clear()
 
-
-def _sum_in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    buffer = bucket.buffer()
-    future = dist.all_reduce(buffer.bfloat16(), group=group, async_op=True).get_future()
-    return future.then(lambda done: buffer.copy_(done.value()[0]))
+    def _forget_gradients(self) -> None:
+        pass  # they are always there

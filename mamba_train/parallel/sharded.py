@@ -1,7 +1,7 @@
 """FSDP2: weights, gradients and moments are cut over the ranks; HSDP: cut within groups of ranks, replicated between.
 
-A layer is two units. The norms and the SSM, which compute with their parameters themselves, are gathered in fp32
-(contract C1); the matrices of the layer in the dtype of the matrix products. Embedding, last norm and head, which the
+A few layers are two units. The norms and the SSMs, which compute with their parameters themselves, are gathered in fp32
+(contract C1); the matrices in the dtype of the matrix products. Embedding, last norm and head, which the
 whole forward pass holds, are fp32 as well: the gradient of the embedding is a sum over tokens. So the arithmetic is
 that of one device under autocast.
 """
@@ -14,16 +14,20 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mamba_train.checkpoint.pieces import Piece
-from mamba_train.config import EngineConfig, Precision
+from mamba_train.config import EngineConfig, Precision, Recompute
 from mamba_train.model.language_model import MambaLM
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.ranks import Ranks, lone_group
+
+LEAST_UNITS = 8
+UNIT_PARAMETERS = 2**27
 
 
 class ShardedEngine(NativeEngine):
     """`fully_shard` over all ranks, or over `world_size / engine.replicas` of them."""
 
-    may_record = False
+    may_record = False  # a unit's weights are gathered to other memory each time
+    casts_once = False  # what is gathered is cast already
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
@@ -40,10 +44,14 @@ class ShardedEngine(NativeEngine):
         in_fp32 = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
         in_compute_dtype = MixedPrecisionPolicy(self.compute_dtype, reduce_dtype, cast_forward_inputs=False)
         reshard = self.config.reshard_after_forward
-        for block in model.blocks():
-            sensitive = [m for name, m in block.named_modules() if name in ("norm", "mixer.ssm", "mlp_norm")]
+        blocks = model.blocks()
+        largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+        n = layers_per_unit(self.config, len(blocks), largest)
+        for unit in (blocks[first : first + n] for first in range(0, len(blocks), n)):
+            modules = [named for block in unit for named in block.named_modules()]
+            sensitive = [module for name, module in modules if name in ("norm", "mixer.ssm", "mlp_norm")]
             fully_shard(sensitive, mesh=self._mesh, reshard_after_forward=reshard, mp_policy=in_fp32)
-            fully_shard(block, mesh=self._mesh, reshard_after_forward=reshard, mp_policy=in_compute_dtype)
+            fully_shard([*unit], mesh=self._mesh, reshard_after_forward=reshard, mp_policy=in_compute_dtype)
         fully_shard(model, mesh=self._mesh, mp_policy=in_fp32)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -75,6 +83,17 @@ class ShardedEngine(NativeEngine):
 
     def _is_first_replica(self) -> bool:
         return self._mesh.ndim == 1 or self._mesh.get_local_rank("replica") == 0
+
+
+def layers_per_unit(config: EngineConfig, n_layer: int, layer_parameters: int) -> int:
+    """How many layers are gathered together; layer_parameters: of the largest.
+
+    Each unit costs Python some milliseconds in a step, for which the GPU waits when it needs less for the unit's
+    layers; but only with several units does one travel while another is computed with.
+    """
+    if config.recompute in (Recompute.layer, Recompute.keep_scan):
+        return 1  # what a layer does again must not depend on whether another one has gathered its weights
+    return max(1, min(n_layer // LEAST_UNITS, UNIT_PARAMETERS // layer_parameters))
 
 
 def _mesh(device_type: str, replicas: int, world_size: int) -> DeviceMesh:

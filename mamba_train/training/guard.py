@@ -140,7 +140,7 @@ class Decision:
 
     def __call__(self, square: Tensor) -> Judgement:
         """square: this rank's share of the square of the gradient's norm, a scalar in fp64 on the device."""
-        request = square.new_tensor(float(self._wants_stop))
+        request = square.new_full((), float(self._wants_stop))  # a kernel, where `new_tensor` would wait for the GPU
         values = torch.stack([self._loss.double(), square, request])
         if self._own is not None:
             values = torch.cat([values, self._own])

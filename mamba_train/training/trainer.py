@@ -165,6 +165,11 @@ class Trainer:
     def _wants_stop(self) -> bool:
         return self.stop.requested(self._step_seconds, self.state.save_seconds or 0.0)
 
+    def _to_device(self, values: Tensor) -> Tensor:
+        """A copy that the host does not wait for."""
+        on_gpu = self.engine.device.type == "cuda"
+        return (values.pin_memory() if on_gpu else values).to(self.engine.device, non_blocking=True)
+
     def data_state(self) -> dict[str, Any]:
         """Of the data, for a checkpoint; every rank must call it at the same step."""
         self.loader.gather(self.engine.ranks.sum)
@@ -177,7 +182,9 @@ class Trainer:
         state, training = self.state, self.config.training
         batches = self.loader.step(state.samples)
         counts = [sum(batch.n_targets for batch in batches), int(self.interrupted), *self.loader.counts]
-        summed = self.engine.sum_over_ranks(torch.tensor(counts, device=self.engine.device))
+        summed = self.engine.sum_over_ranks(self._to_device(torch.tensor(counts)))
+        # On its way to the host before the passes are: a transfer behind the update would wait for the update.
+        on_host = summed.to("cpu", non_blocking=True)
         if self.loader.finite and not summed[0]:
             self.data_ended = True
             return None
@@ -199,8 +206,7 @@ class Trainer:
             record_skip(self, decision, result)
         self.guard.note(decision.loss, decision.grad_norm, decision.cause)
         self.stragglers.add(self.loader.wait_seconds, decision.wait_seconds)
-        # One transfer, when all of this has been computed anyway.
-        targets, n_interrupted, n_bytes, *of_stream = summed.tolist()
+        targets, n_interrupted, n_bytes, *of_stream = on_host.tolist()  # there since the decision, which came later
         self._stops = bool(n_interrupted)
         bytes_per_target = n_bytes / max(1, targets) or self.source.bytes_per_target(state.samples)
         bits_per_byte = decision.loss / LN_2 / bytes_per_target

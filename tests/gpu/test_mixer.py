@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mamba_train.config import ModelConfig
 from mamba_train.model.mixers import Mamba1Mixer
+from tests.gpu.errors import poisoned  # noqa: F401
 from tests.model.families import perturbed, small_config
 from tests.model.test_fused_ssm import gradients, plain
 
@@ -41,6 +42,7 @@ def on_gpu(mixer: Mamba1Mixer, hidden: Tensor, y: Tensor) -> dict[str, Tensor]:
     return dict(zip(["hidden", *weights], torch.autograd.grad(y, [hidden, *weights.values()], direction), strict=True))
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_against_fp64(recompute: bool) -> None:
     mixer, (hidden, seq_idx) = make_mixer(recompute), make_hidden()
@@ -64,6 +66,32 @@ def test_both_policies_give_the_same_bits() -> None:
     hidden, seq_idx = make_hidden()
     found = [on_gpu(m, hidden, forward(m, hidden, seq_idx)) for m in (make_mixer(False), make_mixer(True))]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_peak_memory(recompute: bool) -> None:
+    """In activations of d_inner: x, z, the convolution's output, Δ, y before the gate, two for the states; two for the
+    gradients of x and z, of which y's has one before; at most two for parts of dB and dC; the mixer's output and its
+    gradient, a half each."""
+    torch.manual_seed(0)
+    width = 512
+    mixer = Mamba1Mixer(ModelConfig(d_model=width, n_layer=1, dt_rank=32)).cuda()
+    for parameter in mixer.parameters():
+        parameter.data = 0.05 * torch.randn_like(parameter)
+    mixer.ssm.recompute_scan = recompute
+    hidden = torch.randn(8, 2048, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            y = mixer(hidden)
+        torch.autograd.grad(y, [hidden, *mixer.parameters()], torch.ones_like(y))
+
+    step()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    activation = 2 * hidden.nbytes
+    assert torch.cuda.max_memory_allocated() - before < 12.6 * activation
 
 
 def test_a_cuda_graph_of_a_step() -> None:

@@ -188,9 +188,11 @@ def test_every_variant() -> None:
         check(make_inputs(batch, 18, channels, 16, torch.bfloat16, packed=True))
 
 
-def test_many_states_and_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_many_states_and_few_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that takes one group of channels after another adds to its own part of dB and dC."""
     monkeypatch.setattr(variants, "FREE_PARTS_BYTES", 0)
+    side_by_side(monkeypatch, count)
     check(make_inputs(2, 50, 200, 64, torch.bfloat16, packed=True, initial=True))
 
 
@@ -209,6 +211,49 @@ def test_segments_of_time(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(make_inputs(8, 70, 64 * 50, 16, torch.bfloat16, packed=True, initial=True))
     check(make_inputs(8, 70, 32 * 50, 32, torch.bfloat16))
     assert min(cut) > 1
+
+
+def side_by_side(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """As many segments of time side by side, whatever the sizes would choose."""
+    monkeypatch.setattr(variants, "_side_by_side", lambda variant, batch, length, *_: min(count, -(-length // 16)))
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("states", [1, 8, 16, 64, 200])
+def test_segments_side_by_side(dtype: torch.dtype, states: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    side_by_side(monkeypatch, 5)
+    channels = 24 if states > 64 else 96
+    check(make_inputs(2, 131, channels, states, dtype, packed=True, initial=True))
+    inputs = make_inputs(2, 97, channels, states, dtype, ("z", "D", "dt_bias"))
+    inputs["dt"] = F.softplus(inputs["dt"].detach()).requires_grad_()
+    check(inputs, dt_softplus=False)
+
+
+@pytest.mark.parametrize(("length", "channels"), [(17, 1), (32, 50), (160, 320), (1501, 136)])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_lengths_and_channels_side_by_side(
+    length: int, channels: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side_by_side(monkeypatch, count)
+    check(make_inputs(2, length, channels, 16, torch.bfloat16, packed=length < 1000, initial=True, strided=count == 3))
+
+
+def test_a_long_sequence_of_few_channels() -> None:
+    """The sizes themselves choose segments side by side."""
+    assert all(plan(16, 1, 2050, 200, 132)[1] > 3 for plan in (variants.forward_plan, variants.backward_plan))
+    check(make_inputs(1, 2050, 200, 16, torch.bfloat16, initial=True))
+
+
+def test_the_number_of_segments_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(2, 400, 72, 16, torch.float32, initial=True)
+    grads = torch.randn(2, 400, 72, device="cuda"), torch.randn(2, 72, 16, device="cuda")
+    results = []
+    for count in (1, 2, 4, 25):
+        side_by_side(monkeypatch, count)
+        results.append(run(inputs, grads, True))
+    for result in results[1:]:
+        for name, value in result.items():
+            assert (value - results[0][name]).norm() < 1e-5 * results[0][name].norm(), name
 
 
 def test_gradient_of_the_state_alone() -> None:
@@ -238,8 +283,10 @@ def test_reference_runs_what_the_kernel_cannot() -> None:
     torch.testing.assert_close(y, recurrence(inputs, True)[0])
 
 
-def test_more_than_2_to_the_31_elements() -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_more_than_2_to_the_31_elements(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole equals its parts, whose offsets fit in 32 bits: rows, batches, saved states, and parts of dB and dC."""
+    side_by_side(monkeypatch, count)
     batch, length, channels, states, width = 3, 2**18 + 17, 4160, 16, 64
     if torch.cuda.get_device_properties(0).total_memory < 75 * 2**30:
         pytest.skip("needs 75 GiB of GPU memory")
@@ -292,8 +339,11 @@ from kernels.selective_scan.cuda import variants
 variants.segments = lambda *arguments: 2
 narrow = variants.forward_variant, variants.backward_variant
 wide = tuple(lambda states, *sizes, choose=choose: choose(states, 10_000, 64, 132) for choose in narrow)
-for states, channels, kernels in ((16, 72, narrow), (16, 72, wide), (16, 67, wide), (64, 20, narrow), (256, 5, narrow)):
+in_turn = ((16, 72, narrow, 1), (16, 72, wide, 1), (16, 67, wide, 1), (64, 20, narrow, 1), (256, 5, narrow, 1))
+beside = ((16, 72, wide, 3), (16, 67, wide, 3), (64, 20, narrow, 3))
+for states, channels, kernels, count in in_turn + beside:
     variants.forward_variant, variants.backward_variant = kernels
+    variants._side_by_side = lambda *arguments: count
     inputs = make_inputs(2, 51, channels, states, torch.bfloat16, packed=True, initial=True, strided=channels % 8 > 0)
     y, state = selective_scan(**inputs, return_final_state=True)
     torch.autograd.grad(y.float().sum() + state.sum(), [v for v in inputs.values() if v.requires_grad])

@@ -34,7 +34,7 @@ def make_inputs(
     def activation(*width: int) -> Tensor:
         # A strided input is a slice of a wider one at an odd offset, as a view of a projection's output may be.
         size = torch.Size(width).numel()
-        whole = torch.randn(batch, length, size + (13 if strided else 0), device="cuda").to(dtype)
+        whole = torch.randn(batch, length, size + (13 if strided else 0), device="cuda", dtype=dtype)
         return (whole[..., 5 : 5 + size] if strided else whole).unflatten(2, width)
 
     inputs = {
@@ -44,10 +44,12 @@ def make_inputs(
         "B": activation(groups, states),
         "C": activation(groups, states),
         "D": torch.randn((heads, head_dim) if wide_skip else (heads,), device="cuda"),
-        "z": activation(heads, head_dim),
         "dt_bias": torch.randn(heads, device="cuda") - 2,
-        "initial_state": torch.randn(batch, heads, head_dim, states, device="cuda"),
     }
+    if "z" not in without:
+        inputs["z"] = activation(heads, head_dim)
+    if "initial_state" not in without:
+        inputs["initial_state"] = torch.randn(batch, heads, head_dim, states, device="cuda")
     inputs = {name: value.requires_grad_() for name, value in inputs.items() if name not in without}
     if packed:
         inputs["seq_idx"] = (torch.rand(batch, length, device="cuda") < 0.03).cumsum(1).remainder(3).int()
@@ -76,7 +78,7 @@ def in_fp64(inputs: Inputs) -> Inputs:
 
 def check(inputs: Inputs, roundings: float = 2.0, **options: object) -> None:
     """Values are rounded before each of several products on the way to a result, not only at its end."""
-    assert launch.unsupported(inputs["x"], inputs["B"], 0.0) is None, "the Triton kernels did not run"
+    assert launch.unsupported(inputs["x"], 0.0) is None, "the Triton kernels did not run"
     grads = draw_grads(inputs)
     first, again, exact = (run(i, grads, **options) for i in (inputs, inputs, in_fp64(inputs)))
     # A sum over batch and time of terms of both signs, which may cancel to almost nothing; their roundings remain.
@@ -84,7 +86,7 @@ def check(inputs: Inputs, roundings: float = 2.0, **options: object) -> None:
         if name in first and first[name].norm() < exact["ddt"].norm():
             assert torch.equal(first[name], again[name])
             error = (first[name].double() - exact[name]).norm() / exact["ddt"].norm()
-            assert error < 2 * ROUNDING[inputs["x"].dtype], f"{name}: {error:.1e}"
+            assert error < 2.5 * roundings * ROUNDING[inputs["x"].dtype], f"{name}: {error:.1e}"
             del first[name]
     assert_accurate(first, again, exact, roundings, inputs["x"].dtype)
 
@@ -101,13 +103,12 @@ def test_lengths(length: int, packed: bool) -> None:
     [
         *((32, 16), (64, 64), (64, 128), (128, 128), (48, 20), (96, 100)),
         *((16, 16), (16, 128), (32, 128), (128, 16), (128, 64)),
+        *((32, 256), (64, 256), (128, 256), (96, 200), (64, 129)),
     ],
     ids=str,
 )
 def test_sizes(sizes: tuple[int, int], dtype: torch.dtype) -> None:
     head_dim, states = sizes
-    if dtype == torch.float32 and head_dim * states > launch.MAX_STATE_FP32:
-        pytest.skip("computed in plain PyTorch")
     check(make_inputs(2, 150, 4, head_dim, 2, states, dtype, packed=True))
 
 
@@ -248,7 +249,7 @@ def test_gradient_of_the_state_alone() -> None:
         _, state = ssd(**values, return_final_state=True)  # type: ignore[arg-type]
         grads.append(torch.autograd.grad(state.sum(), [values["x"], values["initial_state"], values["dt"]]))
     for found, wanted in zip(*grads, strict=True):
-        assert (found.double() - wanted).norm() / wanted.norm() < 5e-6
+        assert (found.double() - wanted).norm() < 5e-6 * wanted.norm() + 1e-12
 
 
 def test_views_of_projections_are_not_copied() -> None:
@@ -263,7 +264,8 @@ def test_views_of_projections_are_not_copied() -> None:
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         y = ssd(**inputs)  # type: ignore[arg-type]
-    assert torch.cuda.max_memory_allocated() - before < 1.5 * y.nbytes
+    # y, Δ and decays, and the states at which segments of the time begin; a copy of x is another y.nbytes.
+    assert torch.cuda.max_memory_allocated() - before < 1.8 * y.nbytes
 
 
 def test_compile_breaks_no_graph() -> None:
@@ -291,12 +293,13 @@ def test_reference_runs_what_the_kernels_cannot(caplog: pytest.LogCaptureFixture
     assert [line.split()[0] for line in lines] == ["ssd", "ssd_backward"]
 
 
-def test_more_than_2_to_the_31_elements() -> None:
-    """The whole equals its parts, whose offsets fit in 32 bits."""
-    batch, length, heads = 3, 2**17 + 17, 88
-    if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
-        pytest.skip("needs 70 GiB of GPU memory")
+def test_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole equals its parts: one sequence, and few heads, whose offsets fit in 32 bits."""
+    batch, length, heads = 2, 2**18 + 17, 88
+    if torch.cuda.mem_get_info()[0] < 70 * 2**30:
+        pytest.skip("needs 70 GiB of free GPU memory")
     torch.use_deterministic_algorithms(False)  # filling outputs of this size takes long
+    monkeypatch.setattr(launch, "MIN_SEGMENT_CHUNKS", length)  # few heads would be cut, and rounded otherwise
     inputs = make_inputs(batch, length, heads, without=("initial_state", "z"))
     assert inputs["x"].numel() > 2**31
     grad = torch.randn_like(inputs["x"])
@@ -313,26 +316,34 @@ def test_more_than_2_to_the_31_elements() -> None:
 
     whole = results(slice(None), slice(None))
     last = slice(heads - 8, heads)
-    part = results(slice(2, 3), last)
+    part = results(slice(1, 2), last)
     for name in ("y", "x", "dt"):
-        assert torch.equal(whole[name][2:, :, last], part[name]), name
+        assert torch.equal(whole[name][1:, :, last], part[name]), name
     del part
-    part = results(slice(2, 3), slice(None))
+    part = results(slice(1, 2), slice(None))
     for name in ("B", "C"):
-        assert torch.equal(whole[name][2:], part[name]), name
+        assert torch.equal(whole[name][1:], part[name]), name
 
 
 @pytest.mark.parametrize("shape", [(2, 77, 4), (2, 1024, 24)], ids=str)
 def test_errors_are_those_of_the_official_kernels(shape: tuple[int, int, int]) -> None:
+    """In chunks of the same size: what is carried from one to the next is rounded to 16 bits in both.
+
+    But for dA, a few sums of what those roundings leave, whose errors no four draws tell apart.
+    """
     official = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", reason="needs mamba_ssm")
 
     def draw() -> tuple[Inputs, Inputs, Inputs]:
         inputs = make_inputs(*shape, without=("initial_state", "z"))
         grads = draw_grads(inputs)[0], torch.zeros(shape[0], shape[2], 64, 128, device="cuda")
         values = {k: v.detach().requires_grad_() for k, v in inputs.items()}
-        y = official.mamba_chunk_scan_combined(**values, chunk_size=256, dt_softplus=True)
+        y = official.mamba_chunk_scan_combined(**values, chunk_size=launch.GRADIENTS.chunk, dt_softplus=True)
         found = torch.autograd.grad(y, list(values.values()), grads[0])
         named = {"y": y.detach()} | {f"d{n}": v for n, v in zip(values, found, strict=True)}
-        return run(inputs, grads), named, run(in_fp64(inputs), grads)
+        ours, exact = run(inputs, grads), run(in_fp64(inputs), grads)
+        del named["dA"]
+        error = (ours["dA"].double() - exact["dA"]).norm() / exact["dA"].norm()
+        assert error < 4 * ROUNDING[torch.bfloat16], f"dA: {error:.1e}"
+        return ours, named, exact
 
     assert_no_worse(draw)

@@ -46,7 +46,8 @@ def scan_into_inputs() -> tuple[Any, ...]:
 
 
 def conv_into_inputs() -> tuple[Any, ...]:
-    return strided(2, 9, 6), strided(2, 9, 6), torch.randn(6, 4), torch.randn(6), None, strided(2, 9, 6)
+    x = strided(2, 9, 6)
+    return strided(2, 9, 6), strided(2, 9, 6), x, torch.randn(6, 4), torch.randn(6), None, strided(2, 9, 6)
 
 
 def ssd_inputs(gate: bool = True) -> tuple[Any, ...]:

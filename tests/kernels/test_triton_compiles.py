@@ -16,9 +16,10 @@ from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
 SPILLED_BYTES = 160  # the gated backward of 5,120 channels
 SIZES = [768, 5120]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # that a program may have
-CONVOLUTIONS = (
-    (conv_kernels.forward_kernel, conv.forward_shape(8, 2048, 5120)),
-    (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120)),
+CONVOLUTIONS = (  # the last ones with a second summand of the gradient
+    (conv_kernels.forward_kernel, conv.forward_shape(), False),
+    (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=False), False),
+    (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=True), True),
 )
 
 
@@ -30,6 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def conv_resources(
     kernel: Any,
     shape: conv.Shape,
+    with_more: bool,
     folder: Path,
     capability: int = 90,
     dtype: str = "*bf16",
@@ -42,6 +44,7 @@ def conv_resources(
     arguments |= dict.fromkeys(("x", "y", "final_state", "y_grad", "x_grad"), dtype)
     arguments |= {"weight": "*fp32", "bias": "*fp32", "parts": "*fp32", "seq_idx": "*i32" if everything else None}
     arguments |= dict.fromkeys(("initial_state", "final_grad", "state_grad"), dtype if everything else None)
+    arguments["more"] = dtype if with_more else None
     arguments |= {"WIDTH": width, "SILU": True, "ALIGN": align, "BLOCK": shape.block, "UNROLL": shape.unroll}
     return compile_kernel(kernel, arguments, capability, shape.warps, folder)
 
@@ -75,8 +78,8 @@ def norm_resources(
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_convolution(capability: int, tmp_path: Path) -> None:
-    for kernel, shape in CONVOLUTIONS:
-        found = conv_resources(kernel, shape, tmp_path, capability)
+    for kernel, shape, with_more in CONVOLUTIONS:
+        found = conv_resources(kernel, shape, with_more, tmp_path, capability)
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack == 0
         channels_of_a_lane = shape.block // shape.warps // 32
@@ -85,8 +88,10 @@ def test_convolution(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "width", "align"), [("*bf16", 4, 8), ("*fp16", 3, 4), ("*fp32", 2, 1)])
 def test_options_of_the_convolution(dtype: str, width: int, align: int, tmp_path: Path) -> None:
-    for kernel, shape in CONVOLUTIONS:
-        found = conv_resources(kernel, shape, tmp_path, dtype=dtype, width=width, everything=True, align=align)
+    for kernel, shape, with_more in CONVOLUTIONS:
+        found = conv_resources(
+            kernel, shape, with_more, tmp_path, dtype=dtype, width=width, everything=True, align=align
+        )
         assert found.stack <= SPILLED_BYTES
 
 

@@ -1,11 +1,15 @@
 import pytest
 
 from mamba_train.composition import compose_config
-from mamba_train.config import EngineKind
-from mamba_train.parallel.auto import choose_engine, resolve_auto
+from mamba_train.config import EngineKind, Recompute
+from mamba_train.model.language_model import resolve_model_config
+from mamba_train.parallel import auto
+from mamba_train.parallel.auto import USED, choose_engine, layers_to_recompute, resolve_auto
+from mamba_train.parallel.memory import OVERHEAD_BYTES, memory_per_device
 from mamba_train.ranks import join
 
 GIB = 2**30
+ONE_GPU = ["engine=single", "model=mamba_130m", "model.vocab_size=50280", "data.sequence_length=2048"]
 
 
 @pytest.mark.parametrize(
@@ -34,3 +38,34 @@ def test_the_log_says_why_and_other_names_stay() -> None:
     assert chosen.name is EngineKind.single
     assert lines == ["engine=auto: single, there is one process"]
     assert resolve_auto(compose_config(["engine=ddp"]), join(), lines.append).name is EngineKind.ddp
+
+
+def needs(layers: int) -> float:
+    """Bytes with so many layers that compute their scan again, besides what memory.py counts for the context."""
+    config = compose_config([*ONE_GPU, f"engine.recompute={'scan' if layers else 'none'}"])
+    config.engine.recompute_layers = layers or None
+    model = resolve_model_config(config.model, 50280)
+    return sum(memory_per_device(config, model, 1).values()) + OVERHEAD_BYTES
+
+
+def test_as_few_layers_as_fit_compute_their_scan_again() -> None:
+    config = compose_config(ONE_GPU)
+    assert needs(0) > needs(5) > needs(24)
+    assert layers_to_recompute(config, 1, 1e12) == 0
+    assert layers_to_recompute(config, 1, None) == 0
+    assert layers_to_recompute(config, 1, needs(5) / USED + 1) == 5
+    assert layers_to_recompute(config, 1, needs(5) / USED - 2) == 6
+    assert layers_to_recompute(config, 1, 1) == 24
+    assert layers_to_recompute(compose_config([*ONE_GPU, "model=mamba2_130m"]), 1, 1) == 0
+
+
+def test_what_was_chosen_is_in_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(auto, "_device_bytes", lambda config: needs(5) / USED + 1)
+    chosen = resolve_auto(compose_config(ONE_GPU), join(), lines.append)
+    assert (chosen.recompute, chosen.recompute_layers) == (Recompute.scan, 5)
+    assert lines == ["engine.recompute=auto: 5 layers compute their scan again, so that a step fits"]
+    asked = resolve_auto(compose_config([*ONE_GPU, "engine.recompute=layer"]), join(), lines.append)
+    assert asked.recompute is Recompute.layer
+    monkeypatch.setattr(auto, "_device_bytes", lambda config: None)
+    assert resolve_auto(compose_config(ONE_GPU), join(), lines.append).recompute is Recompute.none

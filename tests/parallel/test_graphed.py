@@ -12,12 +12,12 @@ from mamba_train.parallel.graphed import GraphedPasses
 def test_what_cannot_be_recorded_goes_on_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
     weight = nn.Parameter(torch.ones(3))
 
-    def passes(inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
+    def passes(inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor, variant: object) -> Tensor:
         loss = ((weight * inputs - targets) ** 2).sum() / n_targets
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    graphed = GraphedPasses(passes, [weight])
+    graphed = GraphedPasses(passes)
     found, expected = [], []
     with caplog.at_level(logging.WARNING):
         for seed in range(4):
@@ -25,8 +25,8 @@ def test_what_cannot_be_recorded_goes_on_without_a_graph(caplog: pytest.LogCaptu
             arguments = (inputs, torch.zeros(2, 3), None, torch.tensor(6.0))
             loss = graphed(*arguments)
             found.append((loss.item(), weight.grad.clone()))  # type: ignore[union-attr]
-            graphed.clear_gradients()
-            loss = passes(*arguments)
+            weight.grad = None
+            loss = passes(*arguments, variant=None)
             expected.append((loss.item(), weight.grad.clone()))  # type: ignore[union-attr]
             weight.grad = None
     for ours, plain in zip(found, expected, strict=True):
@@ -42,7 +42,7 @@ def test_what_is_recorded_has_the_strides_of_what_was_compiled(monkeypatch: pyte
     recorded: list[tuple[Tensor, ...]] = []
     weight = nn.Parameter(torch.ones(5))
 
-    def passes(inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
+    def passes(inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor, variant: object) -> Tensor:
         assert seq_idx is not None
         calls.append(tuple(tensor.stride() for tensor in (inputs, targets, seq_idx)))
         recorded[:] = [(inputs, targets, seq_idx, n_targets)]
@@ -52,7 +52,7 @@ def test_what_is_recorded_has_the_strides_of_what_was_compiled(monkeypatch: pyte
 
     class Graph:
         def replay(self) -> None:
-            passes(*recorded[0])
+            passes(*recorded[0], variant=None)
 
     for name, fake in (
         ("CUDAGraph", Graph),
@@ -61,7 +61,7 @@ def test_what_is_recorded_has_the_strides_of_what_was_compiled(monkeypatch: pyte
         ("current_stream", lambda: None),
     ):
         monkeypatch.setattr(torch.cuda, name, fake)
-    graphed = GraphedPasses(passes, [weight])
+    graphed = GraphedPasses(passes)
     gradients = []
     for seed in range(4):
         whole = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(seed))
@@ -72,6 +72,6 @@ def test_what_is_recorded_has_the_strides_of_what_was_compiled(monkeypatch: pyte
         expected = (arguments[0] * arguments[2]).sum(0) / 6
         # The fake computes when it records, too, where a graph does not.
         torch.testing.assert_close(weight.grad, 2 * expected if seed == 1 else expected)
-        graphed.clear_gradients()
+        weight.grad.zero_()
     assert calls == [((6, 1),) * 3] * len(calls)
     assert gradients[1] is gradients[2] is gradients[3]

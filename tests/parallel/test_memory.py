@@ -71,7 +71,7 @@ def test_what_takes_the_place_of_something_else_is_not_added_to_it() -> None:
     """The backward pass frees activations while it makes gradients, so the larger of the two counts."""
     long, short = "data.sequence_length=8192", "data.sequence_length=64"
     rows, one_row = "training.micro_batch_size=4", "training.micro_batch_size=2"
-    single = ("engine=single", "engine.cuda_graphs=false", rows)
+    single = ("engine=single", rows)
     gradients = 4 * N_130M
     # With a second micro-batch the gradients of the first one are there beside the activations.
     once, twice = (total(*single, f"training.global_batch_size={n}", long, world_size=1) for n in (4, 8))
@@ -96,20 +96,6 @@ def test_what_takes_the_place_of_something_else_is_not_added_to_it() -> None:
     memory = memory_per_device(config, model, 2)
     assert memory["whole gradients of accumulation (fp32)"] == gradients
     assert "gradients (fp32, sharded)" not in memory
-
-
-def test_a_graph_keeps_activations_beside_gradients() -> None:
-    settings = ("training.global_batch_size=4", "training.micro_batch_size=4", "data.sequence_length=8192")
-    recorded = total("engine=single", *settings, world_size=1)
-    plain = total("engine=single", "engine.cuda_graphs=false", *settings, world_size=1)
-    assert recorded == total("engine=auto", *settings, world_size=1) == plain + 4 * N_130M
-    for other in ("engine=ddp", "engine=single engine.device=cpu"):
-        without = total(*other.split(), *settings, "engine.cuda_graphs=false", world_size=1)
-        assert total(*other.split(), *settings, world_size=1) == without
-    one_row = ("training.micro_batch_size=1", "training.global_batch_size=1", "engine.recompute=layer")
-    config, model = planned("engine=single", "data.sequence_length=8192", *one_row)
-    needed = sum(memory_per_device(config, model, 1).values())
-    assert remedy(config, model, 1, needed + 2.9 * GIB) == "engine.cuda_graphs=False"
 
 
 def test_the_remedy_fits_and_is_the_least_that_does() -> None:

@@ -137,10 +137,20 @@ def test_bf16_computes_in_bf16_over_fp32_masters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "scans_again"), [("auto", 0), ("none", 0), ("scan", 2), ("layer", 2), ("keep_scan", 0)]
+    ("policy", "layers", "scans_again"),
+    [
+        ("auto", None, 0),
+        ("none", None, 0),
+        ("scan", None, 2),
+        ("scan", 1, 1),
+        ("layer", None, 2),
+        ("keep_scan", None, 0),
+    ],
 )
-def test_the_scan_is_computed_again_only_where_the_policy_says(policy: str, scans_again: int) -> None:
-    engine = make_engine(recompute=Recompute(policy))
+def test_the_scan_is_computed_again_only_where_the_policy_says(
+    policy: str, layers: int | None, scans_again: int
+) -> None:
+    engine = make_engine(recompute=Recompute(policy), recompute_layers=layers)
     tokens = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(0))
     loss = engine.model(tokens[:, :-1], tokens[:, 1:])
     with observe_scans() as calls:

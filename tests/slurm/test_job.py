@@ -109,7 +109,7 @@ def test_the_signal_of_slurm(cluster: Cluster, tmp_path: Path, corpus: Path) -> 
     undisturbed.check_equal(job)
     reasons = [entry["reason"] for entry in history(job) if entry["event"] == "requeue"]
     assert len(reasons) == job.restarts
-    assert all("SIGUSR1" in reason for reason in reasons)
+    assert all("SIGUSR1" in reason for reason in reasons), reasons
 
 
 def test_the_time_limit(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:

@@ -135,10 +135,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const int* seq_idx, i64 seq_batch, i64 seq_time,
     const scalar* dy, i64 dy_batch, i64 dy_time, const float* final_grad, const float* starts, const scalar* ungated,
     scalar* dx, scalar* ddt, scalar* dz, i64 dz_batch, i64 dz_time, float* BC_parts, float* A_parts, float* D_parts, float* bias_parts,
-    float* initial_grad, int* queue, i64 length_, i64 channels_, i64 states_, i64 workers_, i64 units_,
-    i64 group_items_, i64 segments_, i64 dt_softplus) {
+    float* initial_grad, const float* ends, const float* decays, int* queue, i64 length_, i64 channels_, i64 states_,
+    i64 workers_, i64 units_, i64 group_items_, i64 segments_, i64 dt_softplus) {
     const int length = length_, channels = channels_, states = states_, workers = workers_, units = units_;
-    const int segments = segments_, per_unit = group_items_ * segments;
+    const int segments = segments_;
+    const bool apart = ends != nullptr;                // segments are done side by side, and are units of their own
+    const int in_turn = apart ? 1 : segments, per_unit = group_items_ * in_turn;
     extern __shared__ char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -154,10 +156,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     // one after another, to bound the size of BC_parts. An item is a segment of the time of a group.
     for (int item; (item = take_item(queue, units, per_unit, shared.item)) >= 0;) {
         const int unit = item / per_unit, worker = unit % workers;
-        const i64 batch = unit / workers;
-        const int group = worker + item % per_unit / segments * workers, segment = segments - 1 - item % segments;
-        const int first_tile = i64(tiles) * segment / segments, end_tile = i64(tiles) * (segment + 1) / segments;
-        const bool first = segment == segments - 1;  // first to be done, last in time
+        const i64 part = unit / workers, batch = apart ? part / segments : part;  // of the sums over time; the sequence
+        const int group = worker + item % per_unit / in_turn * workers;
+        const int segment = apart ? part % segments : segments - 1 - item % segments;
+        const int first_tile = segment_tile(tiles, segment, segments);
+        const int end_tile = segment_tile(tiles, segment + 1, segments);
+        const bool first = apart || segment == segments - 1;  // of its part: the last in time
         const scalar *B_from = B + batch * B_batch, *C_from = C + batch * C_batch;
         const int* documents = PACKED ? seq_idx + batch * seq_batch : nullptr;
         float* parts = BC_parts + (batch * workers + worker) * length * (2 * STATES);
@@ -194,6 +198,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 carry[k][s] = (exists && before != nullptr ? before[at] : 0.f) + 0.f;
                 A_grad[k][s] = (exists && !first ? A_parts[at] : 0.f) + 0.f;
             }
+        if (apart) {  // from the last in time to the one after this
+            const i64 step = i64(channels) * STATES;
+            const i64 at = ((batch + 1) * (segments - 1) - 1) * step + i64(channel) * STATES + state0;
+            lead_through(carry, ends + at, decays + at, segments - 1 - segment, -step, channels - channel);
+        }
 
         const Fetch<THREADS> pieces(threadIdx.x, left + warp * WARP_CHANNELS);
         const i64 last = i64(end_tile - 1) * TILE;
@@ -442,9 +451,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
             for (int s = 0; s < PER_LANE; ++s)
                 if (channel + k < channels && state0 + s < states) {
-                    i64 at = (batch * channels + channel + k) * states + state0 + s;
-                    initial_grad[at] = carry[k][s];
-                    A_parts[at] = A_grad[k][s];
+                    const i64 at = i64(channel + k) * states + state0 + s, size = i64(channels) * states;
+                    if (!apart || segment == 0) initial_grad[batch * size + at] = carry[k][s];
+                    A_parts[part * size + at] = A_grad[k][s];
                 }
         __syncwarp();
         for (int c = lane; c < WARP_CHANNELS && c < left; c += 32) {
@@ -453,7 +462,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 D_sum += shared.sums[0][i][c % VECTOR];
                 bias_sum += shared.sums[1][i][c % VECTOR];
             }
-            const i64 at = batch * channels + channel0 + c;
+            const i64 at = part * channels + channel0 + c;
             D_parts[at] = first ? D_sum : D_parts[at] + D_sum;
             bias_parts[at] = first ? bias_sum : bias_parts[at] + bias_sum;
         }
@@ -461,11 +470,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     }
 }
 
-// Add the parts of dB and dC of all units, and those of dA, dD and the bias's gradient of all sequences, in a fixed order.
+// Add the parts of dB and dC of all units, and those of dA, dD and the bias's gradient of all sequences (and segments), in
+// a fixed order.
 extern "C" __global__ void __launch_bounds__(256) sum_parts(
     const float* BC_parts, const float* A_parts, const float* D_parts, const float* bias_parts,
     scalar* dB, scalar* dC, float* dA, float* dD, float* dbias,
-    i64 batches, i64 length, i64 channels, i64 states, i64 workers) {
+    i64 batches, i64 length, i64 channels, i64 states, i64 workers, i64 time_parts) {
     i64 i = blockIdx.x * i64(256) + threadIdx.x;
     const i64 sequence = length * (2 * STATES);
     if (i < batches * sequence) {
@@ -497,6 +507,7 @@ extern "C" __global__ void __launch_bounds__(256) sum_parts(
         if (i >= channels || to == nullptr) return;
     }
     float sum = 0.f;
-    for (int b = 0; b < batches; ++b) sum += from[b * width + i];
+#pragma unroll 8
+    for (int p = 0; p < time_parts; ++p) sum += from[p * width + i];
     to[i] = sum;
 }

@@ -284,3 +284,30 @@ __device__ __forceinline__ void load_resets(float* to, const int* seq_idx, i64 s
         to[t] = begins ? FORGET : 0.f;
     }
 }
+
+// The first tile of a segment of time.
+__device__ __forceinline__ int segment_tile(int tiles, int segment, int segments) {
+    return static_cast<int>(i64(tiles) * segment / segments);
+}
+
+// What enters a segment: `state` led through `count` segments, each of which makes decay · state + end of it. They are
+// `step` apart in `ends` and `decays`; there is room for STATES states of each channel.
+__device__ __forceinline__ void lead_through(
+    float (&state)[CHANNELS][PER_LANE], const float* ends, const float* decays, int count, i64 step, int existing) {
+#pragma unroll 2
+    for (int j = 0; j < count; ++j) {
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k)
+#pragma unroll
+            for (int s = 0; s < PER_LANE; s += 4) {
+                const i64 at = j * step + k * STATES + s;
+                Floats<4> end{}, decay{};
+                if (k < existing) {
+                    end = *reinterpret_cast<const Floats<4>*>(ends + at);
+                    decay = *reinterpret_cast<const Floats<4>*>(decays + at);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) state[k][s + i] = fmaf(decay[i], state[k][s + i], end[i]);
+            }
+    }
+}

@@ -1,4 +1,5 @@
-// Forward: see docs/kernels.md. A block owns BLOCK_CHANNELS channels of one sequence and walks its time in tiles.
+// Forward: see docs/kernels.md. A block owns BLOCK_CHANNELS channels of one segment of one sequence and walks its time in
+// tiles. With several segments, `ends` and `decays` are what ends.cu has found out about all but the last.
 
 struct Shared {
     alignas(16) scalar x[2][TILE * BLOCK_CHANNELS];
@@ -19,28 +20,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     const scalar* z, i64 z_batch, i64 z_time, const scalar* B, i64 B_batch, i64 B_time,
     const scalar* C, i64 C_batch, i64 C_time, const float* A, const float* D, const float* dt_bias,
     const int* seq_idx, i64 seq_batch, i64 seq_time, const float* initial_state,
-    scalar* y, scalar* ungated, float* final_state, float* starts,
-    i64 length_, i64 channels_, i64 states_, i64 groups_, i64 dt_softplus) {
-    const int length = length_, channels = channels_, states = states_, groups = groups_;
+    const float* ends, const float* decays, scalar* y, scalar* ungated, float* final_state, float* starts,
+    i64 length_, i64 channels_, i64 states_, i64 groups_, i64 segments_, i64 dt_softplus) {
+    const int length = length_, channels = channels_, states = states_, groups = groups_, segments = segments_;
     extern __shared__ char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int state0 = lane / CHANNEL_LANES * PER_LANE;                               // the lane's first state
     const int local = warp * WARP_CHANNELS + lane % CHANNEL_LANES * CHANNELS;         // its first channel in the block
     const int channel0 = blockIdx.x % groups * BLOCK_CHANNELS, channel = channel0 + local;
-    const i64 batch = blockIdx.x / groups;
+    const int segment = blockIdx.x / groups % segments;
+    const i64 batch = blockIdx.x / groups / segments;
     const int left = channels - channel0;  // channels of this block that exist, or more
     const int tiles = (length + TILE - 1) / TILE;
+    const int first_tile = segment_tile(tiles, segment, segments), end_tile = segment_tile(tiles, segment + 1, segments);
+    const i64 row = i64(first_tile) * TILE;
 
-    x += batch * x_batch + channel0;
-    dt += batch * dt_batch + channel0;
-    if constexpr (GATED) z += batch * z_batch + channel0;
-    B += batch * B_batch;
-    C += batch * C_batch;
+    x += batch * x_batch + row * x_time + channel0;
+    dt += batch * dt_batch + row * dt_time + channel0;
+    if constexpr (GATED) z += batch * z_batch + row * z_time + channel0;
+    B += batch * B_batch + row * B_time;
+    C += batch * C_batch + row * C_time;
     if constexpr (PACKED) seq_idx += batch * seq_batch;
     const int vector_channel = warp * WARP_CHANNELS + lane % ROW_VECTORS * VECTOR;  // of the phases without states
-    i64 out_at = (batch * length + lane / ROW_VECTORS) * channels + channel0 + vector_channel;
-    if (starts != nullptr) starts += (batch * tiles * channels + channel) * STATES + state0;
+    i64 out_at = (batch * length + row + lane / ROW_VECTORS) * channels + channel0 + vector_channel;
+    if (starts != nullptr) starts += ((batch * tiles + first_tile) * channels + channel) * STATES + state0;
 
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
         shared.D[c] = D != nullptr && c < left ? D[channel0 + c] : 0.f;
@@ -57,13 +61,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
             // Adding 0 waits for the load here and not in the loop, where it would wait for the loop's loads, too.
             h[k][s] = (given ? initial_state[(batch * channels + channel + k) * states + state0 + s] : 0.f) + 0.f;
         }
+    const i64 ends_at = (batch * (segments - 1) * channels + channel) * STATES + state0;
+    lead_through(h, ends + ends_at, decays + ends_at, segment, i64(channels) * STATES, channels - channel);
 
     const Fetch<THREADS> pieces(threadIdx.x, left);
     const scalar *x_next = pieces.place(x, x_time), *dt_next = pieces.place(dt, dt_time);
     const scalar* z_next = GATED ? pieces.place(z, z_time) : nullptr;
     const scalar *B_next = StateRows::place(B, B_time), *C_next = StateRows::place(C, C_time);
     StateRows B_rows, C_rows;
-    auto fetch = [&](int tile) {  // called for tiles 0, 1, 2, ...
+    auto fetch = [&](int tile) {  // called for the first tile, the one after it, ...
         const int buffer = tile & 1, start = tile * TILE, rows = length - start;
         pieces.copy(shared.x[buffer], x_next, x_time, rows);
         pieces.copy(shared.dt[buffer], dt_next, dt_time, rows);
@@ -83,17 +89,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
     constexpr int LANE_SUMS = at_least_one(SUMS / STATE_LANES), TOGETHER = LANE_SUMS % CHANNELS == 0 ? CHANNELS : 1;
     const Spread spread = spread_index<SUMS, CHANNEL_LANES, 32>(lane);
 
-    fetch(0);
-    B_rows.store(shared.B[0]);
-    C_rows.store(shared.C[0]);
+    fetch(first_tile);
+    B_rows.store(shared.B[first_tile & 1]);
+    C_rows.store(shared.C[first_tile & 1]);
     const int lane_at = lane % CHANNEL_LANES * CHANNELS;
     float *delta = shared.delta + warp * WARP_TILE, *driven = shared.driven + warp * WARP_TILE;
-    for (int tile = 0; tile < tiles; ++tile) {
+    for (int tile = first_tile; tile < end_tile; ++tile) {
         const int buffer = tile & 1, start = tile * TILE, rows = length - start;
         const scalar *x_tile = shared.x[buffer] + warp * WARP_TILE, *dt_tile = shared.dt[buffer] + warp * WARP_TILE;
         copies_wait();
         __syncthreads();
-        if (tile + 1 < tiles) fetch(tile + 1);
+        if (tile + 1 < end_tile) fetch(tile + 1);
 #pragma unroll
         for (int j = 0; j < LANE_VECTORS; ++j) {
             const int i = j * 32 + lane;
@@ -191,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(
         __syncwarp();
         out_at += i64(TILE) * channels;
     }
+    if (segment < segments - 1) return;
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k)
 #pragma unroll

@@ -83,7 +83,7 @@ def device_unsupported(index: int) -> str | None:
 def _try(index: int) -> None:
     """Compile and load a kernel; raises whatever prevents that."""
     smallest = variants.forward_variant(16, 1, 1, 1000)
-    _kernel("forward", "scan_forward", index, smallest, _DTYPES[torch.float32], False, False, False)
+    _kernel("scan_forward", index, smallest, _DTYPES[torch.float32], False, False, False)
 
 
 def starts_shape(x: Tensor, states: int) -> tuple[int, int, int, int]:
@@ -101,16 +101,14 @@ def fake(x: Tensor, states: int, gated: bool, for_backward: bool) -> tuple[Tenso
 
 
 @functools.cache
-def _kernel(
-    source: str, name: str, index: int, variant: Variant, dtype: int, gated: bool, packed: bool, aligned: bool
-) -> Kernel:
+def _kernel(name: str, index: int, variant: Variant, dtype: int, gated: bool, packed: bool, aligned: bool) -> Kernel:
     from cuda.bindings import driver
     from cuda.core import Device, ObjectCode
 
     Device(index).set_current()
     major, minor = torch.cuda.get_device_capability(index)
     macros = variant.macros(dtype, gated, packed, aligned)
-    code = ObjectCode.from_cubin(compile_kernel(source, f"sm_{major}{minor}", macros))
+    code = ObjectCode.from_cubin(compile_kernel(variant.source, f"sm_{major}{minor}", macros))
     handle, shared_bytes = int(code.get_kernel(name).handle), macros["SHARED_BYTES"]
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     function = driver.CUfunction(handle)
@@ -219,14 +217,15 @@ def forward(
 
     index = x.device.index
     with torch.cuda.device(index):
-        variant = variants.forward_variant(states, batch, channels, _processors(index))
+        variant, segments = variants.forward_plan(states, batch, length, channels, _processors(index))
         dtype, gated, packed = _DTYPES[x.dtype], z is not None, seq_idx is not None
+        ends, decays = _ends(False, segments, x, dt, None, B, A, dt_bias, dt_softplus, seq_idx)
         aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z))
-        kernel = _kernel("forward", "scan_forward", index, variant, dtype, gated, packed, aligned)
+        kernel = _kernel("scan_forward", index, variant, dtype, gated, packed, aligned)
         groups = variant.groups(channels)
         _launch(
             kernel,
-            batch * groups,
+            batch * segments * groups,
             variant.threads,
             kernel.shared_bytes,
             (
@@ -236,6 +235,8 @@ def forward(
                 dt_bias,
                 *_strided(seq_idx),
                 initial_state,
+                ends,
+                decays,
                 y,
                 ungated if ungated.numel() else None,
                 final_state,
@@ -244,10 +245,45 @@ def forward(
                 channels,
                 states,
                 groups,
+                segments,
                 dt_softplus,
             ),
         )
     return _as(y, y_dtype), final_state, starts, _as(ungated, y_dtype)
+
+
+def _ends(
+    reverse: bool,
+    segments: int,
+    x: Tensor,
+    dt: Tensor,
+    z: Tensor | None,
+    B: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What all segments but the last make of the state that enters them: see ends.cu, also for what `reverse` changes.
+
+    Returns (batch, segments - 1, channel, padded states) in fp32 twice: the state after a segment is the second times
+    the one before it plus the first. None where there is but one segment.
+    """
+    if segments == 1:
+        return None, None
+    (batch, length, channels), states = x.shape, A.shape[1]
+    variant = variants.ends_variant(states, reverse)
+    index, dtype = x.device.index, _DTYPES[x.dtype]
+    aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z))
+    kernel = _kernel("scan_ends", index, variant, dtype, z is not None, seq_idx is not None, aligned)
+    groups = variant.groups(channels)
+    shape = (batch, segments - 1, channels, variant.padded_states)
+    ends, decays = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    activations = (argument for tensor in (x, dt, z, B) for argument in _strided(tensor))
+    sizes = (length, channels, states, groups, segments, dt_softplus)
+    arguments = (*activations, A, dt_bias, *_strided(seq_idx), ends, decays, *sizes)
+    _launch(kernel, batch * (segments - 1) * groups, variant.threads, kernel.shared_bytes, arguments)
+    return ends, decays
 
 
 def backward(
@@ -285,8 +321,7 @@ def backward(
     else:
         dx, ddt, dz = into
     dB, dC = (torch.empty((batch, length, states), dtype=x.dtype, device=x.device) for _ in range(2))
-    initial_grad, A_parts = (x.new_empty((batch, channels, states), dtype=torch.float32) for _ in range(2))
-    D_parts, bias_parts = (x.new_empty((batch, channels), dtype=torch.float32) for _ in range(2))
+    initial_grad = x.new_empty((batch, channels, states), dtype=torch.float32)
     if dx.numel() == 0:
         zeros = (x.new_empty((0,)) if t is None else torch.zeros_like(t) for t in given)
         return *zeros, initial_grad  # type: ignore[return-value]
@@ -296,25 +331,29 @@ def backward(
     index = x.device.index
     with torch.cuda.device(index):
         processors = _processors(index)
-        variant = variants.backward_variant(states, batch, channels, processors)
+        variant, apart = variants.backward_plan(states, batch, length, channels, processors)
+        ends, decays = _ends(True, apart, y_grad, dt, z, C, A, dt_bias, dt_softplus, seq_idx)  # type: ignore[arg-type]
+        time_parts = batch * apart  # of the sums over time
+        A_parts = x.new_empty((time_parts, channels, states), dtype=torch.float32)
+        D_parts, bias_parts = (x.new_empty((time_parts, channels), dtype=torch.float32) for _ in range(2))
         dtype, gated, packed = _DTYPES[x.dtype], z is not None, seq_idx is not None
         aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z, y_grad, saved, dz))
         key = (index, variant, dtype, gated, packed, aligned)
-        kernel = _kernel("backward", "scan_backward", *key)
+        kernel = _kernel("scan_backward", *key)
 
         groups = variant.groups(channels)
         part_bytes = batch * length * 2 * variant.padded_states * 4
         workers = min(groups, max(1, max(variants.FREE_PARTS_BYTES, 8 * x.numel()) // part_bytes))
         group_items = -(-groups // workers)
         workers = -(-groups // group_items)
-        units = batch * workers
+        units = time_parts * workers
         at_once = min(kernel.at_once, -(-units // processors))
-        segments = variants.segments(units, length, states, processors, at_once)
+        in_turn = 1 if apart > 1 else variants.segments(units, length, states, processors, at_once)
         parts = x.new_empty((batch, workers, length, 2 * variant.padded_states), dtype=torch.float32)
-        queue = torch.zeros(2 + units * (group_items * segments - 1), dtype=torch.int32, device=x.device)
+        queue = torch.zeros(2 + units * (group_items * in_turn - 1), dtype=torch.int32, device=x.device)
         _launch(
             kernel,
-            min(units * segments, processors * at_once),
+            min(units * in_turn, processors * at_once),
             variant.threads,
             kernel.shared_bytes,
             (
@@ -335,6 +374,8 @@ def backward(
                 D_parts,
                 bias_parts,
                 initial_grad,
+                ends,
+                decays,
                 queue,
                 length,
                 channels,
@@ -342,19 +383,19 @@ def backward(
                 workers,
                 units,
                 group_items,
-                segments,
+                apart if apart > 1 else in_turn,
                 dt_softplus,
             ),
         )
         sums = batch * length * 2 * variant.padded_states + channels * (states + 2)
         _launch(
-            _kernel("backward", "sum_parts", *key),
+            _kernel("sum_parts", *key),
             -(-sums // 256),
             256,
             0,
             (
                 *(parts, A_parts, D_parts, bias_parts, dB, dC, dA, dD, dt_bias_grad),
-                *(batch, length, channels, states, workers),
+                *(batch, length, channels, states, workers, time_parts),
             ),
         )
     grads = (dx, ddt, dA, dB, dC, dD, dz, dt_bias_grad)

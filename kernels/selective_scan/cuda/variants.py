@@ -5,17 +5,33 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SCALAR_BYTES = (4, 2, 2)  # of fp32, fp16, bf16: the order of DTYPE in common.cuh
 MAX_STATES = 256
 SEGMENT_STEPS = 256  # a few microseconds to begin one, a hundred and more to compute it
+LEAST_TILES = 8  # of a segment that is done beside others
+MOST_SEGMENTS = 128  # done side by side: the last one begins by going through what all others have left
 FREE_PARTS_BYTES = 2**30  # of the parts of dB and dC that blocks leave to be summed; more only beside large inputs
+
+
+class SideBySide(NamedTuple):
+    """When segments of time are done side by side, which takes a second walk through it, and how many."""
+
+    least_fill: int  # the GPU has room for so many times the blocks that one segment has
+    least_segments: int
+    rounds: int  # so many times as many segments as fill the GPU, if long enough: these share it more evenly
+
+
+FORWARD = SideBySide(least_fill=9, least_segments=4, rounds=2)
+BACKWARD = SideBySide(least_fill=3, least_segments=2, rounds=6)
 
 
 @dataclass(frozen=True)
 class Variant:
     """How a block divides its work; common.cuh names the fields."""
 
+    source: str  # forward, backward or ends
     padded_states: int
     per_lane: int
     channels: int
@@ -23,6 +39,7 @@ class Variant:
     tile: int
     min_blocks: int
     chunk: int = 0  # backward only: steps whose states are in registers at once
+    reverse: bool = False  # ends only
 
     @property
     def threads(self) -> int:
@@ -48,12 +65,15 @@ class Variant:
 
     @functools.cache  # noqa: B019  variants are few
     def shared_bytes(self, dtype: int, gated: bool) -> int:
-        """The size of `struct Shared` in forward.cu, or backward.cu when there are chunks."""
+        """The size of `struct Shared` in the source."""
         block = self.tile * self.block_channels
         scalars = SCALAR_BYTES[dtype]
         gate = block if gated else 1
         sizes = [4 * self.block_channels] * 2
-        if self.chunk:
+        if self.source == "ends":
+            sizes = [8 * self.tile * self.padded_states, 8 * self.tile]
+            sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars]
+        elif self.source == "backward":
             chunks = max(1, self.tile // self.chunk - 1)
             vector = min(4, self.warp_channels)
             sizes += [4 * self.tile * self.padded_states] * 2 + [4 * self.tile]
@@ -81,11 +101,12 @@ class Variant:
             "ALIGNED": int(aligned),
             "SHARED_BYTES": self.shared_bytes(dtype, gated),
         }
-        return macros | ({"CHUNK": self.chunk} if self.chunk else {})
+        own = {"backward": {"CHUNK": self.chunk}, "ends": {"REVERSE": int(self.reverse)}}
+        return macros | own.get(self.source, {})
 
 
 def padded(states: int) -> int:
-    """States are padded to a power of two from 4 on: lanes hold four of them, or eight."""
+    """States are padded to a power of two from 4 on: lanes hold four of them, eight or sixteen."""
     return max(4, 1 << (states - 1).bit_length())
 
 
@@ -94,15 +115,21 @@ def tile_steps(states: int) -> int:
     return 16 if padded(states) <= 64 else 8
 
 
-def _shape(states: int, channels: int) -> dict[str, int]:
+def _variant(
+    source: str, states: int, channels: int, min_blocks: int, chunk: int = 0, reverse: bool = False
+) -> Variant:
     n = padded(states)
-    return {
-        "padded_states": n,
-        "per_lane": 8 if n == 256 else 4,
-        "channels": 2 if n >= 128 else 1 if n <= 8 else channels,
-        "warps": 2 if n >= 128 else 4,
-        "tile": tile_steps(states),
-    }
+    return Variant(
+        source,
+        padded_states=n,
+        per_lane=8 if n == 256 else 4,
+        channels=2 if n >= 128 else 1 if n <= 8 else channels,
+        warps=2 if n >= 128 else 4,
+        tile=tile_steps(states),
+        min_blocks=min_blocks,
+        chunk=chunk,
+        reverse=reverse,
+    )
 
 
 # Milliseconds on an H100 (132 multiprocessors), bf16, 16 states, at (batch, length, channels); "wide" has two channels
@@ -124,29 +151,83 @@ def _shape(states: int, channels: int) -> dict[str, int]:
 #             narrow, 4 at once     0.776           5.165           1.889           2.378            2.862
 #
 # Segments of 64 steps were 8 to 11% slower than those of 256, of 128 2 to 4%, of 512 within 1.5%, of 1024 up to 6%.
+#
+# Segments side by side, both walks, at (1, 2048, 5120), (1, 32768, 5120) and (1, 131072, 2048); first the number of
+# segments. "Lane" has one channel per lane with all its states; places are 660, 528 and 528, and 396 in the backward.
+#
+#   forward   wide, 5 at once       1   0.192       1   2.994
+#             wide, 5 at once       8   0.141       8   2.027      20   3.037
+#             wide, 5 at once      16   0.150      32   1.900      80   3.175
+#             lane, 4 at once      13   0.139      13   1.904      33   3.021
+#             lane, 4 at once      26   0.155      26   1.857      66   2.968
+#   backward  wide, 3 at once       1   0.645       1   9.840
+#             wide, 3 at once       4   0.369       4   5.312      12   7.596
+#             wide, 3 at once       8   0.342       8   4.761      24   7.459
+#             wide, 3 at once      24   0.386      24   4.565      72   7.371
+#             narrow, 4 at once     9   0.388       9   5.431      48   8.581
+
+
+# For 16 states; with others a block takes as many registers as it needs.
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 5, 3
 
 
 @functools.cache
 def forward_variant(states: int, batch: int, channels: int, processors: int) -> Variant:
-    """The forward kernel for a shape."""
-    if padded(states) != 16:
-        return Variant(**_shape(states, 2), min_blocks=3)
-    wide = Variant(**_shape(states, 2), min_blocks=5)
-    if batch * wide.groups(channels) >= 3 * processors:
+    """The forward kernel for a shape whose time is one segment."""
+    wide = _wide_forward(states)
+    if padded(states) != 16 or batch * wide.groups(channels) >= 3 * processors:
         return wide
-    return Variant(**_shape(states, 1), min_blocks=5)
+    return _variant("forward", states, 1, min_blocks=5)
 
 
 @functools.cache
 def backward_variant(states: int, batch: int, channels: int, processors: int) -> Variant:
-    """The backward kernel for a shape."""
-    if padded(states) != 16:
-        chunk = 2 if padded(states) == 256 else 4
-        return Variant(**_shape(states, 2), min_blocks=3 if states <= 8 else 2, chunk=chunk)
-    wide = Variant(**_shape(states, 2), min_blocks=3, chunk=4)
-    if batch * wide.groups(channels) >= 2 * processors:
+    """The backward kernel for a shape whose segments of time, if there are several, are done in turn."""
+    wide = _wide_backward(states)
+    if padded(states) != 16 or batch * wide.groups(channels) >= 2 * processors:
         return wide
-    return Variant(**_shape(states, 1), min_blocks=4, chunk=4)
+    return _variant("backward", states, 1, min_blocks=4, chunk=4)
+
+
+def ends_variant(states: int, reverse: bool) -> Variant:
+    """The kernel that finds out what segments of time make of the states that enter them."""
+    n = padded(states)
+    return Variant("ends", n, min(n, 16), channels=1, warps=4, tile=tile_steps(states), min_blocks=5, reverse=reverse)
+
+
+def _wide_forward(states: int) -> Variant:
+    return _variant("forward", states, 2, FORWARD_BLOCKS if padded(states) == 16 else 3)
+
+
+def _wide_backward(states: int) -> Variant:
+    chunk = 2 if padded(states) == 256 else 4
+    min_blocks = BACKWARD_BLOCKS if padded(states) == 16 else 3 if states <= 8 else 2
+    return _variant("backward", states, 2, min_blocks, chunk)
+
+
+def forward_plan(states: int, batch: int, length: int, channels: int, processors: int) -> tuple[Variant, int]:
+    """The forward kernel for a shape, and into how many segments of time its blocks are cut, done side by side."""
+    n = padded(states)
+    beside = Variant("forward", n, min(n, 16), channels=1, warps=4, tile=tile_steps(states), min_blocks=4)
+    count = _side_by_side(beside, batch, length, channels, processors, FORWARD)
+    return (forward_variant(states, batch, channels, processors), 1) if count == 1 else (beside, count)
+
+
+def backward_plan(states: int, batch: int, length: int, channels: int, processors: int) -> tuple[Variant, int]:
+    """The backward kernel for a shape, and how many segments are done side by side; with 1, see `segments`."""
+    beside = _wide_backward(states)
+    count = _side_by_side(beside, batch, length, channels, processors, BACKWARD)
+    return (backward_variant(states, batch, channels, processors), 1) if count == 1 else (beside, count)
+
+
+def _side_by_side(variant: Variant, batch: int, length: int, channels: int, processors: int, choice: SideBySide) -> int:
+    """How many segments, each worth its beginning; 1 where what one does not use is too little for a second walk."""
+    fill = processors * variant.min_blocks // (batch * variant.groups(channels))
+    tiles = math.ceil(length / variant.tile)
+    if fill < choice.least_fill or tiles < choice.least_segments * LEAST_TILES:
+        return 1
+    rounds = min(choice.rounds, tiles // (2 * LEAST_TILES * fill))
+    return min(rounds * fill if rounds > 1 else min(fill, tiles // LEAST_TILES), MOST_SEGMENTS)
 
 
 def segments(units: int, length: int, states: int, processors: int, at_once: int) -> int:

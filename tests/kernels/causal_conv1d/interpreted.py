@@ -82,15 +82,17 @@ def test_views_are_read_as_they_are(channels: int, monkeypatch: pytest.MonkeyPat
     assert torch.equal(causal_conv1d(x, weight, bias, activation="silu"), expected)
 
 
-def test_a_gradient_written_into_half_of_a_tensor() -> None:
+@pytest.mark.parametrize("summands", [1, 2])
+def test_a_gradient_written_into_half_of_a_tensor(summands: int) -> None:
     """Of rows twice as far apart as they need to be, the other half of which stays as it is."""
     inputs = conv_inputs(21, packed=True, channels=11)
     x, weight, bias = (inputs[name].detach().float() for name in ("x", "weight", "bias"))
-    grad = torch.randn_like(x)
-    expected = launch.backward(grad, None, x, weight, bias, True, inputs["seq_idx"], None)
+    grad, more = torch.randn_like(x), torch.randn_like(x) if summands == 2 else None
+    total = grad if more is None else grad + more
+    expected = launch.backward(total, None, x, weight, bias, True, inputs["seq_idx"], None)
     both = torch.full((x.shape[0], 21, 22), 7.0)
     weight_grad, bias_grad = torch.ops.mamba_train.causal_conv1d_backward_into(
-        grad, x, weight, bias, inputs["seq_idx"], both[..., 11:]
+        grad, more, x, weight, bias, inputs["seq_idx"], both[..., 11:]
     )
     assert torch.equal(both[..., 11:], expected[0])
     assert torch.equal(both[..., :11], torch.full_like(x, 7.0))

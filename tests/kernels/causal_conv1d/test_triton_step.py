@@ -21,7 +21,7 @@ def test_compiles_within_its_registers(capability: int, width: int, tmp_path: Pa
     from kernels.causal_conv1d.step_kernel import step_kernel
 
     pointers = dict.fromkeys(("state", "x", "y", "new_state"), "*bf16") | dict.fromkeys(("weight", "bias"), "*fp32")
-    constants = {"WIDTH": width, "SILU": True, "CHANNELS": step.LAUNCH.channels}
+    constants = {"WIDTH": width, "SILU": True, "CHANNELS": step.LAUNCH.channels, "PDL": capability >= 90}
     arguments = {name: (pointers | constants).get(name, "i32") for name in step_kernel.arg_names}
     assert compile_kernel(step_kernel, arguments, capability, step.LAUNCH.warps, tmp_path).stack <= 8
 

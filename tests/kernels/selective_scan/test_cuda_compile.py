@@ -18,7 +18,7 @@ from kernels.selective_scan.cuda.variants import Variant
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 REGISTERS = 65536  # of a multiprocessor
 BLOCK_SHARED_BYTES = 99 * 1024  # the least that a block may have on these architectures
-SPILLED_BYTES = {"forward": 16, "backward": 64}
+SPILLED_BYTES = {"forward": 32, "backward": 64, "ends": 0}
 BFLOAT16 = 2
 
 
@@ -42,27 +42,42 @@ def resources(cubin: bytes, name: str, folder: Path) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def both(states: int, batch: int, channels: int) -> dict[str, Variant]:
-    arguments = states, batch, channels, 132
-    return {"forward": variants.forward_variant(*arguments), "backward": variants.backward_variant(*arguments)}
+def in_turn(states: int, batch: int, channels: int) -> list[Variant]:
+    return [choose(states, batch, channels, 132) for choose in (variants.forward_variant, variants.backward_variant)]
+
+
+def side_by_side(states: int) -> list[Variant]:
+    """What segments of time side by side take beside the kernels above."""
+    forward, count = variants.forward_plan(states, 1, 2**17, 4096 // states, 132)
+    assert count > 1
+    return [forward, variants.ends_variant(states, reverse=False), variants.ends_variant(states, reverse=True)]
+
+
+def check_resources(kernels: list[Variant], arch: str, folder: Path) -> None:
+    for variant in kernels:
+        cubin = compile_kernel(variant.source, arch, variant.macros(BFLOAT16, gated=True, packed=False, aligned=True))
+        registers, stack = resources(cubin, f"scan_{variant.source}", folder)
+        assert registers * variant.threads * variant.min_blocks <= REGISTERS
+        assert stack <= SPILLED_BYTES[variant.source]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("batch", "channels"), [(8, 5120), (8, 4096), (8, 1536), (4, 5120), (32, 1536)])
 def test_16_states_stay_within_their_registers(arch: str, batch: int, channels: int, tmp_path: Path) -> None:
-    for name, variant in both(16, batch, channels).items():
-        cubin = compile_kernel(name, arch, variant.macros(BFLOAT16, gated=True, packed=False, aligned=True))
-        registers, stack = resources(cubin, f"scan_{name}", tmp_path)
-        assert registers * variant.threads * variant.min_blocks <= REGISTERS
-        assert stack <= SPILLED_BYTES[name]
+    check_resources(in_turn(16, batch, channels), arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_16_states_side_by_side_stay_within_their_registers(arch: str, tmp_path: Path) -> None:
+    check_resources(side_by_side(16), arch, tmp_path)
 
 
 @pytest.mark.parametrize("states", [1, 8, 32, 64, 128, 256])
 def test_every_padded_state_count_compiles(states: int) -> None:
-    for name, variant in both(states, 8, 1024).items():
+    for variant in in_turn(states, 8, 1024) + side_by_side(states):
         for dtype in range(3):
             assert variant.shared_bytes(dtype, gated=True) <= BLOCK_SHARED_BYTES
-        compile_kernel(name, "sm_90", variant.macros(BFLOAT16, gated=True, packed=True, aligned=False))
+        compile_kernel(variant.source, "sm_90", variant.macros(BFLOAT16, gated=True, packed=True, aligned=False))
 
 
 @pytest.mark.parametrize("dtype", range(3))
@@ -70,8 +85,8 @@ def test_every_padded_state_count_compiles(states: int) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_every_option_compiles(dtype: int, gated: bool, packed: bool, aligned: bool) -> None:
-    for name, variant in both(16, 8, 5120).items():
-        compile_kernel(name, "sm_90", variant.macros(dtype, gated, packed, aligned))
+    for variant in in_turn(16, 8, 5120) + side_by_side(16):
+        compile_kernel(variant.source, "sm_90", variant.macros(dtype, gated, packed, aligned))
 
 
 MACROS = variants.forward_variant(16, 8, 5120, 132).macros(BFLOAT16, gated=True, packed=False, aligned=True)

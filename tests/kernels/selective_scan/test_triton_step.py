@@ -23,6 +23,7 @@ def test_compiles_within_its_registers(capability: int, states: int, tmp_path: P
     half, single = ("x", "dt", "B", "C", "z", "y"), ("state", "A", "D", "dt_bias", "new_state")
     channels = step_launch.LAUNCH.elements // states or 1
     constants = {"SOFTPLUS": True, "A_IS_LOG": True, "CHANNELS": channels, "STATES": states}
+    constants["PDL"] = capability >= 90
     pointers = dict.fromkeys(half, "*bf16") | dict.fromkeys(single, "*fp32")
     arguments = {name: (pointers | constants).get(name, "i32") for name in step_kernel.arg_names}
     used = compile_kernel(step_kernel, arguments, capability, step_launch.LAUNCH.warps, tmp_path)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.ssd import launch, reference, ssd
+from kernels.ssd import launch, launch_backward, reference, ssd
 from tests.kernels.loops import gradients
 from tests.kernels.ssd.loops import ssd_inputs
 from tests.kernels.triton_interpreter import drop_nan_as_a_gpu_does
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled, not interpreted"
 reference.ssd_op.register_kernel("cpu")(launch.forward)
-reference.ssd_backward_op.register_kernel("cpu")(launch.backward)
+reference.ssd_backward_op.register_kernel("cpu")(launch_backward.backward)
 # Triton's interpreter cuts numbers to bf16 where a GPU rounds them.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 PARAMETERS = ("A", "D", "dt_bias", "initial_state")
@@ -23,7 +23,8 @@ PARAMETERS = ("A", "D", "dt_bias", "initial_state")
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks small enough for a few positions to need several."""
-    monkeypatch.setattr(launch, "processors", lambda index: 1)
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "processors", lambda index: 1)
     monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: False)
     monkeypatch.setattr(launch, "FORWARD", launch.Shape(chunk=16, head_dim=16, states=128, warps=4, stages=1))
     monkeypatch.setattr(launch, "STATES", launch.Shape(chunk=16, head_dim=16, states=16, warps=4, stages=1))
@@ -98,6 +99,16 @@ def test_heads_groups_and_states(sizes: tuple[int, int, int, int]) -> None:
 def test_options_may_be_absent(absent: tuple[str, ...], softplus: bool) -> None:
     inputs = {name: value for name, value in ssd_inputs(1, 20, packed=True).items() if name not in absent}
     check(inputs, softplus=softplus, limit=(0.1, 0.6))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_more_states_than_a_tile_holds(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks: three of 16, 16 and 8 states."""
+    for table in ("FORWARD", "GRADIENTS"):
+        monkeypatch.setattr(launch, table, getattr(launch, table)._replace(states=16))
+    inputs = ssd_inputs(2, 37, 4, 24, 2, 40, packed=packed, wide_skip=packed)
+    check(inputs)
+    check({name: value for name, value in inputs.items() if name not in ("z", "initial_state")}, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -176,7 +187,8 @@ def test_only_the_final_state_takes_part() -> None:
 
 def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few sequences: the time is cut, where the parts begin is found first."""
-    monkeypatch.setattr(launch, "processors", lambda index: 16)
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "processors", lambda index: 16)
     monkeypatch.setattr(launch, "MIN_SEGMENT_CHUNKS", 2)
     cut = []
     usual = launch._segments

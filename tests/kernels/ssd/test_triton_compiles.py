@@ -4,22 +4,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
 from kernels.ssd import launch
-from kernels.ssd import triton_kernels as kernels
+from kernels.ssd.backward_kernels import gradients_kernel
+from kernels.ssd.forward_kernels import forward_kernel, states_kernel
 from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
 
 SPILLED_BYTES = {"forward_kernel": 600, "states_kernel": 100, "gradients_kernel": 480}
 FP32 = (
     "decays",
+    "before",
     "starts",
     "final_state",
-    "first_carry",
-    "last_carry",
+    "first",
+    "last_grad",
+    "ends",
     "sums",
     "through",
+    "own_products",
     "D_parts",
     "scratch",
     "D",
@@ -38,14 +43,12 @@ def resources(
     """everything: with a gate, states given and wanted, D for each channel."""
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(FP32, "*fp32")
-    arguments |= dict.fromkeys(("x", "B", "C", "y", "y_grad", "rows", "columns", "carries", "end_grads"), "*bf16")
-    arguments |= dict.fromkeys(("x_grad", "B_grad", "C_grad"), "*bf16")
+    arguments |= dict.fromkeys(("x", "B", "C", "y", "y_grad", "end_grads", "x_grad", "B_grad", "C_grad"), "*bf16")
     arguments |= dict.fromkeys(("z", "ungated"), "*bf16" if everything else None)
-    if kernel is kernels.gradients_kernel:
-        arguments["starts"] = "*bf16"
     if not everything:
-        arguments |= {"starts": arguments["starts"] if kernel is kernels.gradients_kernel else None}
-        arguments |= {"first_carry": None, "D_parts": None, "powers": None}
+        arguments |= dict.fromkeys(("starts", "before", "first", "last_grad", "D_parts", "powers"))
+    if kernel is not forward_kernel:
+        arguments["starts"] = "*bf16"
     arguments |= {"WIDE_SKIP": everything, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
     arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
     arguments |= constants
@@ -58,10 +61,10 @@ def resources(
 )
 def test_table(capability: int, tmp_path: Path) -> None:
     for kernel, shape, constants in (
-        (kernels.forward_kernel, launch.FORWARD, {}),
-        (kernels.states_kernel, launch.STATES, {"REVERSE": False}),
-        (kernels.states_kernel, launch.STATES, {"REVERSE": True}),
-        (kernels.gradients_kernel, launch.GRADIENTS, {}),
+        (forward_kernel, launch.FORWARD, {}),
+        (states_kernel, launch.STATES, {"BOTH": True}),
+        (states_kernel, launch.STATES, {"BOTH": False, "y_grad": None, "C": None, "starts": None, "powers": "*fp32"}),
+        (gradients_kernel, launch.GRADIENTS, {}),
     ):
         found = resources(kernel, shape, tmp_path, capability, **constants)
         print(kernel.__name__, f"sm_{capability}", found)
@@ -71,6 +74,22 @@ def test_table(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_option(tmp_path: Path) -> None:
-    resources(kernels.forward_kernel, launch.FORWARD, tmp_path, everything=True)
-    resources(kernels.states_kernel, launch.STATES, tmp_path, everything=True, REVERSE=True, carries=None)
-    resources(kernels.gradients_kernel, launch.GRADIENTS, tmp_path, everything=True)
+    resources(forward_kernel, launch.FORWARD, tmp_path, everything=True)
+    resources(states_kernel, launch.STATES, tmp_path, everything=True, BOTH=True)
+    resources(gradients_kernel, launch.GRADIENTS, tmp_path, everything=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("large", "capability", "limit"), [(True, 90, 232_448), (False, 120, 101_376)])
+def test_tiles_fit_into_shared_memory(
+    large: bool, capability: int, limit: int, head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all options, and states in blocks."""
+    monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: large)
+    x, B = (torch.empty(1, 1, 1, size, dtype=torch.bfloat16) for size in (head_dim, 256))
+    shapes = launch.shapes(x, B)
+    constants = {"P": head_dim, "N": shapes.gradients.states}
+    assert resources(gradients_kernel, shapes.gradients, tmp_path, capability, True, **constants).shared <= limit
+    assert resources(forward_kernel, shapes.forward, tmp_path, capability, True).shared <= limit
+    assert resources(states_kernel, shapes.states, tmp_path, capability, True, BOTH=True).shared <= limit

@@ -23,6 +23,7 @@ def test_compiles_within_its_registers(capability: int, states: int, tmp_path: P
 
     half, single = ("x", "dt", "B", "C", "z", "y"), ("state", "A", "D", "dt_bias", "new_state")
     constants = {"SOFTPLUS": True, "A_IS_LOG": True, "ROWS": step_launch.LAUNCH.elements // states, "STATES": states}
+    constants["PDL"] = capability >= 90
     values = dict.fromkeys(half, "*bf16") | dict.fromkeys(single, "*fp32") | dict.fromkeys(("dt_min", "dt_max"), "fp32")
     strides_of_one = dict.fromkeys(("state_column", "x_row", "B_state", "C_state", "z_row"), 1)
     arguments = {name: (values | constants | strides_of_one).get(name, "i32") for name in step_kernel.arg_names}

@@ -1,0 +1,123 @@
+"""Several GPUs beside one of them: tokens per second of whole training steps, and how much of n times is left.
+
+    torchrun --nproc-per-node 2 --master-addr localhost -m benchmarks.data_parallel \
+      [--model mamba_1.4b] [--rows 8] [--engines single fsdp ddp] [--steps 12]
+
+Each engine runs on all GPUs, one process each; "single" is the same step on every GPU by itself, at the same time and
+without a word between them, so that it has the same host and the same heat. With one process it says what an engine
+costs where there is nobody to speak with. Medians of the steps after the warm-up, by
+events on the first GPU, with quartiles. "fsdp-kept" is engine.reshard_after_forward=false, "ddp-graphs"
+engine.cuda_graphs=true, "...-bf16" engine.reduce_precision=bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.step_models import LEARNING_RATE, MAX_NORM, VOCABULARY, draw_on_device, model_config
+from mamba_train.config import EngineConfig, EngineKind, ModelConfig, OptimConfig, Precision, Recompute
+from mamba_train.parallel import native
+from mamba_train.parallel.build import build_engine
+from mamba_train.parallel.engine import Engine, only_finite
+from mamba_train.parallel.native import NativeEngine
+from mamba_train.ranks import Ranks, join
+
+WARM_UP = 4
+ENGINES: dict[str, dict[str, object]] = {
+    "single": {},
+    "single-eager": {"cuda_graphs": False},
+    "fsdp": {"name": EngineKind.fsdp},
+    "fsdp-kept": {"name": EngineKind.fsdp, "reshard_after_forward": False},
+    "fsdp-kept-bf16": {"name": EngineKind.fsdp, "reshard_after_forward": False, "reduce_precision": Precision.bf16},
+    "ddp": {"name": EngineKind.ddp},
+    "ddp-graphs": {"name": EngineKind.ddp, "cuda_graphs": True},
+}
+
+
+class Alone(Ranks):
+    """A process that counts itself as the only one, on a GPU of its own."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(ranks, ranks.store)  # type: ignore[arg-type]
+        self.rank, self.world_size = 0, 1
+
+
+def make(name: str, model: ModelConfig, recompute: Recompute, ranks: Ranks) -> Engine:
+    config = EngineConfig(recompute=recompute, **ENGINES[name])  # type: ignore[arg-type]
+    engine = NativeEngine(config, Alone(ranks)) if name.startswith("single") else build_engine(config, ranks)
+    engine.prepare(model, OptimConfig(lr=LEARNING_RATE, max_grad_norm=MAX_NORM), seed=0)
+    return engine
+
+
+def measure(engine: Engine, rows: int, micro_batches: int, length: int, steps: int) -> tuple[list[float], float]:
+    """Milliseconds of each step; share of the time in which Python launched a pass instead of waiting."""
+    tokens = torch.randint(0, VOCABULARY, (rows, length + 1)).pin_memory()
+    n_targets = torch.tensor(float(rows * length * micro_batches * engine.world_size), device=engine.device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    host = 0.0
+    for number in range(WARM_UP + steps):
+        begin = time.perf_counter()
+        for batch in engine.micro_batches([tokens] * micro_batches):
+            moved = batch.to(engine.device, non_blocking=True)
+            engine.accumulate(moved[:, :-1], moved[:, 1:], None, n_targets)
+        host += time.perf_counter() - begin if number >= WARM_UP else 0.0
+        engine.step(LEARNING_RATE, only_finite(engine))
+        if number >= WARM_UP - 1:
+            events[number - WARM_UP + 1].record()
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+    return times, 1e3 * host / sum(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mamba_1.4b")
+    parser.add_argument("--rows", type=int, default=8, help="sequences of a micro-batch on each GPU")
+    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--recompute", default="scan", choices=[policy.value for policy in Recompute])
+    parser.add_argument("--engines", nargs="*", default=["single", "fsdp", "ddp"], choices=list(ENGINES))
+    args = parser.parse_args()
+    ranks = join()
+    native.draw_pieces = draw_on_device
+    model = model_config(args.model, args.layers)
+    if ranks.rank == 0:
+        print(f"{ranks.world_size} x {torch.cuda.get_device_name()}, torch {torch.__version__}, {args.model}, ", end="")
+        print(f"{args.micro_batches} x {args.rows} x {args.length} tokens on each, engine.recompute={args.recompute}")
+    alone = 0.0
+    for name in args.engines:
+        torch.cuda.reset_peak_memory_stats()
+        engine = make(name, model, Recompute(args.recompute), ranks)
+        times, launching = measure(engine, args.rows, args.micro_batches, args.length, args.steps)
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+        if ranks.world_size > 1:
+            dist.barrier()
+        low, median, high = statistics.quantiles(times, n=4)
+        n_gpus = 1 if name.startswith("single") else ranks.world_size
+        rate = 1e3 * n_gpus * args.micro_batches * args.rows * args.length / median
+        alone = alone or (rate if n_gpus == 1 else 0.0)
+        if ranks.rank == 0:
+            share = (
+                f", {rate / alone / ranks.world_size:.3f} of {ranks.world_size} alone" if n_gpus > 1 and alone else ""
+            )
+            print(
+                f"  {name:14s} {rate:9,.0f} tokens/s, {median:.1f} ms a step ({low:.1f} to {high:.1f}), "
+                f"{memory:.1f} GiB, Python busy {100 * launching:.0f}%{share}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

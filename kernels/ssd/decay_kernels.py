@@ -1,0 +1,216 @@
+"""SSD in Triton: decays, and their gradients. docs/kernels.md explains the kernels, `launch.py` launches them.
+
+Decays are powers of 2. What decays on the way from position s to t of a chunk, times Δ[s], is
+exp2(total[t] - origin[s]) with total the sum of the logarithms from the chunk's beginning and origin = total - log2(Δ).
+A document that begins is a decay of `GONE`, and no step counts as a stronger one: so what one fp32 number loses of a
+total is of no weight beside the rounding of 16-bit activations. For fp32 ones totals are EXACT: two fp32 numbers.
+
+Axes: rows of a chunk q (t where they read, s where they write), head_dim p, state n. `padded`: length in whole chunks.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.sum_parts import sum_rows
+from kernels.triton_math import clamp, sigmoid, softplus
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+GONE = tl.constexpr(-160.0)  # as a power of 2: fp32 has nothing that small
+
+
+# Places, not numbers as constants: Triton compares each global constant of a kernel at every launch.
+@triton.jit
+def decay_planes(decays, plane):
+    """Where the planes of `decays` begin: totals, origins, Δ, what fp32 loses of totals, what it loses of origins."""
+    return decays, decays + plane, decays + 2 * plane, decays + 3 * plane, decays + 4 * plane
+
+
+@triton.jit
+def sum_planes(sums, plane):
+    """Where the planes of `sums` begin: read, written / Δ, from_state, to_state / Δ, own."""
+    return sums, sums + plane, sums + 2 * plane, sums + 3 * plane, sums + 4 * plane
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("dt_batch", "dt_row", "dt_head", "seq_batch", "seq_row"),
+        *("dt_min", "dt_max", "length", "heads", "chunks"),
+    ]
+)
+def decays_kernel(
+    dt,
+    A,
+    dt_bias,
+    seq_idx,
+    decays,
+    dt_batch,
+    dt_row,
+    dt_head,
+    seq_batch,
+    seq_row,
+    dt_min,
+    dt_max,
+    length,
+    heads,
+    chunks,
+    SOFTPLUS: tl.constexpr,
+    EXACT: tl.constexpr,
+    Q: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Δ and the two parts of the totals of the logarithms of the decays, in chunks of Q positions.
+
+    decays: (plane, batch, head, padded) fp32. Past the end Δ is 0 and nothing decays.
+    Programs: (batch x chunks, heads / HEADS).
+    """
+    batch = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    t = chunk * Q + tl.arange(0, Q)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    mask = (t < length)[:, None] & (head < heads)[None, :]
+    delta = raw_delta(dt + batch * dt_batch, dt_bias, t, head, mask, dt_row, dt_head)
+    if SOFTPLUS:
+        delta = softplus(delta)
+    delta = tl.where(mask, clamp(delta, dt_min, dt_max), 0.0)
+    rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float64) * LOG2_E
+    power = delta.to(tl.float64) * rate[None, :]
+    power = tl.where(power < GONE, GONE, power)  # NaN stays NaN
+    if seq_idx is not None:
+        begins = begins_document(seq_idx + batch * seq_batch, t, seq_row, length)
+        power = tl.where(begins[:, None], GONE, power)
+    total = tl.cumsum(power, axis=0)
+    origin = total - tl.log2(delta.to(tl.float64))
+    padded = chunks.to(tl.int64) * Q
+    plane = tl.num_programs(0) // chunks * heads * padded
+    totals, origins, deltas, totals_low, origins_low = decay_planes(decays, plane)
+    place = (batch * heads + head)[None, :] * padded + t[:, None]
+    is_head = (head < heads)[None, :]
+    tl.store(totals + place, total.to(tl.float32), mask=is_head)
+    tl.store(origins + place, origin.to(tl.float32), mask=is_head)
+    tl.store(deltas + place, delta, mask=is_head)
+    if EXACT:
+        tl.store(totals_low + place, rounded_off(total), mask=is_head)
+        tl.store(origins_low + place, rounded_off(origin), mask=is_head)
+
+
+@triton.jit
+def rounded_off(value):
+    """What an fp64 number loses when it becomes fp32, as fp32."""
+    high = value.to(tl.float32).to(tl.float64)
+    return tl.where(high == value, 0.0, value - high).to(tl.float32)  # without inf - inf
+
+
+@triton.jit
+def raw_delta(dt, dt_bias, t, head, mask, dt_row, dt_head):
+    """dt + dt_bias, (t, head)."""
+    place = dt + t[:, None].to(tl.int64) * dt_row + head[None, :].to(tl.int64) * dt_head
+    delta = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    if dt_bias is not None:
+        delta += tl.load(dt_bias + head[None, :], mask=mask, other=0.0).to(tl.float32)
+    return delta
+
+
+@triton.jit
+def begins_document(seq_idx, t, seq_row, length):
+    """Whether another document begins at t than that of t-1."""
+    is_inside = (t > 0) & (t < length)
+    place = seq_idx + t.to(tl.int64) * seq_row
+    return tl.load(place, mask=is_inside, other=0) != tl.load(place - seq_row, mask=is_inside, other=0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head"),
+        *("dt_min", "dt_max", "length", "heads", "group_heads", "chunks"),
+    ]
+)
+def delta_kernel(
+    dt,
+    A,
+    dt_bias,
+    decays,
+    sums,
+    own_products,
+    through,
+    dt_grad,
+    parts,
+    dt_grad_batch,
+    dt_grad_row,
+    dt_batch,
+    dt_row,
+    dt_head,
+    dt_min,
+    dt_max,
+    length,
+    heads,
+    group_heads,
+    chunks,
+    SOFTPLUS: tl.constexpr,
+    Q: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """The gradient of dt of one chunk, and the chunk's parts of those of A, dt_bias and a D of one number per head.
+
+    The gradient of a decay's logarithm is what all products that the decay is part of add to the loss: those that
+    begin before it and are read at it or later. What position s wrote adds to the gradient of Δ[s] by way of later
+    positions of the chunk (written), the state (to_state), and itself (own). parts: (batch x chunks, 3, head) fp32.
+    Programs: (batch x chunks, heads / HEADS).
+    """
+    batch = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    t = chunk * Q + tl.arange(0, Q)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    is_head = (head < heads)[None, :]
+    mask = (t < length)[:, None] & is_head
+    padded = chunks.to(tl.int64) * Q
+    plane = tl.num_programs(0) // chunks * heads * padded
+    place = (batch * heads + head)[None, :] * padded + t[:, None]
+    _, _, deltas, _, _ = decay_planes(decays, plane)
+    reads, writtens, from_states, to_states, owns = sum_planes(sums, plane)
+    delta = tl.load(deltas + place, mask=is_head, other=0.0)
+    written = tl.load(writtens + place, mask=is_head, other=0.0)
+    to_state = tl.load(to_states + place, mask=is_head, other=0.0)
+    own = tl.load(owns + place, mask=is_head, other=0.0)
+    groups = heads // group_heads
+    own_place = (batch * groups + head // group_heads)[None, :] * padded + t[:, None]
+    own_product = tl.load(own_products + own_place, mask=is_head, other=0.0)
+    delta_grad = written + to_state + own * own_product
+    read = tl.load(reads + place, mask=is_head, other=0.0).to(tl.float64) - (delta * written).to(tl.float64)
+    read += tl.load(from_states + place, mask=is_head, other=0.0).to(tl.float64)
+    to_state = (delta * to_state).to(tl.float64)
+    passed = tl.load(through + (batch * heads + head) * chunks + chunk, mask=head < heads, other=0.0)
+
+    from_here = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
+    until_here = tl.cumsum(to_state, axis=0) - to_state
+    power_grad = (from_here + until_here + passed.to(tl.float64)[None, :]).to(tl.float32)
+    rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32)
+    raw = raw_delta(dt + batch * dt_batch, dt_bias, t, head, mask, dt_row, dt_head)
+    grad = delta_grad + power_grad * rate[None, :]
+    free = raw
+    if SOFTPLUS:
+        free = softplus(raw)
+        grad *= sigmoid(raw)
+    grad = tl.where(mask & (free >= dt_min) & (free <= dt_max), grad, 0.0)
+    target = dt_grad + batch * dt_grad_batch + t[:, None].to(tl.int64) * dt_grad_row + head[None, :]
+    tl.store(target, grad.to(dt_grad.dtype.element_ty), mask=mask)
+
+    parts += tl.program_id(0).to(tl.int64) * 3 * heads + head
+    tl.store(parts, tl.sum(power_grad * delta, axis=0), mask=head < heads)
+    tl.store(parts + heads, tl.sum(grad, axis=0), mask=head < heads)
+    tl.store(parts + 2 * heads, tl.sum(own, axis=0), mask=head < heads)
+
+
+@triton.jit(do_not_specialize=["rows", "heads"])
+def head_sums_kernel(
+    parts, A_grad, dt_bias_grad, D_grad, rows, heads, KINDS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr
+):
+    """The gradients of A, dt_bias and D, each (head) fp32: sums over the rows of what `delta_kernel` left in parts.
+
+    Programs: (heads / HEADS, 3).
+    """
+    head, kind = tl.program_id(0) * HEADS + tl.arange(0, HEADS), tl.program_id(1)
+    is_head = head < heads
+    total = sum_rows(parts, kind, head, is_head, rows, heads, KINDS, ROWS)
+    tl.store(A_grad + head, total, mask=is_head & (kind == 0))
+    tl.store(dt_bias_grad + head, total, mask=is_head & (kind == 1))
+    tl.store(D_grad + head, total, mask=is_head & (kind == 2))

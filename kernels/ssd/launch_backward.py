@@ -1,0 +1,244 @@
+"""The backward of SSD on CUDA devices: layouts, buffers, launches of the Triton kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import alignment, processors
+from kernels.launcher import launch
+from kernels.ssd.launch import (
+    DECAY_HEADS,
+    DECAY_WARPS,
+    Shape,
+    block,
+    make_decays,
+    of_states,
+    shapes,
+    state_blocks,
+    unit,
+    walk,
+)
+
+GATE_BLOCK, GATE_WARPS = 1024, 4
+SUM_WARPS = 4
+PART_COST = 3  # what a program of `gradients_kernel` costs besides its heads, in heads
+
+
+class Outputs(NamedTuple):
+    """Where gradients go: of any strides along batch and length; B and C of equal ones, x, B and C of one dtype."""
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+
+
+def backward(
+    y_grad: Tensor | None,
+    final_state_grad: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int,
+    seq_idx: Tensor | None,
+    starts: Tensor,
+    ungated: Tensor,
+    outputs: Outputs | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one."""
+    from kernels.ssd.decay_kernels import delta_kernel
+
+    batch, length, heads, head_dim = x.shape
+    given, dtype, device = (x, dt, A, B, C, D, z, dt_bias), x.dtype, x.device
+    x, B, C, z = (unit(t, dtype) for t in (x, B, C, z))  # type: ignore[assignment]
+    y_grad = torch.zeros_like(x) if y_grad is None else unit(y_grad, dtype)
+    assert y_grad is not None
+    A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))  # type: ignore[assignment]
+    shape = shapes(x, B).gradients
+    chunks = -(-length // shape.chunk)
+    with torch.cuda.device_of(x):
+        z_grad = x.new_empty((0,))
+        if z is not None:
+            y_grad, z_grad = _gate_backward(y_grad, ungated, z)
+        if outputs is None:
+            outputs = Outputs(*(torch.empty(t.shape, dtype=t.dtype, device=device) for t in (x, dt, B, C)))
+        parts = torch.empty((batch * chunks, 3, heads), dtype=torch.float32, device=device)
+        D_parts = None
+        if D is not None and D.dim() == 2:
+            D_parts = torch.empty((batch * chunks, heads * head_dim), dtype=torch.float32, device=device)
+        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, dtype)
+        initial = starts[0] if starts.numel() else None
+        initial_grad, *sums = _of_all_states(
+            y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, outputs, shape
+        )
+        launch(
+            delta_kernel,
+            (batch * chunks, -(-heads // DECAY_HEADS)),
+            (dt, A, dt_bias, decays, *sums, outputs.dt, parts),
+            (*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max, length, heads, heads // B.shape[2], chunks),
+            (dt_softplus, shape.chunk, DECAY_HEADS),
+            DECAY_WARPS,
+        )
+        A_grad, bias_grad, D_grad = _head_sums(parts)
+        if D_parts is not None:
+            D_grad = _sum(D_parts).view(heads, head_dim)
+    found = (outputs.x, outputs.dt, A_grad, outputs.B, outputs.C, D_grad, z_grad, bias_grad)
+    grads = [x.new_empty((0,)) if g is None else v.to(g.dtype) for g, v in zip(given, found, strict=True)]
+    return *grads, initial_grad  # type: ignore[return-value]
+
+
+def _of_all_states(
+    y_grad: Tensor,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    D_parts: Tensor | None,
+    decays: Tensor,
+    initial: Tensor | None,
+    final_state_grad: Tensor | None,
+    outputs: Outputs,
+    shape: Shape,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill outputs but for dt, and D_parts; return the gradient of the initial state, sums, own_products, through."""
+    blocks = state_blocks(B.shape[3], shape.states)
+    if len(blocks) == 1:
+        return _run(y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, None, outputs, shape)
+    others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    initial_grads: list[Tensor] = []
+    totals: list[Tensor] | None = None
+    for states in blocks:
+        is_last = states is blocks[-1]
+        before: Tensor | None = None if totals is None else others
+        _, B_part, C_part, first = of_states(x, B, C, initial, states)
+        last_grad = None if final_state_grad is None else final_state_grad[..., states]
+        skip = (D, D_parts) if is_last else (None, None)
+        into = Outputs(outputs.x if is_last else others, outputs.dt, outputs.B[..., states], outputs.C[..., states])
+        first_grad, *found = _run(y_grad, x, B_part, C_part, *skip, decays, first, last_grad, before, into, shape)
+        initial_grads.append(first_grad)
+        if totals is None:
+            totals = found
+        else:
+            found[0][-1] = 0  # dy·x, which is of no state
+            for total, part in zip(totals, found, strict=True):
+                total += part
+    assert totals is not None
+    return torch.cat(initial_grads, dim=3), *totals  # type: ignore[return-value]
+
+
+def _run(
+    y_grad: Tensor,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    D_parts: Tensor | None,
+    decays: Tensor,
+    initial: Tensor | None,
+    final_state_grad: Tensor | None,
+    before: Tensor | None,
+    outputs: Outputs,
+    shape: Shape,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of one block of states; before: the gradient of x by others, which is added."""
+    from kernels.ssd.backward_kernels import gradients_kernel
+
+    (batch, length, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
+    chunk, chunks = shape.chunk, decays.shape[3] // shape.chunk
+    p, n = block(head_dim), block(states)
+    parts = _parts(batch * chunks * groups, heads // groups, processors(x.device.index))
+    part_heads = -(-heads // groups // parts)
+
+    def buffer(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device=x.device)
+
+    initial_grad, carried = buffer(batch, heads, head_dim, states), (batch, chunks, heads, states, head_dim)
+    starts, end_grads = (torch.empty(carried, dtype=x.dtype, device=x.device) for _ in range(2))
+    first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
+    walk(x, B, decays, (y_grad, C), (first, last_grad), (starts, end_grads, initial_grad, None), chunk)
+    BC_grads = [outputs.B.unsqueeze(0), outputs.C.unsqueeze(0)]
+    if parts > 1:
+        BC_grads = [buffer(parts, batch, length, groups, states) for _ in "BC"]
+    sums, through = buffer(5, batch, heads, chunks * chunk), buffer(batch, heads, chunks)
+    own_products = buffer(batch, groups, chunks * chunk)
+    strides = [s for t in (y_grad, x, B, C) for s in t.stride()[:3]]
+    strides += [*outputs.x.stride()[:2], *BC_grads[0].stride()[:4]]
+    align = alignment(head_dim, states, *strides)
+    programs, whole = batch * chunks * groups * parts, head_dim == p and states == n
+    inputs = (y_grad, x, B, C, D, decays, starts, end_grads, before)
+    sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads)
+    launch(
+        gradients_kernel,
+        (programs, 1),
+        (*inputs, outputs.x, *BC_grads, sums, own_products, through, D_parts, buffer(programs, chunk, chunk)),
+        (*[stride // align for stride in strides], *sizes),
+        (whole, x.dtype == torch.float32, align, chunk, p, n, shape.stages),
+        shape.warps,
+    )
+    if parts > 1:
+        for grad, summed in zip(BC_grads, (outputs.B, outputs.C), strict=True):
+            summed.copy_(grad.sum(0))
+    return initial_grad, sums, own_products, through
+
+
+@functools.cache
+def _parts(programs: int, heads: int, n_processors: int) -> int:
+    """In how many parts the heads of a group are divided, so that the programs' last wave does not leave many idle."""
+
+    def time(parts: int) -> int:
+        return -(-programs * parts // n_processors) * (-(-heads // parts) + PART_COST)
+
+    parts = min(range(1, heads + 1), key=time)
+    return -(-heads // -(-heads // parts))  # none without heads
+
+
+def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of y before the gate, and of z."""
+    from kernels.ssd.backward_kernels import gate_backward_kernel
+
+    batch, length, heads, head_dim = z.shape
+    ungated_grad, z_grad = torch.empty_like(ungated), torch.empty_like(ungated)
+    launch(
+        gate_backward_kernel,
+        (batch * length, -(-heads * head_dim // GATE_BLOCK)),
+        (y_grad, ungated, z, ungated_grad, z_grad),
+        (*y_grad.stride()[:3], *z.stride()[:3], length, heads, head_dim),
+        (GATE_BLOCK,),
+        GATE_WARPS,
+    )
+    return ungated_grad, z_grad
+
+
+def _head_sums(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of A, dt_bias and D from parts (row, 3, head), in a fixed order; they share no memory."""
+    from kernels.ssd.decay_kernels import head_sums_kernel
+    from kernels.sum_parts import COLUMNS, ROWS
+
+    rows, kinds, heads = parts.shape
+    A_grad, bias_grad, D_grad = (torch.empty(heads, dtype=torch.float32, device=parts.device) for _ in range(kinds))
+    outputs, grid = (A_grad, bias_grad, D_grad), (-(-heads // COLUMNS), kinds)
+    launch(head_sums_kernel, grid, (parts, *outputs), (rows, heads), (kinds, ROWS, COLUMNS), SUM_WARPS)
+    return A_grad, bias_grad, D_grad
+
+
+def _sum(parts: Tensor) -> Tensor:
+    """The sum over the first axis of parts (row, column), in a fixed order."""
+    from kernels.sum_parts import COLUMNS, ROWS, sum_parts
+
+    rows, columns = parts.shape
+    total = torch.empty(columns, dtype=torch.float32, device=parts.device)
+    grid = (-(-columns // COLUMNS), 1)
+    launch(sum_parts, grid, (parts, total, None), (rows, columns), (1, ROWS, COLUMNS), SUM_WARPS)
+    return total

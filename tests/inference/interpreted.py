@@ -1,0 +1,88 @@
+"""Run by test_fused_step.py in a process of its own: the kernels of a fused step, interpreted."""
+
+import os
+
+import pytest
+import torch
+
+from kernels.decode import greedy, launch, product
+from mamba_train.inference.decoder import Decoder
+from mamba_train.inference.fused_step import fused_step
+from mamba_train.inference.load import inference_model
+from mamba_train.model.selective_ssm import SSMState
+from tests.model.families import lively
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled, not interpreted"
+PROMPTS = [[5, 9, 2], [7], [1, 1, 2, 3, 5, 8]]
+
+
+@pytest.mark.parametrize(("family", "batch"), [("mamba1", 2), ("mamba2", 2), ("mamba2_groups", 1), ("mamba1_mlp", 1)])
+@torch.no_grad()
+def test_steps_are_those_of_the_model(family: str, batch: int) -> None:
+    prompts = PROMPTS[:batch]
+    trained = lively(family)
+    model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
+    wanted, fused = Decoder(model, prompts), Decoder(model, prompts)
+    for number in range(2):
+        token = torch.arange(len(prompts)) + 7 * number
+        logits = fused_step(model, token, fused._state)
+        torch.testing.assert_close(logits, wanted.step(token), rtol=1e-4, atol=1e-4)
+    for layer, expected in zip(fused._state, wanted._state, strict=True):
+        assert isinstance(layer, SSMState)
+        assert isinstance(expected, SSMState)
+        torch.testing.assert_close(layer.conv, expected.conv, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.scan, expected.scan, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2_groups", "mamba1_mlp"])
+@torch.no_grad()
+def test_steps_of_many_sequences(family: str) -> None:
+    trained = lively(family)
+    model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
+    prompts = [[row % 50, 2 * row % 50] for row in range(18)]
+    wanted, fused = Decoder(model, prompts), Decoder(model, prompts)
+    for _ in range(2):
+        token = torch.arange(18)
+        torch.testing.assert_close(fused_step(model, token, fused._state), wanted.step(token), rtol=1e-4, atol=1e-4)
+    for layer, expected in zip(fused._state, wanted._state, strict=True):
+        assert isinstance(layer, SSMState)
+        assert isinstance(expected, SSMState)
+        torch.testing.assert_close(layer.conv, expected.conv, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.scan, expected.scan, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_narrower_state_is_rounded_at_each_step() -> None:
+    trained = lively("mamba2")
+    model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
+    decoders = [Decoder(model, PROMPTS[:1], state_dtype=torch.bfloat16) for _ in range(2)]
+    token = torch.tensor([3])
+    torch.testing.assert_close(
+        fused_step(model, token, decoders[0]._state), decoders[1].step(token), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("batch", "size", "outputs"), [(5, 128, 70), (40, 512, 64), (70, 256, 130)])
+def test_products_of_many_rows(batch: int, size: int, outputs: int) -> None:
+    x, weight = torch.randn(batch, size + 8).half()[:, :size], torch.randn(outputs, size).half()
+    expected = x.float() @ weight.float().T
+    torch.testing.assert_close(product(x, weight).float(), expected, rtol=2e-3, atol=2e-2)
+    parts = product(x, weight, in_parts=True)
+    assert len(parts) == {128: 1, 512: 4, 256: 2}[size]
+    torch.testing.assert_close(parts.float().sum(0), expected, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_most_likely_token_is_the_first_of_the_largest(dtype: torch.dtype) -> None:
+    logits = torch.randn(7, 60, generator=torch.Generator().manual_seed(3)).to(dtype)
+    logits[0, [9, 40]] = 8
+    logits[1, 50:] = 9  # padding
+    logits[2, 7], logits[3, 7], logits[4, 7] = float("inf"), float("nan"), float("-inf")
+    logits[5, 55] = float("nan")  # in the padding
+    logits[6] = -3e38
+    expected = torch.where(logits[:, :50].isfinite().all(-1), logits[:, :50].float().argmax(-1), -1)
+    expected[6] = 0
+    for block in (16, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "GREEDY_BLOCK", block)
+            assert greedy(logits, 50, -1).tolist() == expected.tolist()

@@ -1,0 +1,60 @@
+"""Projections with fp32 gradients of their weights, which GPUs take under autocast; here on the CPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba_train.model.projection import MixedProduct, Projection
+from tests.model.test_fused_ssm import D_MODEL, fused_node, gradients, make_mixer, plain
+
+
+@pytest.fixture
+def always_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Projection, "forward", lambda self, x: MixedProduct.apply(x, self.weight))
+
+
+def test_gradients() -> None:
+    x = torch.randn(2, 5, 6, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    weight = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(MixedProduct.apply, (x, weight))
+
+
+def test_the_gradient_of_a_weight_has_its_dtype() -> None:
+    x, y_grad = torch.randn(50, 8).bfloat16(), torch.randn(50, 3).bfloat16()
+    weight = torch.randn(3, 8, requires_grad=True)
+    y = MixedProduct.apply(x, weight)
+    assert torch.equal(y, x @ weight.bfloat16().t())
+    (found,) = torch.autograd.grad(y, [weight], y_grad)
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("always_mixed")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_mixer_whose_gradients_share_memory(recompute: bool) -> None:
+    """out_proj writes the gradient of the SSM's output where the gradient of z will be."""
+    mixer = make_mixer()
+    mixer.ssm.recompute_scan = recompute
+    hidden = torch.randn(2, 9, D_MODEL, dtype=torch.float64, requires_grad=True)
+    y = mixer(hidden)
+    node, halves = fused_node(y), []
+
+    def note(grads: tuple[Tensor, ...]) -> None:
+        halves.append(grads[0].data_ptr() == node.wide_grad.chunk(2, dim=-1)[1].data_ptr())
+
+    node.register_prehook(note)
+    expected = gradients(mixer, hidden, plain(mixer, hidden, None))
+    for name, grad in gradients(mixer, hidden, y).items():
+        torch.testing.assert_close(grad, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert halves == [True]
+
+
+@pytest.mark.usefixtures("always_mixed")
+def test_memory_of_a_gradient_that_someone_else_has() -> None:
+    """What out_proj's backward gave away in an earlier walk is not written over in another."""
+    mixer = make_mixer()
+    hidden = torch.randn(1, 7, D_MODEL, dtype=torch.float64, requires_grad=True)
+    y = mixer.ssm(mixer.in_proj(hidden))
+    given = torch.autograd.grad(mixer.out_proj(y).sum(), y)[0]
+    before = given.clone()
+    torch.autograd.grad(y, hidden, torch.ones_like(y))
+    assert torch.equal(given, before)

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from torch import nn
+
+from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
+from mamba_train.model.language_model import resolve_model_config
+from mamba_train.parallel.cast_once import CastOnce
+from mamba_train.parallel.native import NativeEngine
+from mamba_train.ranks import join
+
+MODEL = resolve_model_config(ModelConfig(name="test", n_layer=2, d_model=16, d_state=4), tokenizer_vocab_size=31)
+
+
+def products(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return linear(x)
+
+
+def test_the_same_products_as_autocast_and_a_gradient_that_is_rounded_less() -> None:
+    torch.manual_seed(0)
+    plain, once = nn.Linear(24, 40, bias=False), nn.Linear(24, 40, bias=False)
+    once.load_state_dict(plain.state_dict())
+    casts = CastOnce([once], torch.bfloat16)
+    exact = torch.zeros_like(plain.weight)
+    for _ in range(3):
+        x, y_grad = torch.randn(2, 5, 24).bfloat16(), torch.randn(2, 5, 40).bfloat16()
+        x_plain, x_once = x.clone().requires_grad_(), x.clone().requires_grad_()
+        casts.refresh()
+        y, expected = products(x_once, once), products(x_plain, plain)
+        assert y.dtype is torch.bfloat16
+        assert torch.equal(y, expected)
+        y.backward(y_grad)
+        expected.backward(y_grad)
+        assert torch.equal(x_once.grad, x_plain.grad)
+        exact += y_grad.flatten(0, 1).float().t() @ x.flatten(0, 1).float()
+    assert once.weight.grad is not None
+    assert once.weight.grad.dtype is torch.float32
+    torch.testing.assert_close(once.weight.grad, exact, rtol=1e-5, atol=1e-5)
+    assert (plain.weight.grad - exact).norm() > 10 * (once.weight.grad - exact).norm()
+
+
+def test_without_autocast_the_weight_itself_is_used() -> None:
+    linear = nn.Linear(24, 40, bias=False)
+    x = torch.randn(3, 24)
+    expected = linear(x)
+    CastOnce([linear], torch.bfloat16)
+    assert torch.equal(linear(x), expected)
+
+
+def test_a_copy_is_made_when_the_weight_has_changed_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    linears = [nn.Linear(8, 8, bias=False) for _ in range(3)]
+    casts = CastOnce(linears, torch.bfloat16)
+    copied: list[int] = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda a, b: copied.append(len(a)) or copy(a, b))
+    casts.refresh()
+    casts.refresh()
+    with torch.no_grad():
+        linears[1].weight.detach().view(-1).fill_(2.0)  # as a checkpoint is loaded
+    casts.refresh()
+    assert copied == [3, 1]
+    assert products(torch.ones(1, 8), linears[1])[0, 0] == 16
+
+
+def test_an_engine_casts_once_in_a_step_and_never_computes_with_an_old_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda a, b: copied.append(len(a)) or copy(a, b))
+    engine = NativeEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.bf16), join())
+    engine.prepare(MODEL, OptimConfig(lr=1e-2), seed=0)
+    tokens = torch.randint(0, 31, (2, 13), generator=torch.Generator().manual_seed(0))
+    n_targets = torch.tensor(24.0)
+    for _ in range(3):
+        for _ in range(4):
+            engine.accumulate(tokens[:, :-1], tokens[:, 1:], None, n_targets)
+        engine.step(1e-2)
+    n_matrices = 2 * MODEL.n_layer
+    assert copied == 4 * [n_matrices]  # at the first pass, and after each update
+    in_proj = engine._bare_model.blocks()[0].mixer.in_proj
+    x = torch.randn(1, MODEL.d_model)
+    with engine.compute():
+        assert torch.equal(in_proj(x), x.bfloat16() @ in_proj.weight.bfloat16().t())
+    with torch.no_grad():
+        for piece in engine.pieces().model.values():
+            piece.values.mul_(2)
+    with engine.compute():
+        assert torch.equal(in_proj(x), x.bfloat16() @ in_proj.weight.bfloat16().t())

@@ -1,0 +1,171 @@
+"""An engine whose passes and update are graphs, on a machine that has none: what they launch is played back.
+
+Unlike a GPU's, these graphs share no memory between tensors; the rest of what a graph does, or does not, they do: they
+read and write the tensors that they saw, and no line of Python runs again. tests/gpu/test_graphs.py has real ones.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
+from mamba_train.model.language_model import resolve_model_config
+from mamba_train.parallel.engine import Judgement
+from mamba_train.parallel.native import NativeEngine
+from mamba_train.parallel.replicated import ReplicatedEngine
+from mamba_train.parallel.state import whole_state
+from mamba_train.ranks import join
+
+MODEL = resolve_model_config(ModelConfig(name="test", n_layer=2, d_model=16, d_state=4), tokenizer_vocab_size=31)
+recording = False
+
+
+class Graph(TorchDispatchMode):
+    """The operations that it saw, with their arguments and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Any]]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
+
+    def pool(self) -> object:
+        return self
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for number, argument in enumerate(operator._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[number] if number < len(args) else kwargs.get(argument.name)
+                self.before += [(t, t.detach().clone()) for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
+        results = operator(*args, **kwargs)
+        self.calls.append((operator, args, kwargs, tree_flatten(results)[0]))
+        return results
+
+    def undo(self) -> None:
+        """Nothing is computed while a graph is recorded."""
+        with torch.no_grad():
+            for tensor, value in reversed(self.before):
+                tensor.copy_(value)
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for operator, args, kwargs, seen in self.calls:
+                for place, result in zip(seen, tree_flatten(operator(*args, **kwargs))[0], strict=True):
+                    if isinstance(place, Tensor) and place.data_ptr() != result.data_ptr():
+                        place.copy_(result)
+
+
+class Through(TorchDispatchMode):
+    """Below any mode autocast leaves our operators, which are Python here, alone: so both runs are below one."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return operator(*args, **(kwargs or {}))
+
+
+@contextmanager
+def record(graph: Graph, **_: Any) -> Iterator[None]:
+    global recording
+    recording = True
+    with graph:
+        yield
+    graph.undo()
+    recording = False
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    made: list[Graph] = []
+
+    def make() -> Graph:
+        made.append(Graph())
+        return made[-1]
+
+    for name, fake in (
+        ("CUDAGraph", make),
+        ("graph", record),
+        ("stream", lambda _: nullcontext()),
+        ("current_stream", lambda: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return made
+
+
+def make(kind: type[NativeEngine], monkeypatch: pytest.MonkeyPatch, recorded: bool, precision: str) -> NativeEngine:
+    monkeypatch.setattr(NativeEngine, "_records", lambda self: recorded)
+    monkeypatch.setattr(ReplicatedEngine, "_records", lambda self: recorded)
+    monkeypatch.setattr(NativeEngine, "_is_recording", lambda self: recording)
+    engine = kind(EngineConfig(device=DeviceKind.cpu, precision=Precision(precision)), join())
+    engine.prepare(MODEL, OptimConfig(lr=1e-2, max_grad_norm=2.0), seed=0)
+    return engine
+
+
+def run(engine: NativeEngine, n_micro_batches: int) -> tuple[list[tuple[float, float, bool]], dict[str, Tensor]]:
+    """Steps of which one is refused, one has another shape, and one comes after weights were set back."""
+    generator = torch.Generator().manual_seed(0)
+    found, saved = [], {}
+    for step in range(10):
+        pieces = engine.pieces()
+        both = pieces.model | pieces.optimizer
+        if step == 2:
+            saved = {key: piece.values.clone() for key, piece in both.items()}
+        if step == 7:
+            with torch.no_grad():
+                for key, piece in both.items():
+                    piece.values.copy_(saved[key])
+            engine.pieces_changed()
+        length = 9 if step == 5 else 12
+        n_targets = torch.tensor(2.0 * length * n_micro_batches)
+        loss = 0.0
+        batches = [torch.randint(0, 31, (2, length + 1), generator=generator) for _ in range(n_micro_batches)]
+        for tokens in engine.micro_batches(batches):
+            loss += engine.accumulate(tokens[:, :-1], tokens[:, 1:], None, n_targets).item()
+        refused = step in (0, 4)
+        result = engine.step(1e-2, lambda square, skip=refused: Judgement(square.sqrt().item(), skip))
+        found.append((loss, result.grad_norm, result.skipped))
+    with engine.compute():
+        found.append((engine.model(tokens[:, :-1], tokens[:, 1:]).item(), 0.0, False))
+    model, optimizer = whole_state(engine)
+    return found, model | optimizer
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("n_micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("kind", [NativeEngine, ReplicatedEngine])
+def test_a_recorded_run_is_the_plain_one(
+    kind: type[NativeEngine], n_micro_batches: int, precision: str, monkeypatch: pytest.MonkeyPatch, graphs: list[Graph]
+) -> None:
+    with Through():
+        expected, plain = run(make(kind, monkeypatch, False, precision), n_micro_batches)
+        assert not graphs
+        found, recorded = run(make(kind, monkeypatch, True, precision), n_micro_batches)
+    n_kinds = min(n_micro_batches, 2 if kind is NativeEngine else 3)
+    n_updates = len({norm > 2.0 for _, norm, _ in expected[1:10]})
+    assert n_kinds < len(graphs) <= n_kinds + n_updates
+    assert found == expected
+    assert recorded.keys() == plain.keys()
+    assert all(torch.equal(recorded[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize("n_micro_batches", [1, 2])
+def test_a_recording_that_fails_at_its_end_leaves_no_trace(
+    n_micro_batches: int, monkeypatch: pytest.MonkeyPatch, graphs: list[Graph]
+) -> None:
+    @contextmanager
+    def fail(graph: Graph, **_: Any) -> Iterator[None]:
+        with graph:
+            yield
+        graph.undo()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    with Through():
+        expected, plain = run(make(NativeEngine, monkeypatch, False, "fp32"), n_micro_batches)
+        found, recorded = run(make(NativeEngine, monkeypatch, True, "fp32"), n_micro_batches)
+    assert found == expected
+    assert all(torch.equal(recorded[key], plain[key]) for key in plain)
