@@ -232,7 +232,8 @@ def test_a_mixture_of_sources_is_exact_and_each_has_its_own_order(data: DataConf
         places = source.groups[name]
         mine = [start for where, start in found if where == str(folder)]
         assert mine == [places.place(ordinal, 3)[1] for ordinal in range(len(mine))]
-    assert [places.place(n, 3)[1] for n in range(100)] != [source.groups["a"].place(n, 3)[1] for n in range(100)]
+    twins = CachedSource({"a": folders["a"], "b": folders["a"]}, FAILURE, BATCH, 3, FORM, stages).groups
+    assert [twins["a"].place(n, 3)[1] for n in range(100)] != [twins["b"].place(n, 3)[1] for n in range(100)]
     epochs = source.epochs(400 * BATCH)
     n_windows = source.groups["b"].n_windows
     assert n_windows is not None
