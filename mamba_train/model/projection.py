@@ -88,7 +88,7 @@ def input_gradient(y_grad: Tensor, weight: Tensor, origin: Any) -> Tensor:
 
 def references(grad: Tensor) -> tuple[int, int]:
     """How many there are to a gradient, of Python and of C++; for the backward that was given it."""
-    return sys.getrefcount(grad), grad._use_count()
+    return sys.getrefcount(grad), grad._use_count()  # type: ignore[attr-defined]
 
 
 @functools.cache
