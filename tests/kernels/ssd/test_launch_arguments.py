@@ -20,7 +20,8 @@ def test_arguments_fit_parameters(absent: tuple[str, ...], monkeypatch: pytest.M
         first, second = len(tensors), len(tensors) + len(numbers)
         assert len(kernel.params) == second + len(constants)
         for parameter, tensor in zip(kernel.params[:first], tensors, strict=True):
-            assert not (parameter.do_not_specialize or parameter.is_constexpr), parameter.name
+            assert not parameter.do_not_specialize, parameter.name
+            assert not parameter.is_constexpr, parameter.name
             assert tensor is None or isinstance(tensor, torch.Tensor)
         for parameter, number in zip(kernel.params[first:second], numbers, strict=True):
             assert parameter.do_not_specialize, parameter.name
