@@ -18,6 +18,8 @@ from mamba_train.model.mamba2_ssm import Mamba2SSM
 from mamba_train.model.mixers import LayerState, Mamba1Mixer, Mamba2Mixer
 from mamba_train.model.selective_ssm import SSMState
 
+MANY = 32  # sequences from which tensor cores are worth it: for 8 of mamba_1.4b the separate operators were faster
+
 
 def can_fuse(model: MambaLM, batch_size: int) -> bool:
     """Whether `fused_step` computes the step of this model for so many sequences."""
@@ -26,7 +28,7 @@ def can_fuse(model: MambaLM, batch_size: int) -> bool:
     if MixerKind.attention in mixers or config.time_invariant or config.d_conv < 2 or not decode.supports(weight):
         return False
     if batch_size > decode.MAX_BATCH:
-        return weight.dtype != torch.float32
+        return batch_size >= MANY and weight.dtype != torch.float32
     d_inner = config.expand * config.d_model
     sizes = [config.d_model, d_inner // (config.n_groups if MixerKind.mamba2 in mixers else 1)]
     return all(decode.holds(size) for size in [*sizes, config.d_intermediate or 1])
