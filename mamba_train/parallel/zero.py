@@ -64,7 +64,7 @@ class ZeroEngine:
                 model = MambaLM(model_config)
             model.to_empty(device=self.device)
             initialise_(model, model_config, seed)
-        recompute_activations(model, self.config.recompute, self.device)
+        recompute_activations(model, self.config.recompute, self.device, self.config.recompute_layers)
         self.model_config = model_config
         self._parameters = dict(model.named_parameters())
         optimizer = adamw(self._parameters, optim)
