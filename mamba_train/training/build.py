@@ -64,6 +64,7 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     mode = config.logging.progress if is_first else ProgressMode.silent
     progress = Progress(mode, config.training.total_steps, config.logging.progress_interval_steps)
     log: Log = progress.message if is_first else _say_nothing
+    ranks.together(lambda: None)  # what a rank with a wrong config answers; without it, others would ask and wait
     config = dataclasses.replace(config, engine=resolve_auto(config, ranks, log))
     # Says at once when this machine cannot run it.
     engine = ranks.together(lambda: build_engine(config.engine, ranks))
