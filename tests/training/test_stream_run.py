@@ -178,6 +178,8 @@ def test_a_damaged_file_ends_the_run_with_the_reason(text: Path, tmp_path: Path)
         ("data.path=/nowhere", "data.path=/nowhere: there is no such file"),
         ("data.lanes=6", "data.lanes=6: expected null or a multiple of training.global_batch_size (4)"),
         ("data.shuffle_documents=-1", "data.shuffle_documents=-1: expected 0 or more"),
+        ("data.network_retries=1000000", "data.network_retries=1000000: expected fewer, or a shorter"),
+        ("data.network_timeout_seconds=1e300", "data.network_retries=8: expected fewer, or a shorter"),
         ("data.path=/nowhere/*.jsonl", "data.path /nowhere/*.jsonl: no such file or folder"),
         ("data.path=http://127.0.0.1:1/a.parquet", "read over the network are .txt, .jsonl"),
     ],
