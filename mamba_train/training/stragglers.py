@@ -32,6 +32,7 @@ class Stragglers:
         self._on = engine.world_size > 1 and config.straggler_interval_steps > 0
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._steps = 0
+        self._is_first_step = True
         self._clock = _Forward(engine.model, engine.device) if self._on else None
         self._hosts: list[str] | None = None
         self._named: set[int] = set()
@@ -54,6 +55,9 @@ class Stragglers:
     def add(self, data_wait_seconds: float, reduction_seconds: float) -> None:
         """A step has ended."""
         if self._clock is None:
+            return
+        if self._is_first_step:  # it compiles, for as long as the caches of this rank's host make it
+            self._is_first_step = False
             return
         self._steps += 1
         self._seconds["data_wait"] += data_wait_seconds

@@ -37,6 +37,7 @@ def test_the_rank_that_is_far_behind_the_median_is_named(tmp_path: Path) -> None
     config = WatchdogConfig(straggler_interval_steps=2, straggler_ratio=1.5)
     stragglers = Stragglers(config, FourRanks(), EventLog(tmp_path))  # type: ignore[arg-type]
     assert stragglers.own(1) is None
+    stragglers.add(30.0, 20.0)  # the first step of a start, in which there is something to compile
     for _ in range(2):
         stragglers.add(0.25, 0.125)
     own = stragglers.own(2)
