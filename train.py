@@ -1,6 +1,7 @@
 """Train a Mamba language model: `python train.py [GROUP=OPTION ...] [KEY=VALUE ...]`, see `--help`."""
 
 import functools
+import os
 import signal
 import sys
 
@@ -22,7 +23,9 @@ def run(config: Config, stop: StopRequest) -> None:
 
     def interrupt(signal_number: int, frame: object) -> None:
         trainer.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait for the step
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if trainer.engine.rank == 0:  # a step may wait long for its data; not print, which this may have interrupted
+            os.write(2, b"Ctrl-C: leaving at the end of this step; a second one does not wait for it\n")
 
     signal.signal(signal.SIGINT, interrupt)
     try:

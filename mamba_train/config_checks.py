@@ -21,10 +21,8 @@ from mamba_train.config import (
     layer_mixers,
 )
 from mamba_train.config_data import DataSource
-from mamba_train.config_data_checks import Problem, data_problems
+from mamba_train.config_data_checks import LONGEST_SECONDS, Problem, data_problems
 from mamba_train.ranks import launch
-
-LONGEST_SECONDS = 365 * 86400  # what clocks and locks can take is not much more
 
 
 def check_config(config: Config, ignore: Collection[str] = ()) -> None:

@@ -9,6 +9,7 @@ from mamba_train.config import Config
 from mamba_train.config_data import DataConfig, DataSource, SyntheticTask, patience_seconds
 
 Problem = tuple[str, object, str]  # key, value, what is wrong with it and what is accepted
+LONGEST_SECONDS = 365 * 86400  # what clocks and locks can take is not much more
 
 
 def data_problems(config: Config) -> Iterable[Problem]:
@@ -114,6 +115,12 @@ def _stream(config: Config) -> Iterable[Problem]:
     if data.network_timeout_seconds <= 0:
         yield "data.network_timeout_seconds", data.network_timeout_seconds, "expected more than 0"
     limit, patience = config.watchdog.data_seconds, patience_seconds(data)
+    if patience > LONGEST_SECONDS:
+        problem = (
+            f"expected fewer, or a shorter data.network_timeout_seconds ({data.network_timeout_seconds:g}): together "
+            f"at most {LONGEST_SECONDS:,} s of waiting for a server (a year)"
+        )
+        yield "data.network_retries", data.network_retries, problem
     is_remote = any(re.match(REMOTE, place or "") for place in _places(data).values())
     if is_remote and limit is not None and limit < patience:
         problem = (

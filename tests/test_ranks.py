@@ -45,6 +45,7 @@ for watched in (False, True):
         dist.all_reduce(torch.ones(1), group=group)
 entries = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())["entries"]
 print([entry["timeout_ms"] / 1000 for entry in entries])
+dist.destroy_process_group()  # its threads may abort an interpreter that ends with them
 """
 
 

@@ -5,12 +5,14 @@ reads one group of input files after another, in the order of the plan, the wind
 a group that is not there yet. From the second epoch on everything is there.
 """
 
+import contextlib
 import hashlib
+import os
 import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +26,45 @@ from mamba_train.data.hub_text import hub_options
 from mamba_train.data.manifest import FORMAT_VERSION, Manifest
 from mamba_train.data.mixture import Mixture, Stage
 from mamba_train.data.order import epoch_key, permute
-from mamba_train.data.shard_group import read_entry
-from mamba_train.data.shard_job import JOB_NAME, Job, JobSettings, adopt_folder, find_inputs, group_inputs, plan
+from mamba_train.data.shard_group import entry_path, read_entry
+from mamba_train.data.shard_job import (
+    JOB_NAME,
+    Group,
+    Job,
+    JobSettings,
+    adopt_folder,
+    create_once,
+    find_inputs,
+    group_inputs,
+    plan,
+)
 from mamba_train.data.shard_manifest import assemble
 from mamba_train.data.shard_pool import Work, run_pool
-from mamba_train.data.shards import write_durably
 from mamba_train.data.text_files import TEXT_SUFFIXES, Fields
 from mamba_train.data.tokenizer import TextTokenizer
 
-FAILURE_NAME = ".failure"  # why no more groups will come
+FAILURE_PREFIX = ".failure-"  # with a name for the run: why no more groups will come to it
 POLL_SECONDS = 0.2
+BUSY_PAUSE_SECONDS = 20.0  # before it is looked again whether another process still makes a group
 SHARD_BYTES = 1 << 30  # as `tokenize` closes a shard unless told otherwise
 
 
-def begin(data: DataConfig, tokenizer: TextTokenizer, log: Log) -> dict[str, Path]:
+def failure_name(run_dir: Path) -> str:
+    """The file in which a run says that it makes no more shards; others may go on with the same folder."""
+    return FAILURE_PREFIX + hashlib.sha256(os.path.abspath(run_dir).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def begin(data: DataConfig, tokenizer: TextTokenizer, failure: str, log: Log) -> dict[str, Path]:
     """Plan the shards of a config and begin to make them in processes of their own; returns the folder of each source.
 
-    What an earlier run has finished stays. Raises ValueError that begins with the key.
+    What an earlier run has finished stays. failure: see `failure_name`. Raises ValueError that begins with the key.
     """
-    if not data.sources:
-        return {"": _begin(data.path or "", "data.path", data, tokenizer, log)}
-    return {name: _begin(place, f"data.sources.{name}", data, tokenizer, log) for name, place in data.sources.items()}
+    places = {name: (f"data.sources.{name}", place) for name, place in data.sources.items()}
+    places = places or {"": ("data.path", data.path or "")}
+    return {name: _begin(place, key, data, tokenizer, failure, log) for name, (key, place) in places.items()}
 
 
-def _begin(place: str, key: str, data: DataConfig, tokenizer: TextTokenizer, log: Log) -> Path:
+def _begin(place: str, key: str, data: DataConfig, tokenizer: TextTokenizer, failure: str, log: Log) -> Path:
     inputs, paths = find_inputs([place], "train", TEXT_SUFFIXES, hub_options(data, place, key), log, key)
     settings = JobSettings(
         text_key=data.text_key,
@@ -65,37 +82,69 @@ def _begin(place: str, key: str, data: DataConfig, tokenizer: TextTokenizer, log
     fingerprint = hashlib.sha256(job.to_json().encode("utf-8", "surrogatepass")).hexdigest()[:12]
     folder = Path(data.cache_dir).expanduser() / f"{data.name}-shards-{fingerprint}"
     adopt_folder(folder, job, tokenizer)
-    (folder / FAILURE_NAME).unlink(missing_ok=True)
+    (folder / failure).unlink(missing_ok=True)
     todo = [group for group in job.groups if read_entry(folder, group) is None]
     log(f"data: {len(job.groups) - len(todo):,} of {len(job.groups):,} groups of shards are finished in {folder}")
+    _name_rewritten(folder, [group for group in job.groups if group not in todo], paths, log)
     fields = Fields(data.text_key)
     work = Work(folder, settings, fields, paths, {}, tokenizer.serialised, str(data.encoder), todo, threads=1)
     began = threading.Event()
-    threading.Thread(target=_make, args=(work, job, data.cache_workers, began, log), daemon=True).start()
+    threading.Thread(
+        target=_make, args=(work, job, data.cache_workers, folder / failure, began, log), daemon=True
+    ).start()
     began.wait()  # the loader takes all processes for its own, and ends them, that begin while it starts some
     return folder
 
 
-def _make(work: Work, job: Job, n_workers: int, began: threading.Event, log: Log) -> None:
+def _name_rewritten(folder: Path, finished: Sequence[Group], paths: Mapping[str, Path], log: Log) -> None:
+    """Say which inputs were written after the shards that were made of them: a plan knows names and sizes alone."""
+    late: list[Path] = []
+    for group in finished:
+        made = entry_path(folder, group).stat().st_mtime
+        named = [paths[entry.name] for entry in group.inputs if entry.name in paths]
+        late += [path for path in named if path.stat().st_mtime > made]
+    if late:
+        others = f" and {len(late) - 1} more were" if len(late) > 1 else " was"
+        log(
+            f"warning: {late[0]}{others} written after the shards of this name and size in {folder}: if that was a "
+            f"copy, nothing is wrong; if the text was edited, the run reads the old one: remove {folder} for the new"
+        )
+
+
+def _make(work: Work, job: Job, n_workers: int, failure: Path, began: threading.Event, log: Log) -> None:
     # SLURM tells all processes of a job that its time is up. The run stops then as soon as it can; what is started here
     # would die of it at once, and the run of that.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
-        if work.groups:
-            run_pool(work, min(n_workers, len(work.groups)), lambda line: None, lambda counts: began.set())
+        while work.groups:
+            busy = run_pool(work, min(n_workers, len(work.groups)), lambda line: None, lambda counts: began.set())
+            # Another run makes these; if it is ended before they are finished, it is up to this one.
+            left = [group for group in work.groups if group.name in busy and read_entry(work.folder, group) is None]
+            work = replace(work, groups=left)
+            time.sleep(BUSY_PAUSE_SECONDS if left else 0)
         if assemble(work.folder, job) is not None:
             log(f"data: all shards are finished: data=shards data.path={work.folder}")
     except Exception as error:
-        write_durably(work.folder / FAILURE_NAME, " ".join(str(error).split()).encode("utf-8"))
+        _say_failure(failure, " ".join(str(error).split()), log)
     finally:
         began.set()
+
+
+def _say_failure(path: Path, reason: str, log: Log) -> None:
+    """Tell whoever waits for the shards, on any node, that no more will come."""
+    try:
+        create_once(path, reason.encode("utf-8"))
+    except OSError:  # a disk that is full has room for a name, mostly
+        log(f"data.cache_shards: {reason}")
+        with contextlib.suppress(OSError):
+            path.touch()
 
 
 class _Groups:
     """The groups of shards of one source, in the order of the plan, as far as they have been needed."""
 
-    def __init__(self, name: str, folder: Path, length: int) -> None:
-        self._name, self._folder, self._length = name, folder, length
+    def __init__(self, name: str, folder: Path, failure: str, length: int) -> None:
+        self._name, self._folder, self._failure, self._length = name, folder, folder / failure, length
         self.job = Job.from_json((folder / JOB_NAME).read_text(encoding="utf-8"))
         self.known: list[Corpus] = []
         self.ends: list[int] = []  # how many windows of an epoch there are up to the end of each
@@ -135,9 +184,9 @@ class _Groups:
     def _await(self, number: int) -> None:
         group = self.job.groups[number]
         while (entry := read_entry(self._folder, group)) is None:
-            failure = self._folder / FAILURE_NAME
-            if failure.exists():
-                raise ReadError(f"data.cache_shards: {group.name} will not be made: {failure.read_text()}")
+            if self._failure.exists():
+                reason = self._failure.read_text() or f"the log has the reason; is the disk of {self._folder} full?"
+                raise ReadError(f"data.cache_shards: {group.name} will not be made: {reason}")
             time.sleep(POLL_SECONDS)
         settings = self.job.settings
         shards: dict[Any, Any] = {split: entry.shards.get(split, []) for split in SPLITS}
@@ -159,12 +208,13 @@ class CachedSource(BatchSource):
     may_change = False
 
     def __init__(
-        self, folders: Mapping[str, Path], global_batch_size: int, seed: int, form: WindowForm,
+        self, folders: Mapping[str, Path], failure: str, global_batch_size: int, seed: int, form: WindowForm,
         stages: Sequence[tuple[int, Mapping[str, float]]] = EVERYTHING,
     ) -> None:  # fmt: skip
+        """failure: see `failure_name`."""
         self.form, self.seed, self.global_batch_size = form, seed, global_batch_size
         self.changes: list[dict[str, object]] = []
-        self.groups = {name: _Groups(name, folder, form.length) for name, folder in folders.items()}
+        self.groups = {name: _Groups(name, folder, failure, form.length) for name, folder in folders.items()}
         self.set_stages([Stage(step, step * global_batch_size, weights) for step, weights in stages])
 
     def set_stages(self, stages: Sequence[Stage]) -> None:

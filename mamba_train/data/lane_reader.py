@@ -110,9 +110,9 @@ class Lane:
             if record is None:  # the end of an epoch
                 if is_empty and began_whole and self._text.repeat:
                     raise ValueError(
-                        f"data.lanes: lane {self._number} finds no document of its own in {self._where()}: there are "
-                        "fewer documents than lanes; prepare a text as small as this (data=local), or set "
-                        "data.repeat=false"
+                        f"data.lanes: lane {self._number} finds no document of its own in {self._where()}: it is "
+                        "empty, or has fewer documents than lanes share it; leave it out, set data.repeat=false, or "
+                        "prepare a text as small as this (data=local)"
                     )
                 began_whole = is_empty = True
 

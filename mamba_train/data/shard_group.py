@@ -60,9 +60,14 @@ class Surroundings:
     progress: Progress
 
 
+def entry_path(folder: Path, group: Group) -> Path:
+    """Where the entry of a group is when it is finished."""
+    return folder / GROUPS_FOLDER / f"{group.name}.json"
+
+
 def read_entry(folder: Path, group: Group) -> GroupEntry | None:
     """The entry of a group that is finished and whose shards have their sizes, else None."""
-    path = folder / GROUPS_FOLDER / f"{group.name}.json"
+    path = entry_path(folder, group)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         shards = {split: [ShardEntry(**shard) for shard in listed] for split, listed in record["shards"].items()}

@@ -198,7 +198,7 @@ def adopt_folder(folder: Path, job: Job, tokenizer: TextTokenizer) -> None:
     except OSError as error:
         raise ValueError(f"--output {folder}: cannot be made ({error.strerror})") from error
     if not path.exists():
-        _create(path, job.to_json().encode("utf-8"))
+        create_once(path, job.to_json().encode("utf-8"))
     difference = _difference(json.loads(path.read_text(encoding="utf-8")), json.loads(job.to_json()))
     if difference is not None:
         raise ValueError(
@@ -206,19 +206,20 @@ def adopt_folder(folder: Path, job: Job, tokenizer: TextTokenizer) -> None:
             "or choose another folder"
         )
     if not (folder / TOKENIZER_NAME).exists():
-        _create(folder / TOKENIZER_NAME, tokenizer.serialised)
+        create_once(folder / TOKENIZER_NAME, tokenizer.serialised)
 
 
-def _create(path: Path, data: bytes) -> None:
+def create_once(path: Path, data: bytes) -> None:
     """Write a file that is complete or absent, and leave one alone that another process wrote first."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    write_durably(temporary, data)
     try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        os.replace(temporary, path)
+        write_durably(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)

@@ -22,8 +22,7 @@ from mamba_train.data.manifest import TOKENIZER_NAME, read_manifest
 from mamba_train.data.opening import OpenedData, check_held_out_tokenizer, held_out_domains
 from mamba_train.data.prepare import check_prepared
 from mamba_train.data.remote_files import HttpFile, Patience, is_address
-from mamba_train.data.shard_job import find_inputs
-from mamba_train.data.shards import write_durably
+from mamba_train.data.shard_job import create_once, find_inputs
 from mamba_train.data.stored_files import readable
 from mamba_train.data.streams import StreamFile
 from mamba_train.data.text_files import TEXT_SUFFIXES
@@ -95,7 +94,7 @@ def _keep(tokenizer: TextTokenizer, cache_dir: str) -> Path:
     try:
         if not (folder / TOKENIZER_NAME).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_durably(folder / TOKENIZER_NAME, tokenizer.serialised)
+            create_once(folder / TOKENIZER_NAME, tokenizer.serialised)  # all ranks do this
     except OSError as error:
         raise ValueError(f"data.cache_dir={cache_dir}: cannot be written ({error})") from error
     return folder

@@ -167,7 +167,8 @@ class StreamSource:
                 spans = [(first, [begins, None]), *([(last, [None, ends])] if ends is not None else [])]
             for cursor, span in spans:
                 file = files[order.pieces(lane, cursor.epoch)[cursor.piece].file]
-                found.setdefault(file.name, []).append(span)
+                # Files of two sources may have one name.
+                found.setdefault(file.place if file.hub is None else file.name, []).append(span)
         return found
 
     def own_state(self) -> dict[str, Any]:
@@ -201,8 +202,8 @@ class StreamSource:
                 )
             self.cursors[number] = [[lane[field] for field in Cursor._fields] for lane in saved]
         self.position = state["samples"]
-        everything = [file for listed in self.files.values() for file in listed]
-        self.rewritten = [file.place for file in everything if file.modified > state["newest_file"]]
+        known = [file for name in state["lanes"] if name in self.files for file in self.files[name]]
+        self.rewritten = [file.place for file in known if file.modified > state["newest_file"]]
 
     def cursor(self, number: int, lane: int) -> Cursor:
         """Where a lane of the source `names[number]` is."""

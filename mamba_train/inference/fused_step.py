@@ -1,20 +1,16 @@
-"""The step of a model in few kernels: for a few sequences three (Mamba-2) or four a layer, for many of Mamba-1 six.
+"""The step of a model for a few sequences in few kernels: three (Mamba-2) or four a layer.
 
 It computes what `MambaLM.step` does, from the weights where they lie: for inference on one device, where no engine has
 put a hook between a module and its weights.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import decode
-from kernels.causal_conv1d import causal_conv1d_step
-from kernels.ssd import ssd_step
 from mamba_train.config import MixerKind, layer_mixers
 from mamba_train.model.block import Block, RMSNorm
 from mamba_train.model.language_model import MambaLM
-from mamba_train.model.mamba2_ssm import Mamba2SSM
 from mamba_train.model.mixers import LayerState, Mamba1Mixer, Mamba2Mixer
 from mamba_train.model.selective_ssm import SSMState
 
@@ -23,10 +19,10 @@ def can_fuse(model: MambaLM, batch_size: int) -> bool:
     """Whether `fused_step` computes the step of this model for so many sequences."""
     config, weight = model.config, model.embedding.weight
     mixers = layer_mixers(config)
-    if MixerKind.attention in mixers or config.time_invariant or config.d_conv < 2 or not decode.supports(weight):
+    if batch_size > decode.MAX_BATCH or not decode.supports(weight):
         return False
-    if batch_size > decode.MAX_BATCH:
-        return weight.dtype != torch.float32
+    if MixerKind.attention in mixers or config.time_invariant or config.d_conv < 2:
+        return False
     d_inner = config.expand * config.d_model
     sizes = [config.d_model, d_inner // (config.n_groups if MixerKind.mamba2 in mixers else 1)]
     return all(decode.holds(size) for size in [*sizes, config.d_intermediate or 1])
@@ -34,18 +30,13 @@ def can_fuse(model: MambaLM, batch_size: int) -> bool:
 
 def fused_step(model: MambaLM, token: Tensor, state: list[LayerState]) -> Tensor:
     """Logits (batch, padded vocabulary) for token (batch,); `state` becomes the new one. Needs torch.no_grad()."""
-    layer = _layer if len(token) <= decode.MAX_BATCH else _layer_of_many
     hidden, residual = F.embedding(token, model.embedding.weight), None
-    if layer is _layer_of_many:
-        hidden = hidden.unsqueeze(0)
     head = (model.embedding if model.lm_head is None else model.lm_head).weight
     blocks = model.blocks()
     next_weights = [*(_mixer(block).in_proj.weight for block in blocks[1:]), head]
     for block, layer_state, ahead in zip(blocks, state, next_weights, strict=True):
         assert isinstance(layer_state, SSMState), "can_fuse refuses attention"
-        hidden, residual = layer(block, hidden, residual, layer_state, ahead)
-    if layer is _layer_of_many:
-        return decode.product(decode.normed(hidden, residual, model.norm.weight, model.norm.eps)[0], head)
+        hidden, residual = _layer(block, hidden, residual, layer_state, ahead)
     return decode.linear(hidden, head, model.norm.weight, model.norm.eps, residual=residual)[0]
 
 
@@ -70,39 +61,6 @@ def _layer(
         value, gate = both.chunk(2, dim=-1)
         hidden, _ = decode.linear(value, block.mlp.out_proj.weight, z=gate, ahead=ahead)
     return hidden, total
-
-
-def _layer_of_many(
-    block: Block, parts: Tensor, residual: Tensor | None, state: SSMState, ahead: Tensor
-) -> tuple[Tensor, Tensor]:
-    """parts (part, batch, d_model): their sum is what `hidden` is elsewhere."""
-    mixer = _mixer(block)
-    hidden, total = decode.normed(parts, residual, block.norm.weight, block.norm.eps)
-    projected = decode.product(hidden, mixer.in_proj.weight)
-    if isinstance(mixer, Mamba1Mixer):
-        ssm = mixer.ssm
-        x, z = projected.chunk(2, dim=-1)
-        weights = (ssm.conv_weight, ssm.conv_bias, ssm.x_proj_weight, ssm.dt_proj_weight)
-        y = decode.conv_scan(
-            state.conv, state.scan, x, z, *weights, ssm.dt_bias, ssm.A_log, ssm.D, mixer.out_proj.weight
-        )
-    else:
-        y = _middle_of_many(mixer.ssm, projected, state)
-    parts = decode.product(y, mixer.out_proj.weight, in_parts=True, ahead=ahead)
-    if block.has_mlp:
-        hidden, total = decode.normed(parts, total, block.mlp_norm.weight, block.mlp_norm.eps)
-        value, gate = decode.product(hidden, block.mlp.in_proj.weight).chunk(2, dim=-1)
-        parts = decode.product(value * F.silu(gate), block.mlp.out_proj.weight, in_parts=True)
-    return parts, total
-
-
-def _middle_of_many(ssm: Mamba2SSM, projected: Tensor, state: SSMState) -> Tensor:
-    z, x, dt = ssm.parts(projected)
-    x, _ = causal_conv1d_step(state.conv, x, ssm.conv_weight, ssm.conv_bias, activation="silu", in_place=True)
-    x, B, C = x.split(ssm.split_sizes, dim=-1)
-    x, B, C = x.unflatten(-1, ssm.head_shape), B.unflatten(-1, ssm.group_shape), C.unflatten(-1, ssm.group_shape)
-    y, _ = ssd_step(state.scan, x, dt, ssm.A_log, B, C, ssm.D, dt_bias=ssm.dt_bias, A_is_log=True, in_place=True)
-    return decode.gated_normed(y.flatten(-2), z, ssm.norm_weight, ssm.norm_eps, ssm.group_shape[0])
 
 
 def _normed_linear(hidden: Tensor, residual: Tensor | None, norm: RMSNorm, weight: Tensor) -> tuple[Tensor, Tensor]:

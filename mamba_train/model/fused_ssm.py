@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from kernels.causal_conv1d.backward_into import causal_conv1d_backward_into
 from kernels.selective_scan.backward_into import selective_scan_backward_into
-from mamba_train.model.projection import weight_gradient
+from mamba_train.model.projection import references, references_alone, weight_gradient
 
 
 class FusedSSM(torch.autograd.Function):
@@ -55,6 +55,7 @@ class FusedSSM(torch.autograd.Function):
         ctx.recompute = recompute
         ctx.computed_again = None
         ctx.wide_grad = None  # left by `Projection`: its second half is the gradient of y
+        ctx.alone = None if torch.compiler.is_compiling() else references_alone()
         ctx.dt_proj_dtype = dt_proj_weight.dtype
         return y
 
@@ -73,9 +74,13 @@ class FusedSSM(torch.autograd.Function):
         with torch.autocast(xz.device.type, enabled=False):
             (x_given, z), rank, states = xz.chunk(2, dim=-1), dt_proj.shape[1], A.shape[1]
             dt_low, B, C = projected.split((rank, states, states), dim=-1)
-            # The scan's backward reads the gradient of y once, before it writes that of z.
+            # The scan's backward reads the gradient of y once, before it writes that of z. Nobody else may have it.
             xz_grad, ctx.wide_grad = ctx.wide_grad, None
-            if xz_grad is None or xz_grad.chunk(2, dim=-1)[1].data_ptr() != y_grad.data_ptr():
+            if (
+                xz_grad is None
+                or xz_grad.chunk(2, dim=-1)[1].data_ptr() != y_grad.data_ptr()
+                or references(y_grad) != ctx.alone
+            ):
                 xz_grad = torch.empty_like(xz)
             x_given_grad, z_grad = xz_grad.chunk(2, dim=-1)
             A_grad, B_grad, C_grad, D_grad, dt_bias_grad = selective_scan_backward_into(

@@ -6,6 +6,8 @@ product in fp32 where that is not slower; PyTorch's own under autocast is rounde
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import torch
@@ -82,3 +84,34 @@ def input_gradient(y_grad: Tensor, weight: Tensor, origin: Any) -> Tensor:
         x_grad = weight.new_empty(shape)
     torch.mm(y_grad.flatten(0, -2), weight, out=x_grad.flatten(0, -2))
     return x_grad
+
+
+def references(grad: Tensor) -> tuple[int, int]:
+    """How many there are to a gradient, of Python and of C++; for the backward that was given it."""
+    return sys.getrefcount(grad), grad._use_count()  # type: ignore[attr-defined]
+
+
+@functools.cache
+def references_alone() -> tuple[int, int]:
+    """How many there are where the backward alone has it: more say that a hook keeps it or a user has asked for it."""
+    _Counting.found = None
+    with torch.inference_mode(False), torch.enable_grad():
+        y = _Counting.apply(torch.ones((), device="cpu", requires_grad=True))
+        (y * 2).backward()  # y's own gradient: that of the last node `backward` itself has, too
+    assert _Counting.found is not None
+    return _Counting.found
+
+
+class _Counting(torch.autograd.Function):
+    """Changes nothing; its backward counts references as that of any node may."""
+
+    found: tuple[int, int] | None = None
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        _Counting.found = references(grad)
+        return grad

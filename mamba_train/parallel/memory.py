@@ -223,28 +223,32 @@ def fits(config: Config, model: ModelConfig, world_size: int, device_bytes: floa
 
 def remedy(config: Config, model: ModelConfig, world_size: int, device_bytes: float) -> str | None:
     """The overrides, as few as possible, that make a run fit on the same number of devices; None: there are none."""
-    for changes in _changes(config, world_size):
+    for changes in _changes(config, model, world_size):
         if fits(_changed(config, changes), model, world_size, device_bytes):
-            return " ".join(f"{key}={value}" for key, value in changes.items())
+            return " ".join(f"{key}={'null' if value is None else value}" for key, value in changes.items())
     return None
 
 
-def _changes(config: Config, world_size: int) -> Iterable[dict[str, object]]:
+def _changes(config: Config, model: ModelConfig, world_size: int) -> Iterable[dict[str, object]]:
     """From the least to the most that is given up."""
+    layers = config.engine.recompute_layers
+    in_all: dict[str, object] = {} if layers is None or layers >= model.n_layer else {"engine.recompute_layers": None}
+    policies = [
+        {"engine.recompute": policy, **in_all} for policy in (Recompute.scan, Recompute.keep_scan, Recompute.layer)
+    ]
     engines: list[dict[str, object]] = [{}]
     if world_size > 1 and config.engine.name is not EngineKind.fsdp:
         engines.append({"engine.name": EngineKind.fsdp})
     single_rows: dict[str, object] = {"training.micro_batch_size": 1}
     for engine in engines:
         yield engine
-        for recompute in (Recompute.scan, Recompute.keep_scan, Recompute.layer):
-            yield {**engine, "engine.recompute": recompute}
+        for recompute in policies:
+            yield {**engine, **recompute}
         yield {**engine, **single_rows}
-        for recompute in (Recompute.scan, Recompute.keep_scan, Recompute.layer):
-            yield {**engine, **single_rows, "engine.recompute": recompute}
+        for recompute in policies:
+            yield {**engine, **single_rows, **recompute}
     if world_size > 1:
-        last = {"engine.recompute": Recompute.layer, **single_rows, "engine.reduce_each_micro_batch": True}
-        yield {**engines[-1], **last}
+        yield {**engines[-1], **policies[-1], **single_rows, "engine.reduce_each_micro_batch": True}
 
 
 def _changed(config: Config, changes: dict[str, object]) -> Config:

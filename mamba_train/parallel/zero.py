@@ -21,6 +21,7 @@ from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfi
 from mamba_train.model.initialise import initialise_
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
+from mamba_train.model.projection import Projection
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
 from mamba_train.parallel.native import adamw, choose_device, choose_dtype
 from mamba_train.parallel.recompute import recompute_activations
@@ -64,7 +65,7 @@ class ZeroEngine:
                 model = MambaLM(model_config)
             model.to_empty(device=self.device)
             initialise_(model, model_config, seed)
-        recompute_activations(model, self.config.recompute, self.device)
+        recompute_activations(model, self.config.recompute, self.device, self.config.recompute_layers)
         self.model_config = model_config
         self._parameters = dict(model.named_parameters())
         optimizer = adamw(self._parameters, optim)
@@ -79,9 +80,9 @@ class ZeroEngine:
 
     def _settings(self, optim: OptimConfig) -> dict[str, Any]:
         autocast: dict[str, Any] = {"enabled": self.compute_dtype is torch.bfloat16, "dtype": "bfloat16"}
-        if self.config.reduce_precision is Precision.fp32:
-            # By default the gradients of matrices travel in the dtype of the computation.
-            autocast["lower_precision_safe_modules"] = []
+        # Modules whose gradients travel in the dtype of the computation; DeepSpeed looks for the classes themselves.
+        reduced = [] if self.config.reduce_precision is Precision.fp32 else [nn.Linear, Projection]
+        autocast["lower_precision_safe_modules"] = [f"{kind.__module__}.{kind.__name__}" for kind in reduced]
         return {
             "train_micro_batch_size_per_gpu": 1,  # the loop counts, not DeepSpeed
             "gradient_accumulation_steps": 1,

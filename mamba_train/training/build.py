@@ -64,6 +64,7 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     mode = config.logging.progress if is_first else ProgressMode.silent
     progress = Progress(mode, config.training.total_steps, config.logging.progress_interval_steps)
     log: Log = progress.message if is_first else _say_nothing
+    ranks.together(lambda: None)  # what a rank with a wrong config answers; without it, others would ask and wait
     config = dataclasses.replace(config, engine=resolve_auto(config, ranks, log))
     # Says at once when this machine cannot run it.
     engine = ranks.together(lambda: build_engine(config.engine, ranks))
@@ -134,15 +135,21 @@ def _stream(config: Config, ranks: Ranks, log: Log) -> tuple[OpenedStream, Sourc
     listed = ranks.first(lambda: list_stream(config.data, log))
     data = ranks.together(lambda: open_stream(config.data, listed))
     if config.data.cache_shards:
-        begun = ranks.first(
-            lambda: {name: str(path) for name, path in cached_shards.begin(config.data, data.tokenizer, log).items()}
-        )
-        folders = {name: Path(path) for name, path in begun.items()}
-        batch_size = config.training.global_batch_size
-        source = ranks.together(lambda: CachedSource(folders, batch_size, config.seed, _form(config), data.stages))
-        return data, source
+        return data, _cached(config, data, ranks, log)
     batch_size, tokenizer = config.training.global_batch_size, data.tokenizer.serialised
     return data, StreamSource(data.files, tokenizer, config.data, batch_size, config.seed, _form(config), data.stages)
+
+
+def _cached(config: Config, data: OpenedStream, ranks: Ranks, log: Log) -> CachedSource:
+    failure = ranks.first(lambda: cached_shards.failure_name(Path(config.run_dir)))
+
+    def begin() -> dict[str, str]:
+        folders = cached_shards.begin(config.data, data.tokenizer, failure, log)
+        return {name: str(folder) for name, folder in folders.items()}
+
+    folders = {name: Path(folder) for name, folder in ranks.first(begin).items()}
+    batch_size = config.training.global_batch_size
+    return ranks.together(lambda: CachedSource(folders, failure, batch_size, config.seed, _form(config), data.stages))
 
 
 def _nothing(result: object) -> None:

@@ -4,7 +4,8 @@ Ranks wait for each other, so a step takes all of them equally long; what tells 
 waiting for its data, and its forward passes. The time that it waits in the reduction at the end is shown beside them.
 The times ride along with the reduction that every step makes (`Decision`), every so many steps.
 
-Under FSDP and ZeRO-3 a forward pass gathers weights and so waits for the others: there its time says less.
+Under FSDP and ZeRO-3 a forward pass gathers weights and so waits for the others: there its time says less. In a CUDA
+graph it cannot be measured: in its place is, for all ranks, the shortest time that one of them waited in the reduction.
 """
 
 import platform
@@ -31,6 +32,7 @@ class Stragglers:
         self._on = engine.world_size > 1 and config.straggler_interval_steps > 0
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._steps = 0
+        self._is_first_step = True
         self._clock = _Forward(engine.model, engine.device) if self._on else None
         self._hosts: list[str] | None = None
         self._named: set[int] = set()
@@ -54,6 +56,9 @@ class Stragglers:
         """A step has ended."""
         if self._clock is None:
             return
+        if self._is_first_step:  # it compiles, for as long as the caches of this rank's host make it
+            self._is_first_step = False
+            return
         self._steps += 1
         self._seconds["data_wait"] += data_wait_seconds
         self._seconds["reduction_wait"] += reduction_seconds
@@ -64,7 +69,8 @@ class Stragglers:
         if not values:
             return {}
         rows = [values[first : first + len(PARTS)] for first in range(0, len(values), len(PARTS))]
-        busy = [row[0] + row[1] for row in rows]
+        passes = 0.0 if any(row[1] for row in rows) else min(row[2] for row in rows)
+        busy = [row[0] + row[1] + passes for row in rows]
         slowest = max(range(len(busy)), key=lambda rank: busy[rank])
         usual = statistics.median(busy)
         ratio = busy[slowest] / usual if usual > 0 else 1.0
@@ -127,6 +133,8 @@ class _Forward:
     def _mark(self) -> None:
         if not self._on_gpu:
             self._marks.append(time.perf_counter())
+            return
+        if torch.cuda.is_current_stream_capturing():  # an event in a graph has no time
             return
         event = torch.cuda.Event(enable_timing=True)
         event.record()

@@ -165,6 +165,11 @@ class Trainer:
     def _wants_stop(self) -> bool:
         return self.stop.requested(self._step_seconds, self.state.save_seconds or 0.0)
 
+    def _to_device(self, values: Tensor) -> Tensor:
+        """A copy that the host does not wait for."""
+        on_gpu = self.engine.device.type == "cuda"
+        return (values.pin_memory() if on_gpu else values).to(self.engine.device, non_blocking=True)
+
     def data_state(self) -> dict[str, Any]:
         """Of the data, for a checkpoint; every rank must call it at the same step."""
         self.loader.gather(self.engine.ranks.sum)
@@ -230,11 +235,6 @@ class Trainer:
             **self.stragglers.compare(state.step, decision.others),
             **self._epochs(),
         }
-
-    def _to_device(self, values: Tensor) -> Tensor:
-        """A copy that the host does not wait for."""
-        on_gpu = self.engine.device.type == "cuda"
-        return (values.pin_memory() if on_gpu else values).to(self.engine.device, non_blocking=True)
 
     def _stream_counts(self, n_left_out: int, n_repeated: int, *pieces_read: int) -> Metrics:
         """What went wrong while the tokens of this step were read, and how far the lanes are, on all ranks."""

@@ -1,8 +1,11 @@
 """What lanes do besides the order: what they count, refuse, and say of themselves."""
 
+import errno
 import functools
 import itertools
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from mamba_train.data import shard_job
 from mamba_train.data.batches import IGNORE_INDEX
 from mamba_train.data.lanes import LaneOrder
 from mamba_train.data.position import restore, state_of
 from mamba_train.data.stream_loader import StreamLoader
+from mamba_train.data.streams import StreamSource
 from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
 from tests.data.stream_order import (
     BATCH,
@@ -30,7 +35,7 @@ def test_a_lane_without_a_document_is_refused_where_it_repeats(
     texts: list[str], tokenizer_path: Path, tmp_path: Path
 ) -> None:
     spec = spec_of(write_files(tmp_path / "text", [texts[:11]]), tokenizer_path)
-    with pytest.raises(ValueError, match=r"lane 11 finds no document of its own in .*000.jsonl.zst: there are fewer"):
+    with pytest.raises(ValueError, match=r"lane 11 finds no document of its own in .*000.jsonl.zst: it is empty, or"):
         next(steps_of(spec))
 
 
@@ -158,7 +163,7 @@ def test_documents_and_epochs_are_those_of_the_definition(
             if piece != later:
                 spans = [(first, [begins, None]), (last, [None, last[1]])]
             for (file, _), span in spans:
-                expected.setdefault(f"{file:03d}.jsonl.zst", []).append(span)
+                expected.setdefault(str(tmp_path / "text" / f"{file:03d}.jsonl.zst"), []).append(span)
         assert documents_of_all(loaders) == expected
         counts = np.sum([loader.counts for loader in loaders], axis=0).tolist()
         n_pieces = len(order.pieces(0, 0))
@@ -193,3 +198,62 @@ def test_an_epoch_is_one_when_all_is_read(texts: list[str], tokenizer_path: Path
         assert loader.source.epochs_of(loader.counts[3:])[""] <= 1
     assert loader.source.epochs_of(loader.counts[3:]) == {"": 1.0}
     assert loader.documents(lambda table: table) == {}, "nothing was read in the last step"
+
+
+def test_documents_of_two_sources_are_told_apart_by_the_paths_of_their_files(
+    texts: list[str], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    """Files are called alike, and each source knows its own by their names in its folder."""
+    folders = {name: write_files(tmp_path / name, [texts[i::3] for i in range(3)]) for name in ("a", "b")}
+    sources = {name: str(folder) for name, folder in folders.items()}
+    mixture = [{"from_step": 0, "weights": {"a": 1.0, "b": 1.0}}]
+    spec = spec_of(folders["a"], tokenizer_path, sources=sources, mixture=mixture)
+    loader = StreamLoader(make_stream(spec), 0, 1, BATCH)
+    loader.step(0)
+    found = loader.documents(lambda table: table)
+    assert {Path(name).parent for name in found} == set(folders.values())
+    assert sum(map(len, found.values())) == BATCH
+
+
+def test_files_of_a_source_that_is_new_are_not_said_to_be_rewritten(
+    texts: list[str], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    folders = {name: write_files(tmp_path / name, [texts[i::3] for i in range(3)]) for name in ("a", "b")}
+    stages = [{"from_step": 0, "weights": {"a": 1.0}}, {"from_step": 9, "weights": {"b": 1.0}}]
+    later = time.time() + 60
+    for file in folders["b"].iterdir():
+        os.utime(file, (later, later))
+
+    def stream(*names: str) -> StreamSource:
+        chosen = {name: str(folders[name]) for name in names}
+        mixture = stages[: len(names)]
+        return make_stream(spec_of(folders["a"], tokenizer_path, sources=chosen, mixture=mixture))
+
+    state = state_of(stream("a"), 2 * BATCH)
+    resumed = stream("a", "b")
+    restore(resumed, state, 2, allow_changed=False)
+    assert resumed.rewritten == []
+    for file in folders["a"].iterdir():
+        os.utime(file, (later, later))
+    resumed = stream("a", "b")
+    restore(resumed, state, 2, allow_changed=False)
+    assert sorted(resumed.rewritten) == sorted(str(file) for file in folders["a"].iterdir())
+
+
+def test_a_full_disk_leaves_no_part_of_a_tokenizer(
+    texts: list[str], tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(write_files(tmp_path / "text", [texts[:20]]), tokenizer_path)
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_job, "write_durably", full)
+        with pytest.raises(ValueError, match=r"data.cache_dir=.*: cannot be written \(.*No space left"):
+            make_stream(spec)
+    assert [file for file in (tmp_path / "cache").rglob("*") if file.is_file()] == []
+    make_stream(spec)
+    (kept,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    assert kept.read_bytes() == load_tokenizer(tokenizer_path).serialised

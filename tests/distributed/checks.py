@@ -96,6 +96,15 @@ def recomputed(config: Config, engine: Engine) -> tuple[dict[str, float], dict[s
     return largest, scans
 
 
+def scans_with_one_layer_recomputed(config: Config, group: Ranks) -> int:
+    """Of a step in which the first layer computes its scan again."""
+    settings = dataclasses.replace(config.engine, recompute=Recompute.scan, recompute_layers=1)
+    engine = make(dataclasses.replace(config, engine=settings), group)
+    with observe_scans() as calls:
+        backward(engine)
+    return len(calls)
+
+
 def accumulation(engine: Engine) -> float:
     """Largest relative difference between one step of three micro-batches and the sum of three steps."""
     at_once = gradient(engine, 1.0, n_micro_batches=3)
@@ -322,6 +331,7 @@ def main() -> None:
     found["accumulation"] = accumulation(engine)
     found["traffic"] = traffic(exact, engine)
     found["recomputed"], found["scans"] = recomputed(exact, engine)
+    found["scans with one layer recomputed"] = scans_with_one_layer_recomputed(exact, group)
     found["skip"] = skip(make(exact, group))
     found["undisturbed"] = undisturbed(make(exact, group))
     found["D after the audit"] = left_gathered(exact, group)

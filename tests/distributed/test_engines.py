@@ -59,6 +59,7 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
         assert gathered_twice > gathered_once > 0
     assert max(found["recomputed"].values()) < 1e-6
     assert found["scans"] == {"scan": 2 * MODEL.n_layer, "layer": 2 * MODEL.n_layer, "keep_scan": MODEL.n_layer}
+    assert found["scans with one layer recomputed"] == MODEL.n_layer + 1
     assert found["clipped_norm"] == pytest.approx(0.5, rel=1e-3)
     norms = found["layer_norms"]
     assert norms.keys() == {"embedding", "layer_00", "layer_01", "norm", "all"}

@@ -10,7 +10,7 @@ from torch import nn
 
 from mamba_train.config import WatchdogConfig
 from mamba_train.monitor.event_log import EventLog, read_events
-from mamba_train.training.stragglers import PARTS, Stragglers
+from mamba_train.training.stragglers import PARTS, Stragglers, _Forward
 from tests.distributed.launch import child_environment, overrides, torchrun
 from tests.helpers import REPOSITORY, metrics
 
@@ -37,6 +37,7 @@ def test_the_rank_that_is_far_behind_the_median_is_named(tmp_path: Path) -> None
     config = WatchdogConfig(straggler_interval_steps=2, straggler_ratio=1.5)
     stragglers = Stragglers(config, FourRanks(), EventLog(tmp_path))  # type: ignore[arg-type]
     assert stragglers.own(1) is None
+    stragglers.add(30.0, 20.0)  # the first step of a start, in which there is something to compile
     for _ in range(2):
         stragglers.add(0.25, 0.125)
     own = stragglers.own(2)
@@ -59,6 +60,24 @@ def test_the_rank_that_is_far_behind_the_median_is_named(tmp_path: Path) -> None
     stragglers.compare(10, [value for row in even for value in row])
     assert [event["rank"] for event in read_events(tmp_path)] == [2, 1]
     assert len(PARTS) == 3
+
+
+def test_passes_in_a_graph_have_no_time_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then microseconds of waiting for data make nobody slow, and long waiting does."""
+    clock = _Forward(model := nn.Identity(), torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model(torch.ones(1))  # an event that is recorded now could never be read
+    clock.end()
+    assert clock.seconds() == 0
+    config = WatchdogConfig(straggler_interval_steps=2, straggler_ratio=1.5)
+    stragglers = Stragglers(config, FourRanks(), EventLog(tmp_path))  # type: ignore[arg-type]
+    rows = [[0.0001, 0.0, 0.2], [0.0001, 0.0, 0.2], [0.0009, 0.0, 0.2], [0.0001, 0.0, 0.2]]
+    stragglers.compare(2, [value for row in rows for value in row])
+    assert read_events(tmp_path) == []
+    rows = [[0.0001, 0.0, 0.7], [0.0001, 0.0, 0.7], [0.5, 0.0, 0.2], [0.0001, 0.0, 0.7]]
+    found = stragglers.compare(4, [value for row in rows for value in row])
+    assert found["ranks/slowest_ratio"] == pytest.approx(0.7 / 0.2001)
+    assert [event["rank"] for event in read_events(tmp_path)] == [2]
 
 
 def test_one_process_is_not_compared(tmp_path: Path) -> None:

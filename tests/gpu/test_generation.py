@@ -52,7 +52,7 @@ def test_greedy_tokens_are_those_of_the_parallel_form(family: str, batch: int) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 2, 18])
+@pytest.mark.parametrize("batch", [1, 2, 40])
 @pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2_groups", "mamba1_mlp"])
 @torch.no_grad()
 def test_fused_steps_are_those_of_the_model(family: str, batch: int, dtype: torch.dtype) -> None:
@@ -62,7 +62,7 @@ def test_fused_steps_are_those_of_the_model(family: str, batch: int, dtype: torc
         assert batch > 2
         assert dtype == torch.float32
         return
-    prompts = (6 * PROMPTS)[:batch]
+    prompts = (14 * PROMPTS)[:batch]
     plain, fused = (Decoder(model, prompts, cuda_graph=False) for _ in range(2))
     for number in range(10):
         token = torch.arange(batch, device="cuda") + 3 * number
@@ -84,13 +84,13 @@ def model_of_real_width(mixer: MixerKind) -> MambaLM:
 
 
 @pytest.mark.parametrize(
-    ("mixer", "batch"), [(MixerKind.mamba1, 2), (MixerKind.mamba1, 30), (MixerKind.mamba2, 2), (MixerKind.mamba2, 30)]
+    ("mixer", "batch"), [(MixerKind.mamba1, 2), (MixerKind.mamba1, 40), (MixerKind.mamba2, 2), (MixerKind.mamba2, 40)]
 )
 @torch.no_grad()
 def test_kernels_that_start_early_change_no_bit(mixer: MixerKind, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of_real_width(mixer)
     found = []
-    prompts = (10 * PROMPTS)[:batch]
+    prompts = (14 * PROMPTS)[:batch]
     for early, cuda_graph in ((True, True), (True, False), (False, False)):
         if not early:
             monkeypatch.setattr(dispatch, "can_start_early", lambda index: False)

@@ -36,16 +36,21 @@ def test_a_mixer_whose_gradients_share_memory(recompute: bool) -> None:
     mixer.ssm.recompute_scan = recompute
     hidden = torch.randn(2, 9, D_MODEL, dtype=torch.float64, requires_grad=True)
     y = mixer(hidden)
-    node, halves = fused_node(y), []
+    node, halves, walks, shared = fused_node(y), [], [], []
 
     def note(grads: tuple[Tensor, ...]) -> None:
+        walks.append(node.wide_grad.data_ptr())
         halves.append(grads[0].data_ptr() == node.wide_grad.chunk(2, dim=-1)[1].data_ptr())
 
+    def note_after(grads: tuple[Tensor, ...]) -> None:
+        shared.append(grads[0].data_ptr() == walks[-1])
+
     node.register_prehook(note)
+    node.next_functions[0][0].register_prehook(note_after)
     expected = gradients(mixer, hidden, plain(mixer, hidden, None))
     for name, grad in gradients(mixer, hidden, y).items():
         torch.testing.assert_close(grad, expected[name], msg=lambda text, name=name: f"{name}: {text}")
-    assert halves == [True]
+    assert halves == shared == [True]
 
 
 @pytest.mark.usefixtures("always_mixed")
@@ -58,3 +63,25 @@ def test_memory_of_a_gradient_that_someone_else_has() -> None:
     before = given.clone()
     torch.autograd.grad(y, hidden, torch.ones_like(y))
     assert torch.equal(given, before)
+
+
+@pytest.mark.usefixtures("always_mixed")
+@pytest.mark.parametrize("who", ["asked for", "hook of the tensor", "hook of the node", "later hook"])
+def test_memory_of_a_gradient_that_is_kept(who: str) -> None:
+    """Whoever asks for the gradient of the SSM's output, or keeps it in a hook, has that and not the one of z."""
+    mixer = make_mixer()
+    hidden = torch.randn(1, 7, D_MODEL, dtype=torch.float64, requires_grad=True)
+    y = mixer.ssm(mixer.in_proj(hidden))
+    kept: list[Tensor] = []
+    if who == "hook of the tensor":
+        y.register_hook(kept.append)
+    if who == "hook of the node":
+        y.grad_fn.register_prehook(lambda grads: kept.extend(grads))  # type: ignore[union-attr]
+    out = mixer.out_proj(y)
+    if who == "later hook":
+        y.register_hook(kept.append)
+    if who == "asked for":
+        kept.append(torch.autograd.grad(out.sum(), [y, hidden])[0])
+    else:
+        out.sum().backward()
+    torch.testing.assert_close(kept[0], mixer.out_proj.weight.sum(0).expand_as(y))

@@ -110,6 +110,17 @@ def test_the_remedy_fits_and_is_the_least_that_does() -> None:
     assert fits(changed, model, 2, 5.5 * GIB)
 
 
+def test_the_remedy_is_not_held_up_by_a_number_of_layers() -> None:
+    asked = ("engine=single", "data.sequence_length=2048", "engine.recompute=scan", "engine.recompute_layers=3")
+    config, model = planned(*asked)
+    for limit in (10 * GIB, 7 * GIB):
+        assert not fits(config, model, 1, limit)
+        advice = remedy(config, model, 1, limit)
+        assert advice is not None
+        changed = compose_config([*CONFIG, *asked, *advice.split()])  # which refuses what does not go together
+        assert fits(changed, model, 1, limit), advice
+
+
 def test_recomputing_keeps_less() -> None:
     _, model = planned()
     kept = {policy.value: activation_bytes(model, 2, policy, 2048) for policy in Recompute}

@@ -113,4 +113,5 @@ def test_ctrl_c_is_a_stop_and_no_failure(tmp_path: Path, corpus: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said.splitlines()[-1].split(":")[0]) == (1, "interrupted"), said
+    assert "Ctrl-C: leaving at the end of this step; a second one does not wait for it\n" in said
     assert [event["kind"] for event in read_events(run_dir)] == ["start", "stopped"]

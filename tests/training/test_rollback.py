@@ -135,6 +135,11 @@ def test_a_kill_around_a_rollback_changes_nothing(
     assert [record["step"] for record in records if record["skipped"]] == [11, 12, 13, 14]
     kinds = [event["kind"] for event in read_events(run_dir)]
     assert kinds.count("rollback") == 1
+    ledgers = [
+        load(folder / "checkpoints" / "step_00000030").state["train"]["ledger"]
+        for folder in (run_dir, tmp_path / "plain")
+    ]
+    assert ledgers[0] == ledgers[1]
 
 
 def test_a_checkpoint_that_led_to_trouble_again_is_not_used_twice(tmp_path: Path, corpus: Path) -> None:

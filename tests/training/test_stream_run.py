@@ -18,7 +18,7 @@ from mamba_train.monitor.event_log import read_events
 from mamba_train.training.build import build_trainer
 from mamba_train.training.hooks.rollback import RollbackHook
 from tests.data.conftest import make_texts
-from tests.data.file_server import address, serving
+from tests.data.file_server import Handler, address, serving
 from tests.data.streams import write_files, write_tokenizer
 from tests.helpers import REPOSITORY, TINY_RUN, environment, metrics
 from tests.training.test_trainer import Poison
@@ -109,6 +109,31 @@ def test_a_server_that_is_gone_ends_the_run_at_its_last_checkpoint(text: Path, t
 
 
 @pytest.mark.slow
+def test_a_server_that_is_away_for_longer_than_a_step_may_take_is_waited_for(text: Path, tmp_path: Path) -> None:
+    """By the rank that asks it, and by the other one, which has its data."""
+    small = write_files(tmp_path / "text", [make_texts(160, seed=i) for i in range(16)])
+    (tmp_path / "tokenizer.json").write_bytes((text.parent / "tokenizer.json").read_bytes())
+    with serving({f"/{file.name}": file.read_bytes() for file in sorted(small.iterdir())}) as server:
+        late = "/006.jsonl.zst"  # the second file of a lane, to be had after pauses of 1, 2 and 4 seconds
+
+        def away(handler: Handler) -> None:
+            if handler.path == late and server.seen[late] <= 3:
+                handler.send_error(503)
+            else:
+                handler.answer()
+
+        server.faults = itertools.repeat(away)
+        place = f"data.path='{address(server, '/{000..015}.jsonl.zst')}'"
+        quick = ["watchdog.step_seconds=2", "watchdog.heartbeat_seconds=0.3", "data.sequence_length=512"]
+        result = run(small, tmp_path / "run", place, *quick, "engine=ddp", "engine.device=cpu", ranks=2)
+    assert result.returncode == 0, result.stderr
+    records = metrics(tmp_path / "run")
+    assert sum(record["data/repeated_requests"] for record in records) == 3
+    assert max(record["step_seconds"] for record in records) > 4
+    assert [event["kind"] for event in read_events(tmp_path / "run")] == ["start", "finished"]
+
+
+@pytest.mark.slow
 def test_shards_that_are_made_meanwhile_give_the_same_losses_on_other_ranks(text: Path, tmp_path: Path) -> None:
     cached = ["data.cache_shards=true", "data.cache_workers=1", "data.workers=1"]
     whole = run(text, tmp_path / "whole", *cached, f"data.cache_dir={tmp_path / 'one'}")
@@ -153,6 +178,8 @@ def test_a_damaged_file_ends_the_run_with_the_reason(text: Path, tmp_path: Path)
         ("data.path=/nowhere", "data.path=/nowhere: there is no such file"),
         ("data.lanes=6", "data.lanes=6: expected null or a multiple of training.global_batch_size (4)"),
         ("data.shuffle_documents=-1", "data.shuffle_documents=-1: expected 0 or more"),
+        ("data.network_retries=1000000", "data.network_retries=1000000: expected fewer, or a shorter"),
+        ("data.network_timeout_seconds=1e300", "data.network_retries=8: expected fewer, or a shorter"),
         ("data.path=/nowhere/*.jsonl", "data.path /nowhere/*.jsonl: no such file or folder"),
         ("data.path=http://127.0.0.1:1/a.parquet", "read over the network are .txt, .jsonl"),
     ],

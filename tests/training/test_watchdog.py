@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,23 @@ def test_waiting_for_data_has_a_limit_of_its_own(tmp_path: Path, corpus: Path) -
     assert result.returncode == EXIT_RESTART, result.stderr
     assert "error: the data of step 5 has not come within 3 s (watchdog.data_seconds) to rank 0 on" in result.stderr
     assert [event["kind"] for event in read_events(tmp_path / "run")] == ["start", "hang"]
+
+
+def test_a_step_has_its_whole_time_after_its_data_have_come(tmp_path: Path) -> None:
+    config = WatchdogConfig(step_seconds=2.0)
+    alerts = Alerts(AlertsConfig(), tmp_path, print)
+    hook = WatchdogHook(tmp_path, config, 60.0, Ranks(Launch(0, 2), HashStore()), alerts)
+    hook.begin("step", 7)
+    began = hook._now().since
+    loader: Any = SimpleNamespace(waiting_since=began + 1, came_at=0.0)
+    hook._loader = loader
+    now = hook._now()
+    assert (now.name, now.step, now.since, now.limit_seconds) == ("data of step", 7, began + 1, 60.0)
+    loader.waiting_since, loader.came_at = None, began + 50
+    now = hook._now()
+    assert (now.name, now.step, now.since, now.limit_seconds) == ("step", 7, began + 50, 2.0)
+    hook.begin("after the step", 7)
+    assert hook._now().since < began + 50
 
 
 def test_a_stream_may_be_as_patient_as_it_says(tmp_path: Path) -> None:

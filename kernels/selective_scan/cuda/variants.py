@@ -71,8 +71,8 @@ class Variant:
         gate = block if gated else 1
         sizes = [4 * self.block_channels] * 2
         if self.source == "ends":
-            sizes = [8 * self.tile * self.padded_states, 8 * self.tile]
-            sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars]
+            sizes = [4 * self.block_channels, 8 * self.tile * self.padded_states, 8 * self.tile]
+            sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars, 4 * block, 4 * block]
         elif self.source == "backward":
             chunks = max(1, self.tile // self.chunk - 1)
             vector = min(4, self.warp_channels)
@@ -191,8 +191,7 @@ def backward_variant(states: int, batch: int, channels: int, processors: int) ->
 
 def ends_variant(states: int, reverse: bool) -> Variant:
     """The kernel that finds out what segments of time make of the states that enter them."""
-    n = padded(states)
-    return Variant("ends", n, min(n, 16), channels=1, warps=4, tile=tile_steps(states), min_blocks=5, reverse=reverse)
+    return _variant("ends", states, 2, 5 if padded(states) == 16 else 3, reverse=reverse)
 
 
 def _wide_forward(states: int) -> Variant:

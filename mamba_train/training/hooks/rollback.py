@@ -53,6 +53,7 @@ class RollbackHook(Hook):
             # A checkpoint of the last of the refused steps is there, and a kill came before the decision.
             self._go_back_if_due(trainer)
             return
+        state.ledger += trainer.engine.ranks.first(lambda: self._refused(state.step, event["step"]))
         for _ in range(state.step, event["step"]):  # a stream must be read to be passed over
             trainer.loader.step(state.samples)
             state.samples += trainer.config.training.global_batch_size
@@ -120,6 +121,15 @@ class RollbackHook(Hook):
             self._log(f"warning: the checkpoint of step {last['to_step']} is gone: the rollback to it is left out")
             return None
         return last
+
+    def _refused(self, after: int, until: int) -> list[dict[str, Any]]:
+        """Entries of the ledger for the steps in between that an earlier start has refused, its last word on each."""
+        refused = {
+            event["step"]: {key: value for key, value in event.items() if key not in ("time", "kind", "text")}
+            for event in read_events(self._run_dir)
+            if event["kind"] == "skip" and after < event["step"] <= until
+        }
+        return [refused[step] for step in sorted(refused)]
 
     def _newest_good(self, before: int) -> int | None:
         for step, path in step_folders(self._directory):

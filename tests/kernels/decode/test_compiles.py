@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
-from kernels.decode import batch_kernels, batch_launch, launch
+from kernels.decode import launch
 from kernels.decode import triton_kernels as kernels
 from tests.kernels.ahead import CAPABILITIES, compile_kernel
 
@@ -76,43 +76,3 @@ def test_a_layer_for_one_sequence(capability: int, tmp_path: Path) -> None:
         found = compile_kernel(kernel, arguments, capability, warps, tmp_path)
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack == 0
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_a_layer_for_many_sequences(capability: int, tmp_path: Path) -> None:
-    shape = batch_launch.LAUNCH
-    common = {"BATCH": shape.batch, "PDL": capability >= 90}
-    project = {"CHANNELS": shape.project, "OUTPUTS": batch_launch.PIECE, "PIECES": 5}
-    scan = {"CHANNELS": shape.scan, "RANK": 128, "STATES": 16}
-    for kernel, arguments, warps in (
-        (
-            batch_kernels.conv_project_kernel,
-            types(batch_kernels.conv_project_kernel, "*bf16", **common, **project),
-            shape.project_warps,
-        ),
-        (batch_kernels.dt_scan_kernel, types(batch_kernels.dt_scan_kernel, **common, **scan), shape.scan_warps),
-        (
-            batch_kernels.linear_kernel,
-            types(
-                batch_kernels.linear_kernel,
-                **common | {"BATCH": 64},
-                **{"SIZE": 4096, "OUTPUTS": shape.outputs, "INPUTS": shape.inputs, "SPLITS": 4, "STAGES": shape.stages},
-            ),
-            shape.product_warps,
-        ),
-        (batch_kernels.norm_kernel, types(batch_kernels.norm_kernel, **common, SPLITS=4, SIZE=2048, size=2048), 4),
-        (batch_kernels.gated_norm_kernel, types(batch_kernels.gated_norm_kernel, **common, SIZE=4096, size=4096), 8),
-        (batch_kernels.sum_kernel, types(batch_kernels.sum_kernel, **common, SPLITS=64, BLOCK=128), 4),
-    ):
-        found = compile_kernel(kernel, arguments, capability, warps, tmp_path)
-        print(kernel.__name__, f"sm_{capability}", found)
-        assert found.stack <= 16
-
-
-@pytest.mark.parametrize("states", [16, 32, 64, 128])
-def test_many_states_of_many_sequences_stay_in_registers(states: int, tmp_path: Path) -> None:
-    kernel, shape = batch_kernels.dt_scan_kernel, batch_launch.LAUNCH
-    sizes = {"BATCH": shape.batch, "CHANNELS": batch_launch.scan_channels(states), "RANK": 128, "STATES": states}
-    found = compile_kernel(kernel, types(kernel, **sizes, states=states, PDL=True), 90, shape.scan_warps, tmp_path)
-    assert found.stack == 0
-    assert batch_launch.scan_channels(states) == shape.scan or states > 32

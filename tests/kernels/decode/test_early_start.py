@@ -12,41 +12,33 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
-from kernels.decode import batch_kernels, batch_launch, launch
+from kernels.decode import launch
 from kernels.decode import triton_kernels as kernels
 from tests.kernels.ahead import compiled_for
 from tests.kernels.decode.test_compiles import types
 
 PARAMETERS = {"weight", "norm_weight", "conv_weight", "conv_bias", "dt_weight", "dt_bias", "A_log", "D"}
-FEW, MANY = launch.LAUNCH, batch_launch.LAUNCH
 IN_PROJ = {"SIZE": 2048, "PIECE": 2048, "GROUPS": 1, "ROWS": 4, "TILES": 4, "SHIFTED": 1, "outputs": 8192}
 OUT_PROJ = {"SIZE": 4096, "PIECE": 4096, "GROUPS": 1, "ROWS": 2, "TILES": 2, "SHIFTED": 16, "outputs": 2048}
 SUMS = {"OUTPUTS": 256, "RANK": 128, "SPLITS": 64}
-TILES = {"BATCH": 64, "OUTPUTS": MANY.outputs, "INPUTS": MANY.inputs, "STAGES": MANY.stages}
 
 
 @pytest.mark.parametrize(
-    ("kernel", "warps", "sizes"),
+    ("kernel", "sizes"),
     [
-        (kernels.linear_kernel, FEW.warps, {**IN_PROJ, "z": None, "conv_state": None, "conv_input": None}),
-        (kernels.linear_kernel, FEW.warps, {**OUT_PROJ, "residual": None, "total": None}),
-        (kernels.conv_project_kernel, FEW.warps, {**SUMS, "CHANNELS": FEW.project}),
-        (kernels.dt_scan_kernel, FEW.warps, {**SUMS, "CHANNELS": FEW.scan, "STATES": 16}),
-        (kernels.conv_ssd_kernel, FEW.warps, {"states": 128, "ROWS": FEW.ssd, "STATES": 128}),
-        (batch_kernels.conv_project_kernel, 4, {"BATCH": 16, "CHANNELS": MANY.project, "OUTPUTS": 32, "PIECES": 5}),
-        (batch_kernels.sum_kernel, 4, {"SPLITS": 64, "BLOCK": 128}),
-        (batch_kernels.dt_scan_kernel, 8, {"BATCH": 16, "CHANNELS": MANY.scan, "RANK": 128, "STATES": 16}),
-        (batch_kernels.linear_kernel, MANY.product_warps, {"SIZE": 4096, "SPLITS": 4, **TILES}),
-        (batch_kernels.norm_kernel, 4, {"SPLITS": 4, "SIZE": 2048, "size": 2048}),
-        (batch_kernels.gated_norm_kernel, 8, {"SIZE": 4096, "size": 4096}),
+        (kernels.linear_kernel, {**IN_PROJ, "z": None, "conv_state": None, "conv_input": None}),
+        (kernels.linear_kernel, {**OUT_PROJ, "residual": None, "total": None}),
+        (kernels.conv_project_kernel, {**SUMS, "CHANNELS": launch.LAUNCH.project}),
+        (kernels.dt_scan_kernel, {**SUMS, "CHANNELS": launch.LAUNCH.scan, "STATES": 16}),
+        (kernels.conv_ssd_kernel, {"states": 128, "ROWS": launch.LAUNCH.ssd, "STATES": 128}),
     ],
 )
 def test_before_the_wait_parameters_are_read_and_nothing_is_written(
-    kernel: Any, warps: int, sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: Any, sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     arguments = types(kernel, **sizes, PDL=True)
-    ptx = compiled_for(kernel, arguments, 90, warps).asm["ptx"]
+    ptx = compiled_for(kernel, arguments, 90, launch.LAUNCH.warps).asm["ptx"]
     assert ptx.count("griddepcontrol.wait") == 1
     before, after = accesses(ptx, [name for name in kernel.arg_names if isinstance(arguments[name], str)])
     # The L2 cache, where all writes go, may fetch anything: it is not an old copy of it.
@@ -66,8 +58,6 @@ def accesses(ptx: str, names: list[str]) -> tuple[set[tuple[str, str]], set[tupl
             argument[loaded[1]] = names[int(loaded[2])]
         elif access := re.search(r"(ld|st|prefetch)\.global[^\[]*\[ ?(%rd\d+)", line):
             found[waited].add((access[1], argument.get(access[2], "?")))
-        elif access := re.search(r"cp\.async\.c[ag]\.[^\[]*\[[^\]]*\], \[ ?(%rd\d+)", line):
-            found[waited].add(("ld", argument.get(access[1], "?")))
         elif computed := re.search(r"[\w.]+\s+(%rd\d+), (.*);", line):
             sources = [register for register in re.findall(r"%rd\d+", computed[2]) if register in argument]
             if sources:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.ssd import launch, launch_backward, reference, ssd
+from kernels.ssd.backward_into import launch_into
 from tests.kernels.loops import gradients
 from tests.kernels.ssd.loops import ssd_inputs
 from tests.kernels.triton_interpreter import drop_nan_as_a_gpu_does
@@ -208,3 +209,24 @@ def test_fake_promises_what_is_returned(absent: tuple[str, ...], for_backward: b
     fake = launch.fake(inputs["x"], inputs["B"], inputs.get("z"), state, for_backward)
     for actual, promised in zip(found, fake, strict=True):
         assert (actual.shape, actual.dtype, actual.stride()) == (promised.shape, promised.dtype, promised.stride())
+
+
+def test_gradients_in_the_memory_of_the_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of one tensor each; in three blocks of states, each of which reads what the one before must not write."""
+    monkeypatch.setattr(launch, "GRADIENTS", launch.GRADIENTS._replace(states=16))
+    heads, head_dim, groups, states = 3, 16, 1, 40
+    sizes = (heads * head_dim, groups * states, groups * states)
+    conv, dt = torch.randn(1, 37, sum(sizes)), torch.randn(1, 37, heads + 5)[..., 3:-2]
+    y_grad, parameters = torch.randn(1, 37, heads, head_dim), (torch.randn(heads), torch.randn(heads))
+
+    def run(conv: Tensor, grad: Tensor) -> list[Tensor]:
+        (x, B, C), (x_grad, B_grad, C_grad) = (t.split(sizes, dim=2) for t in (conv, grad))
+        x, x_grad = (t.unflatten(2, (heads, head_dim)) for t in (x, x_grad))
+        B, C, B_grad, C_grad = (t.unflatten(2, (groups, states)) for t in (B, C, B_grad, C_grad))
+        dt_grad = torch.empty_like(dt)
+        arguments = (x, dt, torch.linspace(-2, -0.1, heads), B, C, *parameters, 16, None, torch.empty(0))
+        return [*launch_into(y_grad, *arguments, x_grad, dt_grad, B_grad, C_grad), dt_grad, grad]
+
+    expected = run(conv, torch.empty_like(conv))
+    for found, value in zip(run(conv, conv), expected, strict=True):
+        assert torch.equal(found, value)
