@@ -99,5 +99,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--top-p {args.top_p}: expected more than 0 and at most 1")
     if "" in args.stop:
         raise ValueError("--stop '': expected a text of at least one character")
+    for option, given in (("--prompt", args.prompt or []), ("--stop", args.stop)):
+        for text in given:
+            if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of other bytes
+                raise ValueError(f"{option} {text!a}: expected text in UTF-8")
     if args.save and not Path(args.source).is_dir():
         raise ValueError(f"--save: {args.source} is no folder here to write {SAMPLE} into")

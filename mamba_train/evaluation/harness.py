@@ -121,9 +121,9 @@ class HarnessModel(TemplateLM):
         if room < 1:
             raise ValueError(f"max_gen_toks={n_new}: expected less than max_length ({self.max_length})")
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
-        sampling = Sampling(
-            float(settings.get("temperature") or 0.0), settings.get("top_k"), float(settings.get("top_p") or 1.0)
-        )
+        # As the harness's other models have it, a top_k of 0 leaves all tokens.
+        top_k, top_p = settings.get("top_k") or None, settings.get("top_p") or 1.0
+        sampling = Sampling(float(settings.get("temperature") or 0.0), top_k, float(top_p))
         assert self._generate is not None
         stops = [stop for stop in settings.get("until") or [] if stop]
         return self._generate(prompts, sampling, max_new_tokens=n_new, stop_strings=stops)

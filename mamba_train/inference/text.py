@@ -10,6 +10,8 @@ from mamba_train.inference.sampling import Sampling
 from mamba_train.model.language_model import MambaLM
 
 REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
+CHARACTER_BYTES = 4  # of UTF-8, at most
+MAX_PENDING = 16  # tokens that may be part of a character; a model can write bytes that never make one
 CONTEXT_TOKENS = 8  # some tokenizers write a token in another way at the beginning of a text
 
 
@@ -32,21 +34,31 @@ class TextStream:
     def push(self, token: int) -> str:
         """Take the next token; return the characters that are certain now."""
         self._pending.append(token)
-        new = self._decoded()
+        new, certain = self._decoded(self._pending), len(self._pending)
         if new.endswith(REPLACEMENT):
-            return ""
-        self._context, self._pending = [*self._context, *self._pending][-CONTEXT_TOKENS:], []
+            certain = self._certain(new) if certain >= MAX_PENDING else 0
+            if not certain:
+                return ""
+            new = self._decoded(self._pending[:certain])
+        self._context = [*self._context, *self._pending[:certain]][-CONTEXT_TOKENS:]
+        del self._pending[:certain]
         return self._accept(new, at_end=False)
 
     def finish(self) -> str:
         """The characters held back so far, as no further token will come."""
-        new = self._decoded() if self._pending else ""
+        new = self._decoded(self._pending) if self._pending else ""
         self._pending = []
         return self._accept(new, at_end=True)
 
-    def _decoded(self) -> str:
+    def _certain(self, text: str) -> int:
+        """How many of the pending tokens, whose text this is, no further token can change; 0: unknown."""
+        # What is incomplete before the last three bytes is complete or broken by now, unless a token is cut in two.
+        last = len(self._pending) - (CHARACTER_BYTES - 1)
+        return next((n for n in range(last, 0, -1) if text.startswith(self._decoded(self._pending[:n]))), 0)
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
         before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode([*self._context, *self._pending])[len(before) :]
+        return self._tokenizer.decode([*self._context, *tokens])[len(before) :]
 
     def _accept(self, new: str, at_end: bool) -> str:
         if self.stopped:

@@ -51,6 +51,8 @@ def test_generate_continues_the_prompt_and_saves(run_dir: Path) -> None:
         (["generate", "RUN", "--top-p", "0"], "--top-p"),
         (["generate", "RUN", "--top-k", "0"], "--top-k"),
         (["generate", "RUN", "--stop", ""], "--stop"),
+        (["generate", "RUN", "--prompt", "a\udcff"], "--prompt"),
+        (["generate", "RUN", "--stop", "\udcff"], "--stop"),
         (["generate", "RUN", "--device", "abacus"], "--device"),
     ],
 )

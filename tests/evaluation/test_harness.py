@@ -14,7 +14,8 @@ from mamba_train.checkpoint.storage import Checkpoint, save
 from mamba_train.config import ModelConfig
 from mamba_train.convert.export import export
 from mamba_train.convert.names import Layout
-from mamba_train.data.tokenizer import train_tokenizer
+from mamba_train.data.tokenizer import TextTokenizer, train_tokenizer
+from mamba_train.inference.sampling import Sampling
 from mamba_train.model.language_model import resolve_model_config
 from tests.convert import models
 from tests.convert.conftest import perturbed
@@ -124,6 +125,22 @@ def test_our_adapter_and_the_export_answer_alike(tmp_path: Path, config: ModelCo
             assert greedy == right_greedy
     assert mine["write"] == judge["write"]
     assert len({str(response) for response in mine["write"]}) > 1, "the same answer to everything proves nothing"
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(0, None), (5, 5)])
+def test_settings_of_a_task_that_draws(top_k: int, expected: int | None) -> None:
+    from lm_eval.api.instance import Instance
+
+    from mamba_train.evaluation.harness import HarnessModel
+
+    def generate(prompts: Any, sampling: Sampling, **options: Any) -> list[str]:
+        return [repr(sampling)] * len(prompts)
+
+    tokenizer = TextTokenizer(train_tokenizer(["some text to learn pieces from"], 300).serialised, "here")
+    settings = {"until": ["m"], "do_sample": True, "temperature": 0.5, "top_k": top_k, "top_p": 0.9}
+    model = HarnessModel(tokenizer, lambda tokens: tokens, generate)
+    (found,) = model.generate_until([Instance("generate_until", {}, ("some text", settings), 0)])
+    assert found == repr(Sampling(0.5, expected, 0.9))
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Characters come when they are certain, and all of them come."""
 
+from typing import cast
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from mamba_train.data.tokenizer import TextTokenizer, train_tokenizer
 from mamba_train.inference.sampling import Sampling
-from mamba_train.inference.text import TextStream, generate_text
+from mamba_train.inference.text import CONTEXT_TOKENS, MAX_PENDING, REPLACEMENT, TextStream, generate_text
 from tests.model.families import lively
 
 
@@ -32,6 +34,26 @@ def test_the_pieces_make_the_text_up_to_the_first_stop_string(
     # A text that ends inside a character has a replacement in its place, which is not certain before the end.
     assert "".join(pieces) == stream.text == (whole[: min(places)] if places else whole)
     assert stream.stopped == bool(places)
+
+
+@given(st.lists(st.integers(0, 299), max_size=60))
+def test_bytes_that_make_no_character_come_too_and_each_costs_the_same(
+    tokenizer: TextTokenizer, tokens: list[int]
+) -> None:
+    broken = next(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == REPLACEMENT)
+    tokens = [*tokens, *[broken] * 40, *tokens]
+    sizes = []
+
+    class Counting:
+        def decode(self, ids: list[int]) -> str:
+            sizes.append(len(ids))
+            return tokenizer.decode(ids)
+
+    stream = TextStream(cast(TextTokenizer, Counting()))
+    pieces = [stream.push(token) for token in tokens]
+    assert "".join(pieces).count(REPLACEMENT) >= 20, "they come as the text grows"
+    assert "".join([*pieces, stream.finish()]) == stream.text == tokenizer.decode(tokens)
+    assert max(sizes) <= MAX_PENDING + CONTEXT_TOKENS
 
 
 def test_half_a_character_and_half_a_stop_string_are_held_back(tokenizer: TextTokenizer) -> None:

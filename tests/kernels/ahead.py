@@ -23,10 +23,10 @@ class Resources(NamedTuple):
     shared: int
 
 
-def compile_kernel(
-    kernel: Any, arguments: dict[str, Any], capability: int, warps: int, folder: Path, unaligned: tuple[str, ...] = ()
-) -> Resources:
-    """Compile `kernel`. arguments: a Triton type ("*bf16", "i32") for each run-time one, a value for each constant."""
+def compiled_for(
+    kernel: Any, arguments: dict[str, Any], capability: int, warps: int, unaligned: tuple[str, ...] = ()
+) -> Any:
+    """What Triton makes of `kernel`; the arguments are those of `compile_kernel`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -42,7 +42,16 @@ def compile_kernel(
             signature[name] = "constexpr"
             constants[name] = value
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def compile_kernel(
+    kernel: Any, arguments: dict[str, Any], capability: int, warps: int, folder: Path, unaligned: tuple[str, ...] = ()
+) -> Resources:
+    """Compile `kernel`. arguments: a Triton type ("*bf16", "i32") for each run-time one, a value for each constant."""
+    import triton
+
+    compiled = compiled_for(kernel, arguments, capability, warps, unaligned)
     path = folder / "kernel.cubin"
     path.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
