@@ -18,27 +18,28 @@ from tests.kernels.ahead import compiled_for
 from tests.kernels.decode.test_compiles import types
 
 PARAMETERS = {"weight", "norm_weight", "conv_weight", "conv_bias", "dt_weight", "dt_bias", "A_log", "D"}
+LAUNCH = launch.LAUNCH
 IN_PROJ = {"SIZE": 2048, "PIECE": 2048, "GROUPS": 1, "ROWS": 4, "TILES": 4, "SHIFTED": 1, "outputs": 8192}
 OUT_PROJ = {"SIZE": 4096, "PIECE": 4096, "GROUPS": 1, "ROWS": 2, "TILES": 2, "SHIFTED": 16, "outputs": 2048}
 SUMS = {"OUTPUTS": 256, "RANK": 128, "SPLITS": 64}
 
 
 @pytest.mark.parametrize(
-    ("kernel", "sizes"),
+    ("kernel", "warps", "sizes"),
     [
-        (kernels.linear_kernel, {**IN_PROJ, "z": None, "conv_state": None, "conv_input": None}),
-        (kernels.linear_kernel, {**OUT_PROJ, "residual": None, "total": None}),
-        (kernels.conv_project_kernel, {**SUMS, "CHANNELS": launch.LAUNCH.project}),
-        (kernels.dt_scan_kernel, {**SUMS, "CHANNELS": launch.LAUNCH.scan, "STATES": 16}),
-        (kernels.conv_ssd_kernel, {"states": 128, "ROWS": launch.LAUNCH.ssd, "STATES": 128}),
+        (kernels.linear_kernel, LAUNCH.warps, {**IN_PROJ, "z": None, "conv_state": None, "conv_input": None}),
+        (kernels.linear_kernel, LAUNCH.warps, {**OUT_PROJ, "residual": None, "total": None}),
+        (kernels.conv_project_kernel, LAUNCH.warps, {**SUMS, "CHANNELS": LAUNCH.project}),
+        (kernels.dt_scan_kernel, LAUNCH.warps, {**SUMS, "CHANNELS": LAUNCH.scan, "STATES": 16}),
+        (kernels.conv_ssd_kernel, LAUNCH.warps, {"states": 128, "ROWS": LAUNCH.ssd, "STATES": 128}),
     ],
 )
 def test_before_the_wait_parameters_are_read_and_nothing_is_written(
-    kernel: Any, sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: Any, warps: int, sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     arguments = types(kernel, **sizes, PDL=True)
-    ptx = compiled_for(kernel, arguments, 90, launch.LAUNCH.warps).asm["ptx"]
+    ptx = compiled_for(kernel, arguments, 90, warps).asm["ptx"]
     assert ptx.count("griddepcontrol.wait") == 1
     before, after = accesses(ptx, [name for name in kernel.arg_names if isinstance(arguments[name], str)])
     # The L2 cache, where all writes go, may fetch anything: it is not an old copy of it.
@@ -58,6 +59,8 @@ def accesses(ptx: str, names: list[str]) -> tuple[set[tuple[str, str]], set[tupl
             argument[loaded[1]] = names[int(loaded[2])]
         elif access := re.search(r"(ld|st|prefetch)\.global[^\[]*\[ ?(%rd\d+)", line):
             found[waited].add((access[1], argument.get(access[2], "?")))
+        elif access := re.search(r"cp\.async\.c[ag]\.[^\[]*\[[^\]]*\], \[ ?(%rd\d+)", line):
+            found[waited].add(("ld", argument.get(access[1], "?")))
         elif computed := re.search(r"[\w.]+\s+(%rd\d+), (.*);", line):
             sources = [register for register in re.findall(r"%rd\d+", computed[2]) if register in argument]
             if sources:
