@@ -86,7 +86,7 @@ def check(inputs: Inputs, roundings: float = 2.0, **options: object) -> None:
         if name in first and first[name].norm() < exact["ddt"].norm():
             assert torch.equal(first[name], again[name])
             error = (first[name].double() - exact[name]).norm() / exact["ddt"].norm()
-            assert error < 2.5 * roundings * ROUNDING[inputs["x"].dtype], f"{name}: {error:.1e}"
+            assert error < 2 * ROUNDING[inputs["x"].dtype], f"{name}: {error:.1e}"
             del first[name]
     assert_accurate(first, again, exact, roundings, inputs["x"].dtype)
 
@@ -252,7 +252,9 @@ def test_gradient_of_the_state_alone() -> None:
         assert (found.double() - wanted).norm() < 5e-6 * wanted.norm() + 1e-12
 
 
-def test_views_of_projections_are_not_copied() -> None:
+def test_views_of_projections_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Cut into segments, so few heads would also need the states at which they begin.
+    monkeypatch.setattr(launch, "MIN_SEGMENT_CHUNKS", 4096)
     heads, head_dim, states = 8, 64, 128
     whole = torch.randn(2, 4096, heads * head_dim + 2 * states + heads, device="cuda", dtype=torch.bfloat16)
     x, B, C, dt = whole.split([heads * head_dim, states, states, heads], dim=-1)
@@ -264,8 +266,7 @@ def test_views_of_projections_are_not_copied() -> None:
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         y = ssd(**inputs)  # type: ignore[arg-type]
-    # y, Δ and decays, and the states at which segments of the time begin; a copy of x is another y.nbytes.
-    assert torch.cuda.max_memory_allocated() - before < 1.8 * y.nbytes
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * y.nbytes
 
 
 def test_compile_breaks_no_graph() -> None:
@@ -327,23 +328,15 @@ def test_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("shape", [(2, 77, 4), (2, 1024, 24)], ids=str)
 def test_errors_are_those_of_the_official_kernels(shape: tuple[int, int, int]) -> None:
-    """In chunks of the same size: what is carried from one to the next is rounded to 16 bits in both.
-
-    But for dA, a few sums of what those roundings leave, whose errors no four draws tell apart.
-    """
     official = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", reason="needs mamba_ssm")
 
     def draw() -> tuple[Inputs, Inputs, Inputs]:
         inputs = make_inputs(*shape, without=("initial_state", "z"))
         grads = draw_grads(inputs)[0], torch.zeros(shape[0], shape[2], 64, 128, device="cuda")
         values = {k: v.detach().requires_grad_() for k, v in inputs.items()}
-        y = official.mamba_chunk_scan_combined(**values, chunk_size=launch.GRADIENTS.chunk, dt_softplus=True)
+        y = official.mamba_chunk_scan_combined(**values, chunk_size=256, dt_softplus=True)
         found = torch.autograd.grad(y, list(values.values()), grads[0])
         named = {"y": y.detach()} | {f"d{n}": v for n, v in zip(values, found, strict=True)}
-        ours, exact = run(inputs, grads), run(in_fp64(inputs), grads)
-        del named["dA"]
-        error = (ours["dA"].double() - exact["dA"]).norm() / exact["dA"].norm()
-        assert error < 4 * ROUNDING[torch.bfloat16], f"dA: {error:.1e}"
-        return ours, named, exact
+        return run(inputs, grads), named, run(in_fp64(inputs), grads)
 
     assert_no_worse(draw)
