@@ -27,11 +27,22 @@ FORWARD = SideBySide(least_fill=9, least_segments=4, rounds=2)
 BACKWARD = SideBySide(least_fill=3, least_segments=2, rounds=6)
 
 
+class Chained(NamedTuple):
+    """When the warps of a forward take turns in time: units (16 channels) for each multiprocessor, steps."""
+
+    least: float
+    most: float
+    steps: int
+
+
+CHAINED = Chained(least=0.75, most=4, steps=512)
+
+
 @dataclass(frozen=True)
 class Variant:
     """How a block divides its work; common.cuh names the fields."""
 
-    source: str  # forward, backward or ends
+    source: str  # forward, chained, backward or ends
     padded_states: int
     per_lane: int
     channels: int
@@ -51,13 +62,19 @@ class Variant:
 
     @property
     def block_channels(self) -> int:
-        return self.warps * self.warp_channels
+        """A warp of `chained` has the same channels as the others of its block."""
+        return self.warp_channels * (1 if self.source == "chained" else self.warps)
 
     def vectors(self, dtype: int) -> tuple[int, int]:
         """What the start of a row must be a multiple of to be copied in vectors (COPY_BYTES): bytes, elements."""
         row = self.warp_channels * SCALAR_BYTES[dtype]
         size = next(size for size in (16, 8, 4) if row % size == 0)
         return size, max(size // SCALAR_BYTES[dtype], min(4, self.warp_channels))
+
+    def state_vectors(self, dtype: int) -> tuple[int, int]:
+        """The same for the rows of B and C, where these are copied in vectors."""
+        size = min(16, self.padded_states * SCALAR_BYTES[dtype])
+        return size, size // SCALAR_BYTES[dtype]
 
     def groups(self, channels: int) -> int:
         """Blocks that one sequence needs."""
@@ -73,6 +90,11 @@ class Variant:
         if self.source == "ends":
             sizes = [4 * self.block_channels, 8 * self.tile * self.padded_states, 8 * self.tile]
             sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars, 4 * block, 4 * block]
+        elif self.source == "chained":
+            lane = self.channels * self.per_lane
+            sizes = [2 * (4 + gated) * block * scalars] + [4 * self.tile * self.padded_states] * 2
+            sizes += [4 * block] * 2 + [4 * self.block_channels] * 2 + [8 * self.tile, 4 * lane * 32]
+            return self.warps * sum(-(-size // 16) * 16 for size in sizes)
         elif self.source == "backward":
             chunks = max(1, self.tile // self.chunk - 1)
             vector = min(4, self.warp_channels)
@@ -101,7 +123,11 @@ class Variant:
             "ALIGNED": int(aligned),
             "SHARED_BYTES": self.shared_bytes(dtype, gated),
         }
-        own = {"backward": {"CHUNK": self.chunk}, "ends": {"REVERSE": int(self.reverse)}}
+        own = {
+            "backward": {"CHUNK": self.chunk},
+            "ends": {"REVERSE": int(self.reverse)},
+            "chained": {"SAVE_EVERY": tile_steps(self.padded_states) // self.tile},
+        }
         return macros | own.get(self.source, {})
 
 
@@ -204,9 +230,21 @@ def _wide_backward(states: int) -> Variant:
     return _variant("backward", states, 2, min_blocks, chunk)
 
 
-def forward_plan(states: int, batch: int, length: int, channels: int, processors: int) -> tuple[Variant, int]:
+def chained_variant(dtype: int) -> Variant:
+    """The forward kernel for 16 states whose warps take turns in time; in fp32, 16 need too much shared memory."""
+    warps, blocks = (16, 1) if SCALAR_BYTES[dtype] == 2 else (8, 2)
+    return Variant("chained", padded_states=16, per_lane=4, channels=2, warps=warps, tile=8, min_blocks=blocks)
+
+
+def forward_plan(
+    states: int, batch: int, length: int, channels: int, processors: int, dtype: int
+) -> tuple[Variant, int]:
     """The forward kernel for a shape, and into how many segments of time its blocks are cut, done side by side."""
     n = padded(states)
+    chained = chained_variant(dtype)
+    shared = batch * chained.groups(channels) / processors
+    if n == 16 and CHAINED.least <= shared <= CHAINED.most and length >= CHAINED.steps:
+        return chained, 1
     beside = Variant("forward", n, min(n, 16), channels=1, warps=4, tile=tile_steps(states), min_blocks=4)
     count = _side_by_side(beside, batch, length, channels, processors, FORWARD)
     return (forward_variant(states, batch, channels, processors), 1) if count == 1 else (beside, count)

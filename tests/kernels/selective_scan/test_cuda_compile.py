@@ -18,7 +18,7 @@ from kernels.selective_scan.cuda.variants import Variant
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 REGISTERS = 65536  # of a multiprocessor
 BLOCK_SHARED_BYTES = 99 * 1024  # the least that a block may have on these architectures
-SPILLED_BYTES = {"forward": 32, "backward": 64, "ends": 0}
+SPILLED_BYTES = {"forward": 32, "backward": 64, "ends": 0, "chained": 48}
 BFLOAT16 = 2
 
 
@@ -48,7 +48,7 @@ def in_turn(states: int, batch: int, channels: int) -> list[Variant]:
 
 def side_by_side(states: int) -> list[Variant]:
     """What segments of time side by side take beside the kernels above."""
-    forward, count = variants.forward_plan(states, 1, 2**17, 4096 // states, 132)
+    forward, count = variants.forward_plan(states, 1, 2**17, 4096 // states, 132, BFLOAT16)
     assert count > 1
     return [forward, variants.ends_variant(states, reverse=False), variants.ends_variant(states, reverse=True)]
 
@@ -65,6 +65,11 @@ def check_resources(kernels: list[Variant], arch: str, folder: Path) -> None:
 @pytest.mark.parametrize(("batch", "channels"), [(8, 5120), (8, 4096), (8, 1536), (4, 5120), (32, 1536)])
 def test_16_states_stay_within_their_registers(arch: str, batch: int, channels: int, tmp_path: Path) -> None:
     check_resources(in_turn(16, batch, channels), arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_chained_warps_stay_within_their_registers(arch: str, tmp_path: Path) -> None:
+    check_resources([variants.chained_variant(BFLOAT16)], arch, tmp_path)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -85,7 +90,8 @@ def test_every_padded_state_count_compiles(states: int) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_every_option_compiles(dtype: int, gated: bool, packed: bool, aligned: bool) -> None:
-    for variant in in_turn(16, 8, 5120) + side_by_side(16):
+    for variant in [*in_turn(16, 8, 5120), *side_by_side(16), variants.chained_variant(dtype)]:
+        assert variant.shared_bytes(dtype, gated) <= BLOCK_SHARED_BYTES
         compile_kernel(variant.source, "sm_90", variant.macros(dtype, gated, packed, aligned))
 
 
