@@ -1,7 +1,7 @@
 // Forward where few channels leave the GPU empty: see docs/kernels.md. A unit is WARP_CHANNELS channels of one sequence.
 // Its time is cut into chunks of TILE steps, each the work of one warp; the warps of a block take them in turn. A warp
-// finds out what its chunk makes of a state of 0, keeping the decays in registers, and walks through the chunk once more
-// with these when the warp before has handed over the state.
+// walks through its chunk from a state of 0, keeping in registers what a state that enters would add to y. When the warp
+// before has handed that state over, it adds it, and hands over its own.
 
 static_assert(STATES == 16 && WARP_CHANNELS == 16, "tiles of activations and of states have one shape");
 constexpr int TENSORS = 4 + GATED, RAW = TILE * 16;  // x, dt, B, C, z
@@ -13,7 +13,7 @@ struct Warp {
     alignas(16) scalar raw[2][TENSORS][RAW];  // the tensors as they are: this chunk and the warp's next one
     alignas(16) float B[TILE * STATES];
     alignas(16) float C[TILE * STATES];
-    alignas(16) float delta[WARP_TILE];   // Δ; the second walk overwrites it with C·h
+    alignas(16) float delta[WARP_TILE];   // Δ; later C·h
     alignas(16) float driven[WARP_TILE];  // Δ·x
     alignas(16) float D[WARP_CHANNELS];
     alignas(16) float bias[WARP_CHANNELS];
@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
         if constexpr (PACKED)
             load_resets<32>(own.resets[buffer], seq_idx + next.batch * seq_batch, seq_time, start, rows);
     };
-    constexpr int STEPS = 4, SUMS = STEPS * CHANNELS;
+    constexpr int SUMS = TILE * CHANNELS;
     constexpr int LANE_SUMS = SUMS / STATE_LANES;
     static_assert(LANE_SUMS % CHANNELS == 0);
     const Spread spread = spread_index<SUMS, CHANNEL_LANES, 32>(lane);
@@ -186,34 +186,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
         to_floats(own.C, raw[3]);
         __syncwarp();
 
-        float decay[TILE][CHANNELS][PER_LANE], h[CHANNELS][PER_LANE], total[CHANNELS], forget = 0.f;
+        // What a state of 0 gives: y, and the state after the chunk. What a state that enters adds to y is `carried` · it.
+        float carried[TILE][CHANNELS][PER_LANE], sums[TILE][CHANNELS], h[CHANNELS][PER_LANE], decay[CHANNELS][PER_LANE];
 #pragma unroll
         for (int t = 0; t < TILE; ++t) {
             Floats<CHANNELS> d = *reinterpret_cast<Floats<CHANNELS>*>(own.delta + t * WARP_CHANNELS + lane_at);
             Floats<CHANNELS> w = *reinterpret_cast<Floats<CHANNELS>*>(own.driven + t * WARP_CHANNELS + lane_at);
             float reset = PACKED ? own.resets[buffer][t] : 0.f;
-            if (PACKED) forget = fminf(forget, reset);
-#pragma unroll
-            for (int k = 0; k < CHANNELS; ++k) total[k] = t == 0 ? d[k] : total[k] + d[k];
 #pragma unroll
             for (int s0 = 0; s0 < PER_LANE; s0 += 4) {
                 Floats<4> b = *reinterpret_cast<Floats<4>*>(own.B + t * STATES + state0 + s0);
+                Floats<4> c = *reinterpret_cast<Floats<4>*>(own.C + t * STATES + state0 + s0);
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k)
 #pragma unroll
-                    for (int s = 0; s < 4; ++s) {
-                        float exponent = PACKED ? fmaf(d[k], a[k][s0 + s], reset) : d[k] * a[k][s0 + s];
-                        decay[t][k][s0 + s] = exp2_fast(exponent);
-                        float& state = h[k][s0 + s];
-                        state = t == 0 ? w[k] * b[s] : fmaf(decay[t][k][s0 + s], state, w[k] * b[s]);
+                    for (int i = 0; i < 4; ++i) {
+                        const int s = s0 + i;
+                        float step = exp2_fast(PACKED ? fmaf(d[k], a[k][s], reset) : d[k] * a[k][s]);
+                        h[k][s] = t == 0 ? w[k] * b[i] : fmaf(step, h[k][s], w[k] * b[i]);
+                        sums[t][k] = s == 0 ? h[k][s] * c[i] : fmaf(h[k][s], c[i], sums[t][k]);
+                        decay[k][s] = t == 0 ? step : step * decay[k][s];
+                        carried[t][k][s] = c[i] * decay[k][s];
                     }
             }
         }
-        float all_decay[CHANNELS][PER_LANE], in[CHANNELS][PER_LANE];
-#pragma unroll
-        for (int k = 0; k < CHANNELS; ++k)
-#pragma unroll
-            for (int s = 0; s < PER_LANE; ++s) all_decay[k][s] = exp2_fast(fmaf(total[k], a[k][s], forget));
+        float in[CHANNELS][PER_LANE];
 
         // At the first chunk of a piece, too, one waits for the other, which could otherwise leave a state twice.
         if (left != int(end - begin)) wait_for(warp);
@@ -253,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
                 Floats<4> out;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    out[i] = h[k][s + i] = fmaf(all_decay[k][s + i], in[k][s + i], h[k][s + i]);
+                    out[i] = h[k][s + i] = fmaf(decay[k][s + i], in[k][s + i], h[k][s + i]);
                 }
                 *reinterpret_cast<Floats<4>*>(warps[next_warp].state + (k * PER_LANE + s) * 32 + lane * 4) = out;
             }
@@ -289,34 +286,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
         }
         __syncwarp();
 #pragma unroll
-        for (int t = 0; t < TILE; t += STEPS) {
-            float sums[SUMS];
+        for (int t = 0; t < TILE; ++t)
 #pragma unroll
-            for (int u = 0; u < STEPS; ++u) {
-                Floats<CHANNELS> w = *reinterpret_cast<Floats<CHANNELS>*>(own.driven + (t + u) * WARP_CHANNELS + lane_at);
+            for (int k = 0; k < CHANNELS; ++k)
 #pragma unroll
-                for (int s0 = 0; s0 < PER_LANE; s0 += 4) {
-                    Floats<4> b = *reinterpret_cast<Floats<4>*>(own.B + (t + u) * STATES + state0 + s0);
-                    Floats<4> c = *reinterpret_cast<Floats<4>*>(own.C + (t + u) * STATES + state0 + s0);
+                for (int s = 0; s < PER_LANE; ++s) sums[t][k] = fmaf(carried[t][k][s], in[k][s], sums[t][k]);
+        sum_lanes<SUMS, CHANNEL_LANES, 32>(&sums[0][0], lane);
 #pragma unroll
-                    for (int k = 0; k < CHANNELS; ++k)
+        for (int i = 0; i < LANE_SUMS; i += CHANNELS) {
+            Floats<CHANNELS> out;
 #pragma unroll
-                        for (int s = 0; s < 4; ++s) {
-                            float &state = in[k][s0 + s], &sum = sums[u * CHANNELS + k];
-                            state = fmaf(decay[t + u][k][s0 + s], state, w[k] * b[s]);
-                            sum = s0 + s == 0 ? state * c[s] : fmaf(state, c[s], sum);
-                        }
-                }
-            }
-            sum_lanes<SUMS, CHANNEL_LANES, 32>(sums, lane);
-#pragma unroll
-                for (int i = 0; i < LANE_SUMS; i += CHANNELS) {
-                    Floats<CHANNELS> out;
-#pragma unroll
-                    for (int k = 0; k < CHANNELS; ++k) out[k] = sums[i + k];
-                    float* to = own.delta + (t + (spread.first + i) / CHANNELS) * WARP_CHANNELS + lane_at;
-                    *reinterpret_cast<Floats<CHANNELS>*>(to) = out;
-                }
+            for (int k = 0; k < CHANNELS; ++k) out[k] = (&sums[0][0])[i + k];
+            float* to = own.delta + (spread.first + i) / CHANNELS * WARP_CHANNELS + lane_at;
+            *reinterpret_cast<Floats<CHANNELS>*>(to) = out;
         }
         __syncwarp();
 

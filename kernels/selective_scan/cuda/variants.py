@@ -231,8 +231,8 @@ def _wide_backward(states: int) -> Variant:
 
 
 def chained_variant(dtype: int) -> Variant:
-    """The forward kernel for 16 states whose warps take turns in time; in fp32, 16 need too much shared memory."""
-    warps, blocks = (16, 1) if SCALAR_BYTES[dtype] == 2 else (8, 2)
+    """The forward kernel for 16 states whose warps take turns in time; in fp32, 12 need too much shared memory."""
+    warps, blocks = (12, 1) if SCALAR_BYTES[dtype] == 2 else (6, 2)
     return Variant("chained", padded_states=16, per_lane=4, channels=2, warps=warps, tile=8, min_blocks=blocks)
 
 
