@@ -1,18 +1,19 @@
-// Forward where few channels leave the GPU empty: see docs/kernels.md. A unit is WARP_CHANNELS channels of one sequence.
-// Its time is cut into chunks of TILE steps, each the work of one warp; the warps of a block take them in turn. A warp
-// walks through its chunk from a state of 0, keeping in registers what a state that enters would add to y. When the warp
-// before has handed that state over, it adds it, and hands over its own.
+// Forward where few channels leave the GPU empty: see docs/kernels.md. Time is cut into chunks of TILE steps, each the work
+// of one warp for its channels; the warps of a ring take them in turn. A warp walks through its chunk from a state of 0,
+// keeping in registers what a state that enters would add to y. When the warp before has handed that state over, it adds
+// it, and hands over its own. A block has RINGS rings of neighbouring channels; a unit is these, of one sequence.
 
 static_assert(STATES == 16 && WARP_CHANNELS == 16, "tiles of activations and of states have one shape");
 constexpr int TENSORS = 4 + GATED, RAW = TILE * 16;  // x, dt, B, C, z
 constexpr int STEP = ALIGNED ? 16 / int(sizeof(scalar)) : 1, TENSOR_LANES = RAW / STEP < 32 ? RAW / STEP : 32;
 constexpr int TOGETHER = 32 / TENSOR_LANES, STREAMS = (TENSORS + TOGETHER - 1) / TOGETHER;
 constexpr int ROW_LANES = 16 / STEP, ROWS = TENSOR_LANES / ROW_LANES;
+constexpr int SLOTS = WARPS / RINGS;  // warps of a ring
 
 struct Warp {
     alignas(16) scalar raw[2][TENSORS][RAW];  // the tensors as they are: this chunk and the warp's next one
-    alignas(16) float B[TILE * STATES];
-    alignas(16) float C[TILE * STATES];
+    alignas(16) float B[DTYPE == 0 ? 4 : RAW];
+    alignas(16) float C[DTYPE == 0 ? 4 : RAW];
     alignas(16) float delta[WARP_TILE];   // Δ; later C·h
     alignas(16) float driven[WARP_TILE];  // Δ·x
     alignas(16) float D[WARP_CHANNELS];
@@ -21,6 +22,11 @@ struct Warp {
     alignas(16) float state[CHANNELS * PER_LANE * 32];  // that enters the chunk, from the warp before
 };
 static_assert(sizeof(Warp) * WARPS == SHARED_BYTES, "variants.py counts the shared memory differently");
+
+struct Rows {
+    const scalar* from;
+    i64 batch, time;  // strides
+};
 
 // A piece of a unit's time, and the chunk in it that is a warp's next one.
 struct Piece {
@@ -47,7 +53,7 @@ struct Share {
         const bool is_tail = n == whole;
         const int unit = first_unit + (is_tail ? 0 : (n < 0 ? whole : n) + (tail > 0));
         const int first = is_tail ? tail : 0;
-        return {index, unit / groups, unit % groups * WARP_CHANNELS, first + skipped, first, n < 0 ? head : chunks};
+        return {index, unit / groups, unit % groups * (RINGS * WARP_CHANNELS), first + skipped, first, n < 0 ? head : chunks};
     }
 };
 
@@ -70,7 +76,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
     const int length = length_, channels = channels_, states = states_;
     extern __shared__ char memory[];
     Warp* const warps = reinterpret_cast<Warp*>(memory);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, next_warp = warp + 1 < WARPS ? warp + 1 : 0;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ring = warp % RINGS;
+    const int slot = warp / RINGS, next_warp = slot + 1 < SLOTS ? warp + RINGS : ring;
     Warp& own = warps[warp];
     const int state0 = lane / CHANNEL_LANES * PER_LANE;   // the lane's first state
     const int lane_at = lane % CHANNEL_LANES * CHANNELS;  // its first channel in the unit
@@ -82,24 +89,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
     // are below 2^31, so that an address takes one multiplication.
     const int half = lane / TENSOR_LANES, part = lane % TENSOR_LANES, part_row = part / ROW_LANES;
     const int column = part % ROW_LANES * STEP;
+    const Rows tensors[] = {
+        {x, x_batch, x_time}, {dt, dt_batch, dt_time}, {B, B_batch, B_time}, {C, C_batch, C_time}, {z, z_batch, z_time}, {}};
     const scalar* from[STREAMS];
     int stride[STREAMS];
     Piece next;
-    int left = end - begin;  // chunks of the block that this warp and those after it have not taken
+    int left = end - begin;  // chunks of the block that this warp and those of its ring after it have not taken
     auto seek = [&](int index, int skipped) {
         next = share.piece(index, skipped);
         while (next.chunk >= next.end && next.index + 1 < share.pieces)
             next = share.piece(next.index + 1, next.chunk - next.end);
+        next.channel0 += ring * WARP_CHANNELS;
         const i64 row = i64(next.chunk) * TILE + part_row;
 #pragma unroll
         for (int i = 0; i < STREAMS; ++i) {
-            const int tensor = i * TOGETHER + half;
-            const bool of_states = tensor == 2 || tensor == 3;
-            const scalar* base = tensor == 0 ? x : tensor == 1 ? dt : tensor == 2 ? B : tensor == 3 ? C : z;
-            const i64 batch = tensor == 0 ? x_batch : tensor == 1 ? dt_batch : tensor == 2 ? B_batch : tensor == 3 ? C_batch : z_batch;
-            const i64 time = tensor == 0 ? x_time : tensor == 1 ? dt_time : tensor == 2 ? B_time : tensor == 3 ? C_time : z_time;
-            from[i] = base + next.batch * batch + row * time + (of_states ? 0 : next.channel0) + column;
-            stride[i] = time;
+            const Rows rows = half == 0 ? tensors[i * TOGETHER] : tensors[i * TOGETHER + TOGETHER - 1];
+            const bool of_states = i * TOGETHER >= 2 && (i + 1) * TOGETHER <= 4;
+            from[i] = rows.from + next.batch * rows.batch + row * rows.time + (of_states ? 0 : next.channel0) + column;
+            stride[i] = rows.time;
         }
     };
     auto fetch = [&](int buffer) {
@@ -120,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
                 else
                     *to = valid ? *piece : scalar(0);
             }
-            from[i] += i64(WARPS * TILE) * stride[i];
+            from[i] += i64(SLOTS * TILE) * stride[i];
         }
         copies_commit();
         if constexpr (PACKED)
@@ -133,18 +140,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
     const int row0 = lane / ROW_VECTORS, vector_channel = lane % ROW_VECTORS * VECTOR;  // of the phases without states
     float a[CHANNELS][PER_LANE];
 
-    left -= warp;
+    left -= slot;
     if (left <= 0) return;
-    seek(0, warp);
+    seek(0, slot);
     fetch(0);
     int buffer = 0;
-    for (int known = -1; left > 0; left -= WARPS, buffer ^= 1) {
+    for (int known = -1; left > 0; left -= SLOTS, buffer ^= 1) {
         const Piece at = next;
         const int channel = at.channel0 + lane_at, rows = length - at.chunk * TILE;
         const scalar (*raw)[RAW] = own.raw[buffer];
         copies_wait();
-        if (left > WARPS) {
-            next.chunk += WARPS;
+        if (left > SLOTS) {
+            next.chunk += SLOTS;
             if (next.chunk >= next.end) seek(next.index + 1, next.chunk - next.end);
             fetch(buffer ^ 1);
         }
@@ -182,8 +189,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
             // Past the end nothing changes: x and B are 0 there.
             if (rows < TILE && t >= rows) vector_at(own.delta + i * VECTOR) = Floats<VECTOR>{};
         }
-        to_floats(own.B, raw[2]);
-        to_floats(own.C, raw[3]);
+        if constexpr (DTYPE != 0) {
+            to_floats(own.B, raw[2]);
+            to_floats(own.C, raw[3]);
+        }
+        const float* B_tile = DTYPE == 0 ? reinterpret_cast<const float*>(raw[2]) : own.B;
+        const float* C_tile = DTYPE == 0 ? reinterpret_cast<const float*>(raw[3]) : own.C;
         __syncwarp();
 
         // What a state of 0 gives: y, and the state after the chunk. What a state that enters adds to y is `carried` · it.
@@ -195,8 +206,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
             float reset = PACKED ? own.resets[buffer][t] : 0.f;
 #pragma unroll
             for (int s0 = 0; s0 < PER_LANE; s0 += 4) {
-                Floats<4> b = *reinterpret_cast<Floats<4>*>(own.B + t * STATES + state0 + s0);
-                Floats<4> c = *reinterpret_cast<Floats<4>*>(own.C + t * STATES + state0 + s0);
+                Floats<4> b = *reinterpret_cast<const Floats<4>*>(B_tile + t * STATES + state0 + s0);
+                Floats<4> c = *reinterpret_cast<const Floats<4>*>(C_tile + t * STATES + state0 + s0);
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k)
 #pragma unroll
@@ -226,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
                 }
         } else {
             if (at.chunk > 0) {
-                const int* entry = ready + blockIdx.x - 1;
+                const int* entry = ready + (blockIdx.x - 1) * RINGS + ring;
                 int item = 0;
                 while (true) {
                     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(item) : "l"(entry) : "memory");
@@ -265,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
             if (at.end < chunks) {
                 __threadfence();
                 __syncwarp();
-                int* entry = ready + blockIdx.x;
+                int* entry = ready + blockIdx.x * RINGS + ring;
                 const int item = 1;
                 if (lane == 0)
                     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(entry), "r"(item) : "memory");

@@ -81,7 +81,7 @@ def forward(
     index = x.device.index
     with torch.cuda.device(index):
         dtype, processors = device.DTYPES[x.dtype], device.processors(index)
-        variant, segments = variants.forward_plan(states, batch, length, channels, processors, dtype)
+        variant, segments = variants.forward_plan(states, batch, length, channels, processors)
         chained = variant.source == "chained"
         aligned = device.aligned(channels, variant.vectors(dtype), (x, dt, z))
         if chained:
@@ -99,8 +99,8 @@ def forward(
         if chained:
             units = batch * groups
             blocks = min(units, processors * kernel.at_once)
-            # Whether a block has left the state in which the next one goes on. Where each has one unit, none does.
-            ready = torch.zeros(blocks, dtype=torch.int32, device=x.device) if blocks < units else None
+            # Whether a ring has left the state in which one of the next block goes on, where they share a unit.
+            ready = torch.zeros(blocks * variant.rings, dtype=torch.int32, device=x.device) if blocks < units else None
             own: tuple[Tensor | int | None, ...] = (*outputs, ready, *sizes, units, blocks, dt_softplus)
         else:
             blocks = batch * segments * groups

@@ -28,14 +28,14 @@ BACKWARD = SideBySide(least_fill=3, least_segments=2, rounds=6)
 
 
 class Chained(NamedTuple):
-    """When the warps of a forward take turns in time: units (16 channels) for each multiprocessor, steps."""
+    """When the warps of a forward take turns in time: rings (16 channels) for each multiprocessor, steps."""
 
     least: float
     most: float
     steps: int
 
 
-CHAINED = Chained(least=0.75, most=4, steps=512)
+CHAINED = Chained(least=0.7, most=5, steps=512)
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Variant:
     min_blocks: int
     chunk: int = 0  # backward only: steps whose states are in registers at once
     reverse: bool = False  # ends only
+    rings: int = 1  # chained only: groups of channels, each with its share of the warps
 
     @property
     def threads(self) -> int:
@@ -62,8 +63,8 @@ class Variant:
 
     @property
     def block_channels(self) -> int:
-        """A warp of `chained` has the same channels as the others of its block."""
-        return self.warp_channels * (1 if self.source == "chained" else self.warps)
+        """Warps of `chained` have the same channels as the others of their ring."""
+        return self.warp_channels * (self.rings if self.source == "chained" else self.warps)
 
     def vectors(self, dtype: int) -> tuple[int, int]:
         """What the start of a row must be a multiple of to be copied in vectors (COPY_BYTES): bytes, elements."""
@@ -84,6 +85,7 @@ class Variant:
     def shared_bytes(self, dtype: int, gated: bool) -> int:
         """The size of `struct Shared` in the source."""
         block = self.tile * self.block_channels
+        warp = self.tile * self.warp_channels
         scalars = SCALAR_BYTES[dtype]
         gate = block if gated else 1
         sizes = [4 * self.block_channels] * 2
@@ -92,8 +94,9 @@ class Variant:
             sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars, 4 * block, 4 * block]
         elif self.source == "chained":
             lane = self.channels * self.per_lane
-            sizes = [2 * (4 + gated) * block * scalars] + [4 * self.tile * self.padded_states] * 2
-            sizes += [4 * block] * 2 + [4 * self.block_channels] * 2 + [8 * self.tile, 4 * lane * 32]
+            states = 4 if scalars == 4 else warp  # of B and C, which need no copy in fp32 where they are in fp32
+            sizes = [2 * (4 + gated) * warp * scalars] + [4 * states] * 2 + [4 * warp] * 2
+            sizes += [4 * self.warp_channels] * 2 + [8 * self.tile, 4 * lane * 32]
             return self.warps * sum(-(-size // 16) * 16 for size in sizes)
         elif self.source == "backward":
             chunks = max(1, self.tile // self.chunk - 1)
@@ -126,7 +129,7 @@ class Variant:
         own = {
             "backward": {"CHUNK": self.chunk},
             "ends": {"REVERSE": int(self.reverse)},
-            "chained": {"SAVE_EVERY": tile_steps(self.padded_states) // self.tile},
+            "chained": {"SAVE_EVERY": tile_steps(self.padded_states) // self.tile, "RINGS": self.rings},
         }
         return macros | own.get(self.source, {})
 
@@ -230,21 +233,25 @@ def _wide_backward(states: int) -> Variant:
     return _variant("backward", states, 2, min_blocks, chunk)
 
 
-def chained_variant(dtype: int) -> Variant:
-    """The forward kernel for 16 states whose warps take turns in time; in fp32, 12 need too much shared memory."""
-    warps, blocks = (12, 1) if SCALAR_BYTES[dtype] == 2 else (6, 2)
-    return Variant("chained", padded_states=16, per_lane=4, channels=2, warps=warps, tile=8, min_blocks=blocks)
+def chained_variant(batch: int, channels: int, processors: int) -> Variant:
+    """The forward kernel for 16 states whose warps take turns in time.
+
+    Rings of neighbouring channels in one block read and write whole cache lines between them: as many as leave all
+    multiprocessors a block.
+    """
+    kinds = [
+        Variant("chained", 16, per_lane=4, channels=2, warps=12, tile=8, min_blocks=1, rings=rings)
+        for rings in (4, 2, 1)
+    ]
+    return next((v for v in kinds if batch * v.groups(channels) >= 0.95 * processors), kinds[-1])
 
 
-def forward_plan(
-    states: int, batch: int, length: int, channels: int, processors: int, dtype: int
-) -> tuple[Variant, int]:
+def forward_plan(states: int, batch: int, length: int, channels: int, processors: int) -> tuple[Variant, int]:
     """The forward kernel for a shape, and into how many segments of time its blocks are cut, done side by side."""
     n = padded(states)
-    chained = chained_variant(dtype)
-    shared = batch * chained.groups(channels) / processors
-    if n == 16 and CHAINED.least <= shared <= CHAINED.most and length >= CHAINED.steps:
-        return chained, 1
+    rings = batch * math.ceil(channels / 16) / processors
+    if n == 16 and CHAINED.least <= rings <= CHAINED.most and length >= CHAINED.steps:
+        return chained_variant(batch, channels, processors), 1
     beside = Variant("forward", n, min(n, 16), channels=1, warps=4, tile=tile_steps(states), min_blocks=4)
     count = _side_by_side(beside, batch, length, channels, processors, FORWARD)
     return (forward_variant(states, batch, channels, processors), 1) if count == 1 else (beside, count)

@@ -1,5 +1,6 @@
 """The CUDA scan on the CPU, by an emulation, beside the reference in fp64: all gradients, any number of segments."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -75,16 +76,17 @@ def test_against_the_reference(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "processors", "packed", "padding", "without"),
+    ("sizes", "rings", "processors", "packed", "padding", "without"),
     [
-        ((1, 150, 40, 16), 1, True, 0, ()),  # three units for two blocks
-        pytest.param((1, 700, 96, 16), 2, False, 0, ("D",), marks=pytest.mark.slow),
-        pytest.param((1, 163, 70, 13), 3, True, 5, ("z", "dt_bias"), marks=pytest.mark.slow),
-        pytest.param((3, 1, 33, 16), 2, False, 0, (), marks=pytest.mark.slow),
+        ((1, 60, 150, 16), 4, 1, True, 0, ()),  # three units for two blocks
+        pytest.param((1, 700, 96, 16), 1, 2, False, 0, ("D",), marks=pytest.mark.slow),
+        pytest.param((1, 163, 70, 13), 2, 1, True, 5, ("z", "dt_bias"), marks=pytest.mark.slow),
+        pytest.param((3, 1, 33, 16), 1, 2, False, 0, (), marks=pytest.mark.slow),
     ],
 )
 def test_warps_that_take_turns(
     sizes: tuple[int, int, int, int],
+    rings: int,
     processors: int,
     packed: bool,
     padding: int,
@@ -103,7 +105,8 @@ def test_warps_that_take_turns(
         inputs["dt"] = 0.3 * inputs["dt"].abs()
     given = [None if name in without else inputs[name] for name in NAMES]
     results = []
-    for plan in (variants.chained_variant(emulated.FP32), variants.forward_variant(states, 1, 64, 100)):
+    chained = dataclasses.replace(variants.chained_variant(1, 1, 1), rings=rings)
+    for plan in (chained, variants.forward_variant(states, 1, 64, 100)):
         monkeypatch.setattr(variants, "forward_plan", lambda *_, plan=plan: (plan, 1))
         results.append(scan.forward(*given[:8], softplus, seq_idx, given[8], True))  # type: ignore[arg-type]
     assert launched == ["scan_chained", "scan_forward"]

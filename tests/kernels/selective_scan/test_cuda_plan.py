@@ -1,7 +1,5 @@
 """Which kernel runs for which shape, and into how many segments its time is cut."""
 
-import functools
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from kernels.selective_scan.cuda import variants
 
 PROCESSORS = 132
-PLANS = [functools.partial(variants.forward_plan, dtype=2), variants.backward_plan]
+PLANS = [variants.forward_plan, variants.backward_plan]
 
 
 @given(st.integers(1, 256), st.integers(1, 64), st.integers(1, 2**18), st.integers(1, 8192))
@@ -34,3 +32,15 @@ def test_shapes_of_an_h100(plan) -> None:
         places = PROCESSORS * variant.min_blocks
         assert 0.75 * places < batch * variant.groups(channels) * count
     assert plan(16, 1, 16, 64, PROCESSORS)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "rings"),
+    [(1, 1536, 1), (1, 2048, 1), (1, 5120, 2), (2, 2048, 2), (4, 2048, 4), (1, 1024, 0), (8, 5120, 0)],
+)
+def test_forwards_whose_warps_take_turns(batch: int, channels: int, rings: int) -> None:
+    variant, count = variants.forward_plan(16, batch, 2048, channels, PROCESSORS)
+    assert (variant.source == "chained") == (rings > 0)
+    if rings:
+        assert (variant.rings, count) == (rings, 1)
+        assert variant.warps // rings >= 2, "a warp hands its state over to another"
