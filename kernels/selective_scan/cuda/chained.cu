@@ -12,12 +12,15 @@ constexpr int SLOTS = WARPS / RINGS;  // warps of a ring
 
 struct Warp {
     alignas(16) scalar raw[2][TENSORS][RAW];  // the tensors as they are: this chunk and the warp's next one
-    alignas(16) float B[DTYPE == 0 ? 4 : RAW];
-    alignas(16) float C[DTYPE == 0 ? 4 : RAW];
-    alignas(16) float delta[WARP_TILE];   // Δ; later C·h
-    alignas(16) float driven[WARP_TILE];  // Δ·x
-    alignas(16) float D[WARP_CHANNELS];
-    alignas(16) float bias[WARP_CHANNELS];
+    union {
+        struct {
+            alignas(16) float delta[WARP_TILE];   // Δ
+            alignas(16) float driven[WARP_TILE];  // Δ·x
+            alignas(16) float B[RAW];
+            alignas(16) float C[RAW];
+        };
+        alignas(16) float sums[STATE_LANES][WARP_TILE];  // C·h of the states of each lane of a channel
+    };
     alignas(16) float resets[2][TILE];
     alignas(16) float state[CHANNELS * PER_LANE * 32];  // that enters the chunk, from the warp before
 };
@@ -61,9 +64,15 @@ struct Share {
 __device__ __forceinline__ void left_for(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void wait_for(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
 
-__device__ __forceinline__ void to_floats(float* to, const scalar* from) {
+// Keeps a number in a register: the compiler would rather compute it again and again.
+__device__ __forceinline__ int kept(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+__device__ __forceinline__ void to_floats(float* to, const scalar* from, int lane) {
 #pragma unroll
-    for (int i = threadIdx.x % 32 * VECTOR; i < RAW; i += 32 * VECTOR) vector_at(to + i) = load_vector(from + i);
+    for (int i = 0; i < RAW; i += 32 * VECTOR) vector_at(to + i + lane * VECTOR) = load_vector(from + i + lane * VECTOR);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
@@ -75,10 +84,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
     i64 length_, i64 channels_, i64 states_, i64 groups, i64 units, i64 blocks, i64 dt_softplus) {
     const int length = length_, channels = channels_, states = states_;
     extern __shared__ char memory[];
-    Warp* const warps = reinterpret_cast<Warp*>(memory);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ring = warp % RINGS;
+    const int lane = kept(threadIdx.x % 32), warp = threadIdx.x / 32, ring = warp % RINGS;
     const int slot = warp / RINGS, next_warp = slot + 1 < SLOTS ? warp + RINGS : ring;
-    Warp& own = warps[warp];
+    Warp& own = *reinterpret_cast<Warp*>(memory + warp * sizeof(Warp));
+    // Where the next warp of the ring looks for the lane's states.
+    float* const handed = reinterpret_cast<Warp*>(memory + kept(next_warp * sizeof(Warp) + lane * 16))->state;
     const int state0 = lane / CHANNEL_LANES * PER_LANE;   // the lane's first state
     const int lane_at = lane % CHANNEL_LANES * CHANNELS;  // its first channel in the unit
     const int chunks = (length + TILE - 1) / TILE;
@@ -133,17 +143,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
         if constexpr (PACKED)
             load_resets<32>(own.resets[buffer], seq_idx + next.batch * seq_batch, seq_time, start, rows);
     };
-    constexpr int SUMS = TILE * CHANNELS;
-    constexpr int LANE_SUMS = SUMS / STATE_LANES;
-    static_assert(LANE_SUMS % CHANNELS == 0);
-    const Spread spread = spread_index<SUMS, CHANNEL_LANES, 32>(lane);
     const int row0 = lane / ROW_VECTORS, vector_channel = lane % ROW_VECTORS * VECTOR;  // of the phases without states
     float a[CHANNELS][PER_LANE];
+    Floats<VECTOR> bias, skip;  // D
 
     left -= slot;
     if (left <= 0) return;
     seek(0, slot);
     fetch(0);
+    static_assert(EVEN_VECTORS && RAW % (32 * VECTOR) == 0);
     int buffer = 0;
     for (int known = -1; left > 0; left -= SLOTS, buffer ^= 1) {
         const Piece at = next;
@@ -157,10 +165,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
         }
         if (at.index != known) {
             known = at.index;
-            for (int c = lane; c < WARP_CHANNELS; c += 32) {
-                const int which = at.channel0 + c;
-                own.D[c] = D != nullptr && which < channels ? D[which] : 0.f;
-                own.bias[c] = dt_bias != nullptr && which < channels ? dt_bias[which] : 0.f;
+#pragma unroll
+            for (int k = 0; k < VECTOR; ++k) {
+                const int which = at.channel0 + vector_channel + k;
+                skip[k] = (D != nullptr && which < channels ? D[which] : 0.f) + 0.f;
+                bias[k] = (dt_bias != nullptr && which < channels ? dt_bias[which] : 0.f) + 0.f;
             }
 #pragma unroll
             for (int k = 0; k < CHANNELS; ++k)
@@ -175,9 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
 #pragma unroll
         for (int j = 0; j < LANE_VECTORS; ++j) {
             const int i = j * 32 + lane, t = j * (32 / ROW_VECTORS) + row0;
-            if (!EVEN_VECTORS && i >= TILE * ROW_VECTORS) break;
             Floats<VECTOR> d = load_vector(raw[1] + i * VECTOR), value = load_vector(raw[0] + i * VECTOR);
-            Floats<VECTOR> bias = vector_at(own.bias + vector_channel);
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) {
                 d[k] += bias[k];
@@ -189,12 +196,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
             // Past the end nothing changes: x and B are 0 there.
             if (rows < TILE && t >= rows) vector_at(own.delta + i * VECTOR) = Floats<VECTOR>{};
         }
-        if constexpr (DTYPE != 0) {
-            to_floats(own.B, raw[2]);
-            to_floats(own.C, raw[3]);
-        }
-        const float* B_tile = DTYPE == 0 ? reinterpret_cast<const float*>(raw[2]) : own.B;
-        const float* C_tile = DTYPE == 0 ? reinterpret_cast<const float*>(raw[3]) : own.C;
+        to_floats(own.B, raw[2], lane);
+        to_floats(own.C, raw[3], lane);
         __syncwarp();
 
         // What a state of 0 gives: y, and the state after the chunk. What a state that enters adds to y is `carried` · it.
@@ -206,8 +209,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
             float reset = PACKED ? own.resets[buffer][t] : 0.f;
 #pragma unroll
             for (int s0 = 0; s0 < PER_LANE; s0 += 4) {
-                Floats<4> b = *reinterpret_cast<const Floats<4>*>(B_tile + t * STATES + state0 + s0);
-                Floats<4> c = *reinterpret_cast<const Floats<4>*>(C_tile + t * STATES + state0 + s0);
+                Floats<4> b = *reinterpret_cast<Floats<4>*>(own.B + t * STATES + state0 + s0);
+                Floats<4> c = *reinterpret_cast<Floats<4>*>(own.C + t * STATES + state0 + s0);
 #pragma unroll
                 for (int k = 0; k < CHANNELS; ++k)
 #pragma unroll
@@ -263,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
                 for (int i = 0; i < 4; ++i) {
                     out[i] = h[k][s + i] = fmaf(decay[k][s + i], in[k][s + i], h[k][s + i]);
                 }
-                *reinterpret_cast<Floats<4>*>(warps[next_warp].state + (k * PER_LANE + s) * 32 + lane * 4) = out;
+                *reinterpret_cast<Floats<4>*>(handed + (k * PER_LANE + s) * 32) = out;
             }
         if (left > 1) left_for(next_warp);
         if (at.chunk + 1 == at.end) {
@@ -302,14 +305,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
             for (int k = 0; k < CHANNELS; ++k)
 #pragma unroll
                 for (int s = 0; s < PER_LANE; ++s) sums[t][k] = fmaf(carried[t][k][s], in[k][s], sums[t][k]);
-        sum_lanes<SUMS, CHANNEL_LANES, 32>(&sums[0][0], lane);
+        // Every second lane of a channel swaps neighbouring rows: half a warp then writes to all banks of the memory.
+        const int swap = lane / CHANNEL_LANES % 2 * WARP_CHANNELS;
+        float* const even = own.sums[lane / CHANNEL_LANES] + lane_at + swap;
+        float* const odd = own.sums[lane / CHANNEL_LANES] + lane_at + WARP_CHANNELS - swap;
 #pragma unroll
-        for (int i = 0; i < LANE_SUMS; i += CHANNELS) {
+        for (int t = 0; t < TILE; ++t) {
             Floats<CHANNELS> out;
 #pragma unroll
-            for (int k = 0; k < CHANNELS; ++k) out[k] = (&sums[0][0])[i + k];
-            float* to = own.delta + (spread.first + i) / CHANNELS * WARP_CHANNELS + lane_at;
-            *reinterpret_cast<Floats<CHANNELS>*>(to) = out;
+            for (int k = 0; k < CHANNELS; ++k) out[k] = sums[t][k];
+            *reinterpret_cast<Floats<CHANNELS>*>((t % 2 ? odd : even) + t / 2 * 2 * WARP_CHANNELS) = out;
         }
         __syncwarp();
 
@@ -317,13 +322,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_chained(
 #pragma unroll
         for (int j = 0; j < LANE_VECTORS; ++j) {
             const int i = j * 32 + lane, t = j * (32 / ROW_VECTORS) + row0;
-            if (!EVEN_VECTORS && i >= TILE * ROW_VECTORS) break;
-            Floats<VECTOR> out = vector_at(own.delta + i * VECTOR), value = load_vector(raw[0] + i * VECTOR);
-            Floats<VECTOR> skip = vector_at(own.D + vector_channel);
+            Floats<VECTOR> out{}, value = load_vector(raw[0] + i * VECTOR);
+#pragma unroll
+            for (int n = 0; n < STATE_LANES; ++n) {
+                Floats<VECTOR> part = vector_at(own.sums[n] + (t ^ n % 2) * WARP_CHANNELS + vector_channel);
+#pragma unroll
+                for (int k = 0; k < VECTOR; ++k) out[k] = n == 0 ? part[k] : out[k] + part[k];
+            }
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) out[k] = fmaf(skip[k], value[k], out[k]);
             const int valid = t < rows ? exist : 0;
-            const i64 to = (i64(at.batch) * length + (at.chunk * TILE + t)) * channels + (at.channel0 + vector_channel);
+            const int row = at.batch * length + at.chunk * TILE + t;  // fewer than 2^31 of them: see variants.py
+            const i64 to = i64(row) * channels + (at.channel0 + vector_channel);
             if constexpr (GATED) {
                 if (ungated != nullptr) store_vector(ungated + to, out, valid);
                 Floats<VECTOR> gate = load_vector(raw[4] + i * VECTOR);

@@ -94,9 +94,7 @@ class Variant:
             sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars, 4 * block, 4 * block]
         elif self.source == "chained":
             lane = self.channels * self.per_lane
-            states = 4 if scalars == 4 else warp  # of B and C, which need no copy in fp32 where they are in fp32
-            sizes = [2 * (4 + gated) * warp * scalars] + [4 * states] * 2 + [4 * warp] * 2
-            sizes += [4 * self.warp_channels] * 2 + [8 * self.tile, 4 * lane * 32]
+            sizes = [2 * (4 + gated) * warp * scalars, 4 * 4 * warp, 8 * self.tile, 4 * lane * 32]
             return self.warps * sum(-(-size // 16) * 16 for size in sizes)
         elif self.source == "backward":
             chunks = max(1, self.tile // self.chunk - 1)
@@ -250,7 +248,7 @@ def forward_plan(states: int, batch: int, length: int, channels: int, processors
     """The forward kernel for a shape, and into how many segments of time its blocks are cut, done side by side."""
     n = padded(states)
     rings = batch * math.ceil(channels / 16) / processors
-    if n == 16 and CHAINED.least <= rings <= CHAINED.most and length >= CHAINED.steps:
+    if n == 16 and CHAINED.least <= rings <= CHAINED.most and CHAINED.steps <= length < 2**31 // batch:
         return chained_variant(batch, channels, processors), 1
     beside = Variant("forward", n, min(n, 16), channels=1, warps=4, tile=tile_steps(states), min_blocks=4)
     count = _side_by_side(beside, batch, length, channels, processors, FORWARD)

@@ -18,7 +18,7 @@ from kernels.selective_scan.cuda.variants import Variant
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 REGISTERS = 65536  # of a multiprocessor
 BLOCK_SHARED_BYTES = 99 * 1024  # the least that a block may have on these architectures
-SPILLED_BYTES = {"forward": 32, "backward": 64, "ends": 0, "chained": 0}
+SPILLED_BYTES = {"forward": 32, "backward": 64, "ends": 0, "chained": 64}
 BFLOAT16 = 2
 
 
