@@ -36,7 +36,7 @@ def test_shapes_of_an_h100(plan) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "channels", "rings"),
-    [(1, 1536, 1), (1, 2048, 1), (1, 5120, 2), (2, 2048, 2), (4, 2048, 4), (1, 1024, 0), (8, 5120, 0)],
+    [(1, 1536, 1), (1, 2048, 1), (1, 5120, 2), (2, 2048, 2), (4, 2048, 0), (1, 1024, 0), (8, 5120, 0)],
 )
 def test_forwards_whose_warps_take_turns(batch: int, channels: int, rings: int) -> None:
     variant, count = variants.forward_plan(16, batch, 2048, channels, PROCESSORS)
