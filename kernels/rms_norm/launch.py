@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.dispatch import alignment, processors, shared_bytes, triton_unsupported
 
 MAX_SIZE = 16384  # channels that a program holds in registers
-MANY = 2**20  # programs, when each is to do its rows once
+MANY = 2**20  # bytes of shared memory, more than a program uses
 
 
 class Shape(NamedTuple):
@@ -18,6 +18,14 @@ class Shape(NamedTuple):
 
     rows: int  # that a program has at once
     block: int  # channels of a piece of a row, a power of two
+    warps: int
+
+
+class LoopShape(NamedTuple):
+    """The same of a kernel whose programs walk over rows."""
+
+    rows: int
+    block: int
     warps: int
     programs: int  # of a multiprocessor
     stages: int  # rows that are on their way from memory at once
@@ -41,10 +49,10 @@ def forward_shape(size: int, gated: bool) -> Shape:
     block = piece(size)
     rows = max(1, 512 // block)
     each = 32 if gated and size > 4096 else 16  # channels of a thread, about
-    return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each), programs=MANY, stages=1)
+    return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each))
 
 
-def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) -> Shape:
+def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) -> LoopShape:
     """The backward kernel for groups of `size` channels, which reads `row_bytes` for each channel of a row.
 
     shared_bytes: what a program may have of shared memory, where rows wait for their turn.
@@ -56,7 +64,7 @@ def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) ->
     stages = 3 if gated or alone or size <= 1024 else 2
     stages = max(1, min(stages, 1 + shared_bytes // (row * row_bytes)))
     warps = 16 if size > 8192 else min(8, _warps(row // 256))
-    return Shape(rows, block, warps, programs=1 if alone else 2, stages=stages)
+    return LoopShape(rows, block, warps, programs=1 if alone else 2, stages=stages)
 
 
 def piece(size: int) -> int:
@@ -151,14 +159,14 @@ def _forward(
     strides = [0 if t is None else t.stride(0) for t in (x, residual, z)]
     align = _alignment(size, strides, (x, residual, z, total))
     launch = forward_shape(size, z is not None)
-    programs, span = _programs(x, groups, launch)
+    programs = -(-x.shape[0] // launch.rows) * groups
     if programs:
         with torch.cuda.device_of(x):
-            forward_kernel[(programs * groups,)](
+            forward_kernel[(programs,)](
                 *(x, residual, z, weight, y, total, inverse_rms),
                 *(stride // align for stride in strides),
-                *(x.shape[0], size // align, groups, span, eps),
-                *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows, launch.stages),
+                *(x.shape[0], size // align, groups, eps),
+                *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows),
                 num_warps=launch.warps,
             )
     return y, y if total is None else total, inverse_rms
@@ -221,7 +229,7 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _programs(x: Tensor, groups: int, launch: Shape) -> tuple[int, int]:
+def _programs(x: Tensor, groups: int, launch: LoopShape) -> tuple[int, int]:
     """How many programs share the rows of a group, and how many rows each gets: a multiple of what it has at once."""
     rows = x.shape[0]
     most = max(1, (processors(x.device.index) if x.is_cuda else 1) * launch.programs // groups)
