@@ -61,7 +61,8 @@ def row(batch: int, length: int, channels: int, peers: list[Callable[..., Tensor
     for part, floor in enumerate(floors):
         times = [None if pair is None else graph_time(pair[part]) for pair in both]
         assert times[0] is not None
-        text += f" | {' '.join(shown(time) for time in times)} {floor:6.3f} {times[0].median / floor:5.2f}x"
+        ratio = "     -" if times[1] is None else f"{times[1].median / times[0].median:5.2f}x"
+        text += f" | {' '.join(shown(time) for time in times)} {ratio} {floor:6.3f} {times[0].median / floor:5.2f}x"
     eager = [None if pair is None else eager_time(pair[1]) for pair in both]
     return text + " | " + " ".join("       -" if time is None else f"{time:8.3f}" for time in eager)
 
@@ -102,7 +103,8 @@ def main() -> None:
     peers, rate = [official(), pytorch], copy_bytes_per_second()
     print(f"torch {torch.__version__}; bf16, width {WIDTH}, bias and SiLU, channel last; official: causal-conv1d")
     print(f"copy {rate / 1e12:.2f} TB/s; times in ms; floor: every activation and gradient once at that rate")
-    print("forward, then forward + backward: ours, official, PyTorch, floor, ours / floor; then eager f+b of the three")
+    print("forward, then forward + backward: ours, official, PyTorch, official / ours, floor, ours / floor;")
+    print("then eager forward + backward of the three")
     print("  b      l     d")
     rows = list(ROWS)
     if not quick:
