@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import alignment, processors, shared_bytes, triton_unsupported
+from kernels.dispatch import alignment, early_start, processors, shared_bytes, triton_unsupported
 
 MAX_SIZE = 16384  # channels that a program holds in registers
 MANY = 2**20  # bytes of shared memory, more than a program uses
@@ -46,8 +46,10 @@ class LoopShape(NamedTuple):
 
 def forward_shape(size: int, gated: bool) -> Shape:
     """The forward kernel for groups of `size` channels: each program has its rows once."""
+    if not gated and 1024 < size <= 8192:
+        return Shape(rows=1, block=_power_of_two(size), warps=8)
     block = piece(size)
-    rows = max(1, 512 // block)
+    rows = max(1, 512 // block) if size <= 512 else 1
     each = 32 if gated and size > 4096 else 16  # channels of a thread, about
     return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each))
 
@@ -168,6 +170,7 @@ def _forward(
                 *(x.shape[0], size // align, groups, eps),
                 *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows),
                 num_warps=launch.warps,
+                **early_start(x),
             )
     return y, y if total is None else total, inverse_rms
 
