@@ -31,14 +31,17 @@ class LoopShape(NamedTuple):
     stages: int  # rows that are on their way from memory at once
 
 
-# Milliseconds on an H100, bf16, 16,384 rows, of the best shapes and a few near them; shapes as (block, warps, programs,
-# stages), one row at a time.
+# Milliseconds on an H100, bf16, 16,384 rows or as told, of the best shapes and a few near them; shapes as (block,
+# warps, programs, stages), one row at a time. The forward was timed without its early start.
 #
-#   add, forward     768  (1024, 2) .0534   (512, 1) .0539   (256, 2) .0551
-#                   2560  (1024, 4) .1719   (512, 4) .1733   (1024, 2) .1738   with 16 programs .1834
-#   gated, forward  5120  (2048, 4) .1668   (512, 8) .1785   (1024, 4) .1808   with 16 programs .1747
-#                   1536  (512, 4) .0534   (2048, 4) .0538   (256, 2) .0541
-#                   4096  (4096, 8) .1350   (2048, 8) .1351   (4096, 4) .1362
+#   add, forward     608  (128, 1) .0184   (256, 1) .0185   2 rows of (256, 2) .0189   (1024, 2) .0189   (7,328 rows)
+#                    768  (256, 2) .0527   (1024, 2) .0528   (256, 1) .0530
+#                   2560  (4096, 8) .1691   (1024, 4) .1698   (512, 4) .1700
+#                   4400  (8192, 8) .1617   (8192, 16) .1623   (2048, 8) .1630   (1024, 8) .1636   (9,108 rows)
+#                   5120  (8192, 16) .3354   (8192, 8) .3358   (2048, 8) .3371
+#   gated, forward  1536  2 rows of (2048, 8) .0520   (2048, 4) .0521   (512, 4) .0523
+#                   4096  (2048, 16) .1335   (1024, 4) .1341   (4096, 8) .1342
+#                   5120  (2048, 16) .1659   (2048, 4) .1661   (1024, 8) .1667
 #   add, backward    768  (1024, 8, 2, 3) .0837   4 rows of (256, 16, 1, 3) .0791
 #                   2560  (1024, 4, 2, 2) .2444   (1024, 4, 1, 3) .2455   (512, 8, 2, 2) .2456
 #   gated, backward 5120  (1024, 8, 1, 3) .3090   (2048, 8, 2, 3) .3104   (1024, 8, 3, 3) .3223
