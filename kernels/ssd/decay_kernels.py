@@ -27,8 +27,13 @@ def decay_planes(decays, plane):
 
 @triton.jit
 def sum_planes(sums, plane):
-    """Where the planes of `sums` begin: read, written / Δ, from_state, to_state / Δ, own."""
-    return sums, sums + plane, sums + 2 * plane, sums + 3 * plane, sums + 4 * plane
+    """Where the planes of `sums` begin.
+
+    What is read of earlier positions of a block, and what is written for later ones, / Δ; the same beside the block
+    before, and for the next; the same by way of states; own: y_grad·x.
+    """
+    near, far = sums + 2 * plane, sums + 4 * plane
+    return sums, sums + plane, near, near + plane, far, far + plane, far + 2 * plane
 
 
 @triton.jit(
@@ -121,7 +126,7 @@ def begins_document(seq_idx, t, seq_row, length):
 @triton.jit(
     do_not_specialize=[
         *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head"),
-        *("dt_min", "dt_max", "length", "heads", "group_heads", "chunks"),
+        *("dt_min", "dt_max", "length", "heads", "group_heads", "padded", "blocks"),
     ]
 )
 def delta_kernel(
@@ -144,44 +149,48 @@ def delta_kernel(
     length,
     heads,
     group_heads,
-    chunks,
+    padded,
+    blocks,
     SOFTPLUS: tl.constexpr,
     Q: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The gradient of dt of one chunk, and the chunk's parts of those of A, dt_bias and a D of one number per head.
+    """The gradient of dt of one block, and the block's parts of those of A, dt_bias and a D of one number per head.
 
     The gradient of a decay's logarithm is what all products that the decay is part of add to the loss: those that
     begin before it and are read at it or later. What position s wrote adds to the gradient of Δ[s] by way of later
-    positions of the chunk (written), the state (to_state), and itself (own). parts: (batch x chunks, 3, head) fp32.
-    Programs: (batch x chunks, heads / HEADS).
+    positions of its block (written), of later blocks (to_later), and itself (own). sums, own_products, through: what
+    `flows_kernel` left; parts: (batch x blocks, 3, head) fp32.
+    Programs: (batch x blocks, heads / HEADS).
     """
-    batch = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
-    t = chunk * Q + tl.arange(0, Q)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    t = block * Q + tl.arange(0, Q)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_head = (head < heads)[None, :]
     mask = (t < length)[:, None] & is_head
-    padded = chunks.to(tl.int64) * Q
-    plane = tl.num_programs(0) // chunks * heads * padded
+    padded = padded.to(tl.int64)
+    plane = tl.num_programs(0) // blocks * heads * padded
     place = (batch * heads + head)[None, :] * padded + t[:, None]
     _, _, deltas, _, _ = decay_planes(decays, plane)
-    reads, writtens, from_states, to_states, owns = sum_planes(sums, plane)
-    delta = tl.load(deltas + place, mask=is_head, other=0.0)
-    written = tl.load(writtens + place, mask=is_head, other=0.0)
-    to_state = tl.load(to_states + place, mask=is_head, other=0.0)
-    own = tl.load(owns + place, mask=is_head, other=0.0)
+    reads, writtens, near_reads, near_writtens, from_states, to_states, owns = sum_planes(sums, plane)
+    delta = tl.load(deltas + place, mask=mask, other=0.0)
+    written = tl.load(writtens + place, mask=mask, other=0.0)
+    to_later = tl.load(to_states + place, mask=mask, other=0.0)
+    to_later += tl.load(near_writtens + place, mask=mask & (block < blocks - 1), other=0.0)
+    own = tl.load(owns + place, mask=mask, other=0.0)
     groups = heads // group_heads
     own_place = (batch * groups + head // group_heads)[None, :] * padded + t[:, None]
-    own_product = tl.load(own_products + own_place, mask=is_head, other=0.0)
-    delta_grad = written + to_state + own * own_product
-    read = tl.load(reads + place, mask=is_head, other=0.0).to(tl.float64) - (delta * written).to(tl.float64)
-    read += tl.load(from_states + place, mask=is_head, other=0.0).to(tl.float64)
-    to_state = (delta * to_state).to(tl.float64)
-    passed = tl.load(through + (batch * heads + head) * chunks + chunk, mask=head < heads, other=0.0)
+    own_product = tl.load(own_products + own_place, mask=mask, other=0.0)
+    delta_grad = written + to_later + own * own_product
+    read = tl.load(reads + place, mask=mask, other=0.0).to(tl.float64) - (delta * written).to(tl.float64)
+    read += tl.load(near_reads + place, mask=mask & (block > 0), other=0.0).to(tl.float64)
+    read += tl.load(from_states + place, mask=mask, other=0.0).to(tl.float64)
+    to_later = (delta * to_later).to(tl.float64)
+    passed = tl.load(through + (batch * heads + head) * blocks + block, mask=head < heads, other=0.0)
 
     from_here = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
-    until_here = tl.cumsum(to_state, axis=0) - to_state
+    until_here = tl.cumsum(to_later, axis=0) - to_later
     power_grad = (from_here + until_here + passed.to(tl.float64)[None, :]).to(tl.float32)
     rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32)
     raw = raw_delta(dt + batch * dt_batch, dt_bias, t, head, mask, dt_row, dt_head)

@@ -38,6 +38,7 @@ class Shape(NamedTuple):
 FORWARD = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=2)
 STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
 GRADIENTS = Shape(chunk=64, head_dim=128, states=128, warps=8, stages=3)
+FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=8, stages=2)  # a chunk: one or two of GRADIENTS
 MAX_GRADIENTS_STATE = 64 * 128  # numbers of a head's state in a program of `gradients_kernel`
 
 
@@ -47,13 +48,16 @@ class Shapes(NamedTuple):
     forward: Shape
     states: Shape
     gradients: Shape
+    flows: Shape
 
 
 def shapes(x: Tensor, B: Tensor) -> Shapes:
     """Smaller tiles and fewer stages where those of the table would not fit into shared memory."""
-    forward, states, gradients, large = FORWARD, STATES, GRADIENTS, has_large_shared_memory(x.device.index)
+    forward, states, gradients, flows = FORWARD, STATES, GRADIENTS, FLOWS
+    large = has_large_shared_memory(x.device.index)
     wide = block(x.shape[3]) > 64
     gradients = gradients._replace(states=min(gradients.states, MAX_GRADIENTS_STATE // block(x.shape[3])))
+    flows = flows._replace(states=gradients.states)
     if wide or not large:
         gradients = gradients._replace(stages=min(2, gradients.stages))
     if not large and (wide or B.shape[3] > gradients.states):
@@ -62,7 +66,8 @@ def shapes(x: Tensor, B: Tensor) -> Shapes:
         forward = forward._replace(chunk=min(32, forward.chunk), head_dim=32, stages=1)
         states = states._replace(states=64, stages=1)
         gradients = gradients._replace(chunk=min(16 if wide else 32, gradients.chunk), stages=1)
-    return Shapes(forward, states, gradients)
+        flows = flows._replace(chunk=gradients.chunk, stages=1)
+    return Shapes(forward, states, gradients, flows)
 
 
 def unsupported(x: Tensor, dt_min: float) -> str | None:

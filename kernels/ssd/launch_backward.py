@@ -13,7 +13,7 @@ from kernels.launcher import launch
 from kernels.ssd.launch import (
     DECAY_HEADS,
     DECAY_WARPS,
-    Shape,
+    Shapes,
     block,
     make_decays,
     of_states,
@@ -66,29 +66,32 @@ def backward(
     y_grad = torch.zeros_like(x) if y_grad is None else unit(y_grad, dtype)
     assert y_grad is not None
     A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))  # type: ignore[assignment]
-    shape = shapes(x, B).gradients
-    chunks = -(-length // shape.chunk)
+    shape = shapes(x, B)
+    chunks, blocks = -(-length // shape.gradients.chunk), -(-length // shape.flows.chunk)
     with torch.cuda.device_of(x):
         z_grad = x.new_empty((0,))
         if z is not None:
             y_grad, z_grad = _gate_backward(y_grad, ungated, z)
         if outputs is None:
             outputs = Outputs(*(torch.empty(t.shape, dtype=t.dtype, device=device) for t in (x, dt, B, C)))
-        parts = torch.empty((batch * chunks, 3, heads), dtype=torch.float32, device=device)
+        parts = torch.empty((batch * blocks, 3, heads), dtype=torch.float32, device=device)
         D_parts = None
         if D is not None and D.dim() == 2:
             D_parts = torch.empty((batch * chunks, heads * head_dim), dtype=torch.float32, device=device)
-        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, dtype)
+        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.gradients.chunk, dtype)
         initial = starts[0] if starts.numel() else None
         initial_grad, *sums = _of_all_states(
             y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, outputs, shape
         )
         launch(
             delta_kernel,
-            (batch * chunks, -(-heads // DECAY_HEADS)),
+            (batch * blocks, -(-heads // DECAY_HEADS)),
             (dt, A, dt_bias, decays, *sums, outputs.dt, parts),
-            (*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max, length, heads, heads // B.shape[2], chunks),
-            (dt_softplus, shape.chunk, DECAY_HEADS),
+            (
+                *(*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max),
+                *(length, heads, heads // B.shape[2], decays.shape[3], blocks),
+            ),
+            (dt_softplus, shape.flows.chunk, DECAY_HEADS),
             DECAY_WARPS,
         )
         A_grad, bias_grad, D_grad = _head_sums(parts)
@@ -110,10 +113,10 @@ def _of_all_states(
     initial: Tensor | None,
     final_state_grad: Tensor | None,
     outputs: Outputs,
-    shape: Shape,
+    shape: Shapes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fill outputs but for dt, and D_parts; return the gradient of the initial state, sums, own_products, through."""
-    blocks = state_blocks(B.shape[3], shape.states)
+    blocks = state_blocks(B.shape[3], shape.gradients.states)
     if len(blocks) == 1:
         return _run(y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, None, outputs, shape)
     others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
@@ -150,47 +153,92 @@ def _run(
     final_state_grad: Tensor | None,
     before: Tensor | None,
     outputs: Outputs,
-    shape: Shape,
+    shape: Shapes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of one block of states; before: the gradient of x by others, which is added."""
-    from kernels.ssd.backward_kernels import gradients_kernel
+    (batch, length, heads, head_dim), states = x.shape, B.shape[3]
+    chunk, chunks = shape.gradients.chunk, decays.shape[3] // shape.gradients.chunk
+    initial_grad = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
+    carried = (torch.empty((batch, chunks, heads, states, head_dim), dtype=x.dtype, device=x.device) for _ in range(2))
+    inputs = (y_grad, x, B, C, decays, *carried)
+    first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
+    walk(x, B, decays, (y_grad, C), (first, last_grad), (*inputs[-2:], initial_grad, None), chunk)
+    sums = _flows(*inputs, shape)  # first, as outputs may lie where x, B and C do
+    _gradients(*inputs, D, D_parts, before, outputs, shape)
+    return initial_grad, *sums
 
-    (batch, length, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
-    chunk, chunks = shape.chunk, decays.shape[3] // shape.chunk
-    p, n = block(head_dim), block(states)
-    parts = _parts(batch * chunks * groups, heads // groups, processors(x.device.index))
-    part_heads = -(-heads // groups // parts)
+
+def _flows(
+    y_grad: Tensor, x: Tensor, B: Tensor, C: Tensor, decays: Tensor, starts: Tensor, end_grads: Tensor, shape: Shapes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `delta_kernel` needs: sums, own_products, through."""
+    from kernels.ssd.flow_kernels import flows_kernel
+
+    (batch, length, heads, head_dim), (groups, states), padded = x.shape, B.shape[2:], decays.shape[3]
+    chunk, flows = shape.gradients.chunk, shape.flows
+    blocks, p, n = -(-length // flows.chunk), block(head_dim), block(states)
+    parts = _parts(2 * batch * blocks * groups, heads // groups, processors(x.device.index))
 
     def buffer(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=x.device)
 
-    initial_grad, carried = buffer(batch, heads, head_dim, states), (batch, chunks, heads, states, head_dim)
-    starts, end_grads = (torch.empty(carried, dtype=x.dtype, device=x.device) for _ in range(2))
-    first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
-    walk(x, B, decays, (y_grad, C), (first, last_grad), (starts, end_grads, initial_grad, None), chunk)
+    sums = buffer(7, batch, heads, padded), buffer(batch, groups, padded), buffer(batch, heads, blocks)
+    strides = [s for t in (y_grad, x, B, C) for s in t.stride()[:3]]
+    align = alignment(head_dim, states, *strides)
+    sizes = (length, heads, heads // groups, head_dim // align, states // align, padded // chunk, blocks, parts)
+    launch(
+        flows_kernel,
+        (batch * (blocks + 2) * groups * parts * 3, 1),
+        (y_grad, x, B, C, decays, starts, end_grads, *sums),
+        (*[stride // align for stride in strides], *sizes, -(-heads // groups // parts)),
+        (head_dim == p and states == n, x.dtype == torch.float32, align, chunk, flows.chunk, p, n, flows.stages),
+        flows.warps,
+    )
+    return sums
+
+
+def _gradients(
+    y_grad: Tensor,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    decays: Tensor,
+    starts: Tensor,
+    end_grads: Tensor,
+    D: Tensor | None,
+    D_parts: Tensor | None,
+    before: Tensor | None,
+    outputs: Outputs,
+    shape: Shapes,
+) -> None:
+    """Fill outputs but for dt, and D_parts."""
+    from kernels.ssd.backward_kernels import gradients_kernel
+
+    (batch, length, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
+    table, chunk = shape.gradients, shape.gradients.chunk
+    chunks, p, n = decays.shape[3] // chunk, block(head_dim), block(states)
+    parts = _parts(batch * chunks * groups, heads // groups, processors(x.device.index))
     BC_grads = [outputs.B.unsqueeze(0), outputs.C.unsqueeze(0)]
     if parts > 1:
-        BC_grads = [buffer(parts, batch, length, groups, states) for _ in "BC"]
-    sums, through = buffer(5, batch, heads, chunks * chunk), buffer(batch, heads, chunks)
-    own_products = buffer(batch, groups, chunks * chunk)
+        of_parts = (parts, batch, length, groups, states)
+        BC_grads = [torch.empty(of_parts, dtype=torch.float32, device=x.device) for _ in "BC"]
+    programs = batch * chunks * groups * parts
+    scratch = torch.empty((programs, chunk, chunk), dtype=torch.float32, device=x.device)
     strides = [s for t in (y_grad, x, B, C) for s in t.stride()[:3]]
     strides += [*outputs.x.stride()[:2], *BC_grads[0].stride()[:4]]
     align = alignment(head_dim, states, *strides)
-    programs, whole = batch * chunks * groups * parts, head_dim == p and states == n
-    inputs = (y_grad, x, B, C, D, decays, starts, end_grads, before)
-    sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads)
+    sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks, parts)
     launch(
         gradients_kernel,
         (programs, 1),
-        (*inputs, outputs.x, *BC_grads, sums, own_products, through, D_parts, buffer(programs, chunk, chunk)),
-        (*[stride // align for stride in strides], *sizes),
-        (whole, x.dtype == torch.float32, align, chunk, p, n, shape.stages),
-        shape.warps,
+        (y_grad, x, B, C, D, decays, starts, end_grads, before, outputs.x, *BC_grads, D_parts, scratch),
+        (*[stride // align for stride in strides], *sizes, -(-heads // groups // parts)),
+        (head_dim == p and states == n, x.dtype == torch.float32, align, chunk, p, n, table.stages),
+        table.warps,
     )
     if parts > 1:
         for grad, summed in zip(BC_grads, (outputs.B, outputs.C), strict=True):
             summed.copy_(grad.sum(0))
-    return initial_grad, sums, own_products, through
 
 
 @functools.cache

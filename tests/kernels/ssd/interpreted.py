@@ -30,6 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "FORWARD", launch.Shape(chunk=16, head_dim=16, states=128, warps=4, stages=1))
     monkeypatch.setattr(launch, "STATES", launch.Shape(chunk=16, head_dim=16, states=16, warps=4, stages=1))
     monkeypatch.setattr(launch, "GRADIENTS", launch.Shape(chunk=16, head_dim=128, states=128, warps=4, stages=1))
+    monkeypatch.setattr(launch, "FLOWS", launch.Shape(chunk=32, head_dim=128, states=128, warps=4, stages=1))
 
 
 def typed(inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
