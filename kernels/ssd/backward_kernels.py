@@ -5,7 +5,7 @@ import triton.language as tl
 
 from kernels.ssd.decay_kernels import decay_planes
 from kernels.ssd.forward_kernels import product, tile
-from kernels.triton_math import sigmoid
+from kernels.triton_math import exp2, sigmoid
 
 
 @triton.jit(
@@ -29,6 +29,7 @@ def gradients_kernel(
     x_grad,
     B_grad,
     C_grad,
+    owns,
     D_parts,
     scratch,
     y_grad_batch,
@@ -69,8 +70,8 @@ def gradients_kernel(
 
     starts, end_grads: what `states_kernel` left. x_grad like x, with neighbouring heads; before: that of other states,
     which is added, in fp32, (batch, length, head, head_dim), None for none, may be x_grad itself. Of equal strides,
-    B_grad and C_grad (part, batch, length, group, state); D_parts (batch, chunk, head, head_dim) fp32, None unless D is
-    per channel; scratch (program, Q, Q) fp32.
+    B_grad and C_grad (part, batch, length, group, state); owns (batch, head, padded) fp32: y_grad·x; D_parts
+    (batch, chunk, head, head_dim) fp32, None unless D is per channel; scratch (program, Q, Q) fp32.
     Programs: batch x chunks x groups x parts, the last fastest.
     """
     head_dim = head_dim * ALIGN
@@ -111,6 +112,7 @@ def gradients_kernel(
     padded = chunks.to(tl.int64) * Q
     plane = batches * heads * padded
     decays += batch * heads * padded + begin
+    owns += batch * heads * padded + begin
     size = head_dim * states
     starts += (batch * chunks + chunk) * heads * size
     end_grads += (batch * chunks + chunk) * heads * size
@@ -138,10 +140,10 @@ def gradients_kernel(
             end = tl.load(totals_low + Q - 1)
             power += total_t[None, :] - total_s[:, None]
             to_end += end - total_s
-        to_end = tl.exp2(to_end)
+        to_end = exp2(to_end)
 
         # Inside of the chunk.
-        decay = tl.exp2(tl.where(is_read, power, float("-inf")))
+        decay = exp2(tl.where(is_read, power, float("-inf")))
         products_grad += product(x_tile, tl.trans(grad), None, EXACT) * decay * delta[:, None]
         mixing = (products * decay).to(x_tile.dtype)
         written_grad = product(mixing, grad, None, EXACT)
@@ -156,6 +158,7 @@ def gradients_kernel(
         found = written_grad * delta[:, None] + by_state * delta[:, None]
         own_factor = own_product * delta
         grad_wide = grad.to(tl.float32)
+        tl.store(owns + head * padded + s, tl.sum(x_wide * grad_wide, axis=1))
         if D is not None:
             if D_parts is not None:
                 found += (
@@ -192,7 +195,7 @@ def gradients_kernel(
         from_start = tl.load(totals + t)
         if EXACT:
             from_start += tl.load(totals_low + t)
-        weighted_grad = (grad.to(tl.float32) * tl.exp2(from_start)[:, None]).to(grad.dtype)
+        weighted_grad = (grad.to(tl.float32) * exp2(from_start)[:, None]).to(grad.dtype)
         C_sum = product(weighted_grad, tl.trans(start), C_sum, EXACT)
     tl.store(C_grad + place, C_sum.to(C_grad.dtype.element_ty), mask=mask)
 

@@ -30,10 +30,10 @@ def sum_planes(sums, plane):
     """Where the planes of `sums` begin.
 
     What is read of earlier positions of a block, and what is written for later ones, / Δ; the same beside the block
-    before, and for the next; the same by way of states; own: y_grad·x.
+    before, and for the next; the same by way of states.
     """
     near, far = sums + 2 * plane, sums + 4 * plane
-    return sums, sums + plane, near, near + plane, far, far + plane, far + 2 * plane
+    return sums, sums + plane, near, near + plane, far, far + plane
 
 
 @triton.jit(
@@ -137,6 +137,7 @@ def delta_kernel(
     sums,
     own_products,
     through,
+    owns,
     dt_grad,
     parts,
     dt_grad_batch,
@@ -160,7 +161,7 @@ def delta_kernel(
     The gradient of a decay's logarithm is what all products that the decay is part of add to the loss: those that
     begin before it and are read at it or later. What position s wrote adds to the gradient of Δ[s] by way of later
     positions of its block (written), of later blocks (to_later), and itself (own). sums, own_products, through: what
-    `flows_kernel` left; parts: (batch x blocks, 3, head) fp32.
+    `flows_kernel` left; owns (batch, head, padded): y_grad·x; parts: (batch x blocks, 3, head) fp32.
     Programs: (batch x blocks, heads / HEADS).
     """
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -173,7 +174,7 @@ def delta_kernel(
     plane = tl.num_programs(0) // blocks * heads * padded
     place = (batch * heads + head)[None, :] * padded + t[:, None]
     _, _, deltas, _, _ = decay_planes(decays, plane)
-    reads, writtens, near_reads, near_writtens, from_states, to_states, owns = sum_planes(sums, plane)
+    reads, writtens, near_reads, near_writtens, from_states, to_states = sum_planes(sums, plane)
     delta = tl.load(deltas + place, mask=mask, other=0.0)
     written = tl.load(writtens + place, mask=mask, other=0.0)
     to_later = tl.load(to_states + place, mask=mask, other=0.0)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kernels.ssd.decay_kernels import decay_planes, sum_planes
 from kernels.ssd.forward_kernels import product, tile
+from kernels.triton_math import exp2
 
 
 @triton.jit
@@ -111,15 +112,35 @@ def flows_kernel(
     decays += batch * heads * padded
     sums += batch * heads * padded
 
-    if role < 2:
-        if (s_rows > 0) & (t_rows > 0):
+    if role == 0:
+        if s_rows > 0:
             products = product(B_tile, tl.trans(C_tile), None, EXACT)
-            is_own = (t[None, :] == s[:, None]) & (role == 0)
-            if (part == 0) & (role == 0):
-                own_product = tl.sum(tl.where(is_own, products, 0.0), axis=1)
+            if part == 0:
+                own_product = tl.sum(tl.where(t[None, :] == s[:, None], products, 0.0), axis=1)
                 place = own_products + (batch * groups + group) * padded + s_begin
                 tl.store(place + s, own_product, mask=s < s_rows)
-            products = tl.where((t[None, :] > s[:, None]) | (role == 1), products, 0.0)
+            products = tl.where(t[None, :] > s[:, None], products, 0.0)
+            for head in tl.range(first, last, num_stages=STAGES):
+                x_tile = tile(x + x_head * head, s, x_row, s_rows, p, head_dim, WHOLE)
+                grad = tile(y_grad + y_grad_head * head, t, y_grad_row, t_rows, p, head_dim, WHOLE)
+                totals, _, deltas, totals_low, _ = decay_planes(decays + head * padded + s_begin, plane)
+                delta = tl.load(deltas + s, mask=s < s_rows, other=0.0)
+                total_s, _ = block_totals(totals, s, s_rows, CHUNK, Q)
+                total_t, _ = block_totals(totals, t, t_rows, CHUNK, Q)
+                power = total_t[None, :] - total_s[:, None]
+                if EXACT:
+                    total_s, _ = block_totals(totals_low, s, s_rows, CHUNK, Q)
+                    total_t, _ = block_totals(totals_low, t, t_rows, CHUNK, Q)
+                    power += total_t[None, :] - total_s[:, None]
+                # (Where t < s it may be large, and is of no use.)
+                decay = exp2(tl.minimum(power, 0.0, propagate_nan=tl.PropagateNan.ALL))
+                pairs = product(x_tile, tl.trans(grad), None, EXACT) * products * decay
+                reads, writtens, _, _, _, _ = sum_planes(sums + head * padded + s_begin, plane)
+                tl.store(writtens + s, tl.sum(pairs, axis=1), mask=s < s_rows)
+                tl.store(reads + t, tl.sum(pairs * delta[:, None], axis=0), mask=t < t_rows)
+    elif role == 1:
+        if (s_rows > 0) & (t_rows > 0):
+            products = product(B_tile, tl.trans(C_tile), None, EXACT)
             for head in tl.range(first, last, num_stages=STAGES):
                 x_tile = tile(x + x_head * head, s, x_row, s_rows, p, head_dim, WHOLE)
                 grad = tile(y_grad + y_grad_head * head, t, y_grad_row, t_rows, p, head_dim, WHOLE)
@@ -127,21 +148,19 @@ def flows_kernel(
                 delta = tl.load(deltas + s_begin + s, mask=s < s_rows, other=0.0)
                 total_s, end = block_totals(totals + s_begin, s, s_rows, CHUNK, Q)
                 total_t, _ = block_totals(totals + t_begin, t, t_rows, CHUNK, Q)
-                power = total_t[None, :] + tl.where(role == 1, end - total_s, -total_s)[:, None]
+                to_end = end - total_s
                 if EXACT:
                     total_s, end = block_totals(totals_low + s_begin, s, s_rows, CHUNK, Q)
-                    total_t, _ = block_totals(totals_low + t_begin, t, t_rows, CHUNK, Q)
-                    power += total_t[None, :] + tl.where(role == 1, end - total_s, -total_s)[:, None]
-                grads = product(x_tile, tl.trans(grad), None, EXACT)
-                own = tl.sum(tl.where(is_own, grads, 0.0), axis=1)
-                # (Where t < s the power may be large, and is of no use.)
-                grads *= products * tl.exp2(tl.where(power > 0.0, 0.0, power))
-                written = tl.sum(grads, axis=1)
-                read = tl.sum(grads * delta[:, None], axis=0)
-                reads, writtens, next_reads, next_writtens, _, _, owns = sum_planes(sums + head * padded, plane)
-                tl.store(tl.where(role == 1, next_reads, reads) + t_begin + t, read, mask=t < t_rows)
-                tl.store(tl.where(role == 1, next_writtens, writtens) + s_begin + s, written, mask=s < s_rows)
-                tl.store(owns + s_begin + s, own, mask=(s < s_rows) & (role == 0))
+                    low, _ = block_totals(totals_low + t_begin, t, t_rows, CHUNK, Q)
+                    total_t += low
+                    to_end += end - total_s
+                from_start, to_end = exp2(total_t), exp2(to_end)
+                pairs = product(x_tile, tl.trans(grad), None, EXACT) * products
+                _, _, reads, writtens, _, _ = sum_planes(sums + head * padded, plane)
+                written = tl.sum(pairs * from_start[None, :], axis=1) * to_end
+                read = tl.sum(pairs * (delta * to_end)[:, None], axis=0) * from_start
+                tl.store(writtens + s_begin + s, written, mask=s < s_rows)
+                tl.store(reads + t_begin + t, read, mask=t < t_rows)
     else:
         size = head_dim * states
         inside = tl.minimum(tl.maximum(block, 0), blocks - 1)
@@ -176,11 +195,11 @@ def flows_kernel(
                 total_t += low
                 low, end = block_totals(totals_low + s_begin, s, s_rows, CHUNK, Q)
                 to_end += end - low
-            decay = tl.exp2(power)
+            decay = exp2(power)
             read = tl.sum(product(C_tile, start, None, EXACT) * grad.to(tl.float32), axis=1)
             written = tl.sum(product(B_tile, end_grad, None, EXACT) * x_tile.to(tl.float32), axis=1)
             passed = tl.sum(tl.sum(start.to(tl.float32) * end_grad.to(tl.float32), axis=1), axis=0)
-            _, _, _, _, from_states, to_states, _ = sum_planes(sums + head * padded, plane)
-            tl.store(from_states + t_begin + t, read * tl.exp2(total_t) * decay, mask=t < t_rows)
-            tl.store(to_states + s_begin + s, written * tl.exp2(to_end) * decay, mask=s < s_rows)
+            _, _, _, _, from_states, to_states = sum_planes(sums + head * padded, plane)
+            tl.store(from_states + t_begin + t, read * exp2(total_t) * decay, mask=t < t_rows)
+            tl.store(to_states + s_begin + s, written * exp2(to_end) * decay, mask=s < s_rows)
             tl.store(through + head * blocks, passed * decay, mask=rows > 0)

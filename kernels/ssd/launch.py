@@ -57,9 +57,10 @@ def shapes(x: Tensor, B: Tensor) -> Shapes:
     large = has_large_shared_memory(x.device.index)
     wide = block(x.shape[3]) > 64
     gradients = gradients._replace(states=min(gradients.states, MAX_GRADIENTS_STATE // block(x.shape[3])))
-    flows = flows._replace(states=gradients.states)
     if wide or not large:
         gradients = gradients._replace(stages=min(2, gradients.stages))
+    if not large:
+        flows = flows._replace(chunk=gradients.chunk, stages=1)
     if not large and (wide or B.shape[3] > gradients.states):
         gradients = gradients._replace(stages=1)
     if x.dtype == torch.float32:

@@ -80,13 +80,14 @@ def backward(
             D_parts = torch.empty((batch * chunks, heads * head_dim), dtype=torch.float32, device=device)
         decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.gradients.chunk, dtype)
         initial = starts[0] if starts.numel() else None
+        owns = torch.empty(decays.shape[1:], dtype=torch.float32, device=device)
         initial_grad, *sums = _of_all_states(
-            y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, outputs, shape
+            y_grad, x, B, C, D, (owns, D_parts), decays, initial, final_state_grad, outputs, shape
         )
         launch(
             delta_kernel,
             (batch * blocks, -(-heads // DECAY_HEADS)),
-            (dt, A, dt_bias, decays, *sums, outputs.dt, parts),
+            (dt, A, dt_bias, decays, *sums, owns, outputs.dt, parts),
             (
                 *(*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max),
                 *(length, heads, heads // B.shape[2], decays.shape[3], blocks),
@@ -108,17 +109,17 @@ def _of_all_states(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    D_parts: Tensor | None,
+    D_sums: tuple[Tensor, Tensor | None],
     decays: Tensor,
     initial: Tensor | None,
     final_state_grad: Tensor | None,
     outputs: Outputs,
     shape: Shapes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fill outputs but for dt, and D_parts; return the gradient of the initial state, sums, own_products, through."""
+    """Fill outputs but for dt, and D_sums; return the gradient of the initial state, sums, own_products, through."""
     blocks = state_blocks(B.shape[3], shape.gradients.states)
     if len(blocks) == 1:
-        return _run(y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, None, outputs, shape)
+        return _run(y_grad, x, B, C, D, D_sums, decays, initial, final_state_grad, None, outputs, shape)
     others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     initial_grads: list[Tensor] = []
     totals: list[Tensor] | None = None
@@ -127,14 +128,13 @@ def _of_all_states(
         before: Tensor | None = None if totals is None else others
         _, B_part, C_part, first = of_states(x, B, C, initial, states)
         last_grad = None if final_state_grad is None else final_state_grad[..., states]
-        skip = (D, D_parts) if is_last else (None, None)
+        skip = (D, D_sums) if is_last else (None, (D_sums[0], None))
         into = Outputs(outputs.x if is_last else others, outputs.dt, outputs.B[..., states], outputs.C[..., states])
         first_grad, *found = _run(y_grad, x, B_part, C_part, *skip, decays, first, last_grad, before, into, shape)
         initial_grads.append(first_grad)
         if totals is None:
             totals = found
         else:
-            found[0][-1] = 0  # dy·x, which is of no state
             for total, part in zip(totals, found, strict=True):
                 total += part
     assert totals is not None
@@ -147,7 +147,7 @@ def _run(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    D_parts: Tensor | None,
+    D_sums: tuple[Tensor, Tensor | None],
     decays: Tensor,
     initial: Tensor | None,
     final_state_grad: Tensor | None,
@@ -164,7 +164,7 @@ def _run(
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
     walk(x, B, decays, (y_grad, C), (first, last_grad), (*inputs[-2:], initial_grad, None), chunk)
     sums = _flows(*inputs, shape)  # first, as outputs may lie where x, B and C do
-    _gradients(*inputs, D, D_parts, before, outputs, shape)
+    _gradients(*inputs, D, D_sums, before, outputs, shape)
     return initial_grad, *sums
 
 
@@ -182,7 +182,7 @@ def _flows(
     def buffer(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=x.device)
 
-    sums = buffer(7, batch, heads, padded), buffer(batch, groups, padded), buffer(batch, heads, blocks)
+    sums = buffer(6, batch, heads, padded), buffer(batch, groups, padded), buffer(batch, heads, blocks)
     strides = [s for t in (y_grad, x, B, C) for s in t.stride()[:3]]
     align = alignment(head_dim, states, *strides)
     sizes = (length, heads, heads // groups, head_dim // align, states // align, padded // chunk, blocks, parts)
@@ -206,12 +206,12 @@ def _gradients(
     starts: Tensor,
     end_grads: Tensor,
     D: Tensor | None,
-    D_parts: Tensor | None,
+    D_sums: tuple[Tensor, Tensor | None],
     before: Tensor | None,
     outputs: Outputs,
     shape: Shapes,
 ) -> None:
-    """Fill outputs but for dt, and D_parts."""
+    """Fill outputs but for dt, and D_sums."""
     from kernels.ssd.backward_kernels import gradients_kernel
 
     (batch, length, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
@@ -231,7 +231,7 @@ def _gradients(
     launch(
         gradients_kernel,
         (programs, 1),
-        (y_grad, x, B, C, D, decays, starts, end_grads, before, outputs.x, *BC_grads, D_parts, scratch),
+        (y_grad, x, B, C, D, decays, starts, end_grads, before, outputs.x, *BC_grads, *D_sums, scratch),
         (*[stride // align for stride in strides], *sizes, -(-heads // groups // parts)),
         (head_dim == p and states == n, x.dtype == torch.float32, align, chunk, p, n, table.stages),
         table.warps,

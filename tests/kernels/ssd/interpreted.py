@@ -26,7 +26,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks small enough for a few positions to need several."""
     for module in (launch, launch_backward):
         monkeypatch.setattr(module, "processors", lambda index: 1)
-    monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: False)
+    monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: True)
     monkeypatch.setattr(launch, "FORWARD", launch.Shape(chunk=16, head_dim=16, states=128, warps=4, stages=1))
     monkeypatch.setattr(launch, "STATES", launch.Shape(chunk=16, head_dim=16, states=16, warps=4, stages=1))
     monkeypatch.setattr(launch, "GRADIENTS", launch.Shape(chunk=16, head_dim=128, states=128, warps=4, stages=1))
