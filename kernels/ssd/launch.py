@@ -34,12 +34,13 @@ class Shape(NamedTuple):
     stages: int  # of what a loop reads, on their way from memory
 
 
-# For activations of 16 bits; see `shapes` for others. The chunk of STATES is that of GRADIENTS.
+# For activations of 16 bits; see `shapes` for others. The chunk of STATES is that of GRADIENTS, that of FLOWS one or
+# two of them.
 FORWARD = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=2)
 STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
 GRADIENTS = Shape(chunk=64, head_dim=128, states=128, warps=8, stages=3)
-FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=8, stages=2)  # a chunk: one or two of GRADIENTS
-MAX_GRADIENTS_STATE = 64 * 128  # numbers of a head's state in a program of `gradients_kernel`
+FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=8, stages=2)
+MAX_GRADIENTS_STATE = 64 * 128  # numbers of a head's state in a program of the backward
 
 
 class Shapes(NamedTuple):
@@ -59,8 +60,9 @@ def shapes(x: Tensor, B: Tensor) -> Shapes:
     gradients = gradients._replace(states=min(gradients.states, MAX_GRADIENTS_STATE // block(x.shape[3])))
     if wide or not large:
         gradients = gradients._replace(stages=min(2, gradients.stages))
+        flows = flows._replace(stages=1)
     if not large:
-        flows = flows._replace(chunk=gradients.chunk, stages=1)
+        flows = flows._replace(chunk=gradients.chunk)
     if not large and (wide or B.shape[3] > gradients.states):
         gradients = gradients._replace(stages=1)
     if x.dtype == torch.float32:

@@ -118,6 +118,16 @@ def test_low_precision(dtype: torch.dtype) -> None:
     check(ssd_inputs(2, 37, 4, 16, 2, 16, packed=True), dtype)
 
 
+def test_pairs_of_near_positions_are_not_rounded() -> None:
+    """In two blocks of two chunks each, the gradient of A of 16-bit activations is that of fp32 ones."""
+    given = ssd_inputs(1, 50, 2, 16, 1, 16)
+    low, exact = typed({k: v for k, v in given.items() if k in ("x", "dt", "A", "B", "C")}, torch.bfloat16)
+    grad = torch.randn(low["x"].shape).bfloat16()
+    found = torch.autograd.grad(ssd(**low), low["A"], grad)[0]  # type: ignore[call-overload]
+    expected = torch.autograd.grad(exact_results(exact, True, (0.0, math.inf))[0], exact["A"], grad.double())[0]
+    assert (found - expected).norm() <= 2e-6 * expected.norm()
+
+
 @pytest.mark.parametrize("scale", [1e-30, 30.0, 1e30])
 def test_extreme_decays(scale: float) -> None:
     inputs = {k: v.detach() for k, v in ssd_inputs(2, 40, packed=True).items()}
