@@ -125,7 +125,7 @@ def test_pairs_of_near_positions_are_not_rounded() -> None:
     grad = torch.randn(low["x"].shape).bfloat16()
     found = torch.autograd.grad(ssd(**low), low["A"], grad)[0]  # type: ignore[call-overload]
     expected = torch.autograd.grad(exact_results(exact, True, (0.0, math.inf))[0], exact["A"], grad.double())[0]
-    assert (found - expected).norm() <= 2e-6 * expected.norm()
+    assert (found - expected).norm() <= 2e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 30.0, 1e30])
