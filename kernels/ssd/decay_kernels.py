@@ -126,7 +126,7 @@ def begins_document(seq_idx, t, seq_row, length):
 @triton.jit(
     do_not_specialize=[
         *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head"),
-        *("dt_min", "dt_max", "length", "heads", "group_heads", "padded", "blocks"),
+        *("dt_min", "dt_max", "length", "heads", "group_heads", "blocks"),
     ]
 )
 def delta_kernel(
@@ -150,7 +150,6 @@ def delta_kernel(
     length,
     heads,
     group_heads,
-    padded,
     blocks,
     SOFTPLUS: tl.constexpr,
     Q: tl.constexpr,
@@ -170,7 +169,7 @@ def delta_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_head = (head < heads)[None, :]
     mask = (t < length)[:, None] & is_head
-    padded = padded.to(tl.int64)
+    padded = blocks.to(tl.int64) * Q
     plane = tl.num_programs(0) // blocks * heads * padded
     place = (batch * heads + head)[None, :] * padded + t[:, None]
     _, _, deltas, _, _ = decay_planes(decays, plane)

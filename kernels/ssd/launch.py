@@ -125,7 +125,8 @@ def forward(
     initial = None if initial_state is None else initial_state.float()
     shape = shapes(x, B).forward
     with torch.cuda.device_of(x):
-        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, x.dtype)
+        chunks = -(-x.shape[1] // shape.chunk)
+        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, chunks, x.dtype)
         blocks = state_blocks(B.shape[3], shape.states)
         before: Tensor | None = None
         ends: list[Tensor] = []
@@ -265,16 +266,16 @@ def make_decays(
     dt_max: float,
     seq_idx: Tensor | None,
     chunk: int,
+    chunks: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Δ and the decays' logarithms summed in chunks, (plane, batch, head, length in whole chunks) fp32.
+    """Δ and the decays' logarithms summed in chunks, (plane, batch, head, chunks x chunk) fp32.
 
     dtype: of the activations, which says how exact they are.
     """
     from kernels.ssd.decay_kernels import decays_kernel
 
     exact, (batch, length, heads) = dtype == torch.float32, dt.shape
-    chunks = -(-length // chunk)
     decays = torch.empty((5 if exact else 3, batch, heads, chunks * chunk), dtype=torch.float32, device=dt.device)
     seq_strides = (0, 0) if seq_idx is None else seq_idx.stride()
     launch(

@@ -67,7 +67,9 @@ def backward(
     assert y_grad is not None
     A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))  # type: ignore[assignment]
     shape = shapes(x, B)
-    chunks, blocks = -(-length // shape.gradients.chunk), -(-length // shape.flows.chunk)
+    chunk, block = shape.gradients.chunk, shape.flows.chunk
+    blocks = -(-length // block)
+    chunks = blocks * (block // chunk)
     with torch.cuda.device_of(x):
         z_grad = x.new_empty((0,))
         if z is not None:
@@ -78,7 +80,7 @@ def backward(
         D_parts = None
         if D is not None and D.dim() == 2:
             D_parts = torch.empty((batch * chunks, heads * head_dim), dtype=torch.float32, device=device)
-        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.gradients.chunk, dtype)
+        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, chunk, chunks, dtype)
         initial = starts[0] if starts.numel() else None
         owns = torch.empty(decays.shape[1:], dtype=torch.float32, device=device)
         initial_grad, *sums = _of_all_states(
@@ -88,11 +90,8 @@ def backward(
             delta_kernel,
             (batch * blocks, -(-heads // DECAY_HEADS)),
             (dt, A, dt_bias, decays, *sums, owns, outputs.dt, parts),
-            (
-                *(*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max),
-                *(length, heads, heads // B.shape[2], decays.shape[3], blocks),
-            ),
-            (dt_softplus, shape.flows.chunk, DECAY_HEADS),
+            (*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max, length, heads, heads // B.shape[2], blocks),
+            (dt_softplus, block, DECAY_HEADS),
             DECAY_WARPS,
         )
         A_grad, bias_grad, D_grad = _head_sums(parts)
@@ -156,7 +155,7 @@ def _run(
     shape: Shapes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of one block of states; before: the gradient of x by others, which is added."""
-    (batch, length, heads, head_dim), states = x.shape, B.shape[3]
+    (batch, _, heads, head_dim), states = x.shape, B.shape[3]
     chunk, chunks = shape.gradients.chunk, decays.shape[3] // shape.gradients.chunk
     initial_grad = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
     carried = (torch.empty((batch, chunks, heads, states, head_dim), dtype=x.dtype, device=x.device) for _ in range(2))
@@ -176,7 +175,7 @@ def _flows(
 
     (batch, length, heads, head_dim), (groups, states), padded = x.shape, B.shape[2:], decays.shape[3]
     chunk, flows = shape.gradients.chunk, shape.flows
-    blocks, p, n = -(-length // flows.chunk), block(head_dim), block(states)
+    blocks, p, n = padded // flows.chunk, block(head_dim), block(states)
     parts = _parts(2 * batch * blocks * groups, heads // groups, processors(x.device.index))
 
     def buffer(*sizes: int) -> Tensor:
@@ -185,7 +184,7 @@ def _flows(
     sums = buffer(6, batch, heads, padded), buffer(batch, groups, padded), buffer(batch, heads, blocks)
     strides = [s for t in (y_grad, x, B, C) for s in t.stride()[:3]]
     align = alignment(head_dim, states, *strides)
-    sizes = (length, heads, heads // groups, head_dim // align, states // align, padded // chunk, blocks, parts)
+    sizes = (length, heads, heads // groups, head_dim // align, states // align, blocks, parts)
     launch(
         flows_kernel,
         (batch * (blocks + 2) * groups * parts * 3, 1),

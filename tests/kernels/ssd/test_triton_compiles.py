@@ -52,7 +52,8 @@ def resources(
     if kernel is not forward_kernel:
         arguments["starts"] = "*bf16"
     arguments |= {"WIDE_SKIP": everything, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
-    arguments |= {"CHUNK": launch.GRADIENTS.chunk, "Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
+    arguments["CHUNK"] = launch.GRADIENTS.chunk
+    arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
     arguments |= constants
     arguments = {name: arguments[name] for name in kernel.arg_names}
     return compile_kernel(kernel, arguments, capability, shape.warps, folder)
@@ -85,7 +86,9 @@ def test_every_option(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("large", "capability", "limit"), [(True, 90, 232_448), (True, 80, 166_912), (False, 120, 101_376)])
+@pytest.mark.parametrize(
+    ("large", "capability", "limit"), [(True, 90, 232_448), (True, 80, 166_912), (False, 120, 101_376)]
+)
 def test_tiles_fit_into_shared_memory(
     large: bool, capability: int, limit: int, head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
