@@ -130,7 +130,7 @@ def gradients_kernel(
             end_grad = tl.load(end_grads + head * size + state_place)
         else:
             end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0)
-        totals, _, deltas, totals_low, _ = decay_planes(decays + head * padded, plane)
+        totals, _, deltas, _, totals_low, _ = decay_planes(decays + head * padded, plane)
         delta = tl.load(deltas + s)
         total_s, total_t = tl.load(totals + s), tl.load(totals + t)
         end = tl.load(totals + Q - 1)
@@ -191,7 +191,7 @@ def gradients_kernel(
             start = tl.load(starts + head * size + state_place)
         else:
             start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0)
-        totals, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
+        totals, _, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
         from_start = tl.load(totals + t)
         if EXACT:
             from_start += tl.load(totals_low + t)

@@ -104,7 +104,7 @@ def forward_kernel(
         ungated += batch * length * y_row + head * head_dim
     padded = chunks.to(tl.int64) * Q
     plane = tl.num_programs(0) // (parts * segments) * padded
-    totals, origins, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
+    totals, origins, _, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     state_place = p[None, :] * states + n[:, None]
@@ -251,7 +251,7 @@ def states_kernel(
     x_row, B_row = x_row * ALIGN, B_row * ALIGN
     padded = chunks.to(tl.int64) * Q
     plane = programs // (p_parts * n_parts * segments) * padded
-    totals, origins, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
+    totals, origins, _, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     size = head_dim * states

@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 FORWARD = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=2)
 STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
 GRADIENTS = Shape(chunk=64, head_dim=128, states=128, warps=8, stages=3)
-FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=8, stages=2)
+FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=4, stages=2)
 MAX_GRADIENTS_STATE = 64 * 128  # numbers of a head's state in a program of the backward
 
 
@@ -276,7 +276,7 @@ def make_decays(
     from kernels.ssd.decay_kernels import decays_kernel
 
     exact, (batch, length, heads) = dtype == torch.float32, dt.shape
-    decays = torch.empty((5 if exact else 3, batch, heads, chunks * chunk), dtype=torch.float32, device=dt.device)
+    decays = torch.empty((6 if exact else 4, batch, heads, chunks * chunk), dtype=torch.float32, device=dt.device)
     seq_strides = (0, 0) if seq_idx is None else seq_idx.stride()
     launch(
         decays_kernel,

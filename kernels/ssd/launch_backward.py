@@ -91,7 +91,7 @@ def backward(
             (batch * blocks, -(-heads // DECAY_HEADS)),
             (dt, A, dt_bias, decays, *sums, owns, outputs.dt, parts),
             (*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max, length, heads, heads // B.shape[2], blocks),
-            (dt_softplus, block, DECAY_HEADS),
+            (dt_softplus, chunk, block // chunk, DECAY_HEADS),
             DECAY_WARPS,
         )
         A_grad, bias_grad, D_grad = _head_sums(parts)
@@ -175,22 +175,23 @@ def _flows(
 
     (batch, length, heads, head_dim), (groups, states), padded = x.shape, B.shape[2:], decays.shape[3]
     chunk, flows = shape.gradients.chunk, shape.flows
-    blocks, p, n = padded // flows.chunk, block(head_dim), block(states)
-    parts = _parts(2 * batch * blocks * groups, heads // groups, processors(x.device.index))
+    halves, blocks, p, n = flows.chunk // chunk, padded // flows.chunk, block(head_dim), block(states)
+    roles = 2 * halves + 3
+    parts = _parts(roles * batch * blocks * groups, heads // groups, processors(x.device.index))
 
     def buffer(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=x.device)
 
-    sums = buffer(6, batch, heads, padded), buffer(batch, groups, padded), buffer(batch, heads, blocks)
+    sums = buffer(3 * halves + 4, batch, heads, padded), buffer(batch, groups, padded), buffer(batch, heads, blocks)
     strides = [s for t in (y_grad, x, B, C) for s in t.stride()[:3]]
     align = alignment(head_dim, states, *strides)
     sizes = (length, heads, heads // groups, head_dim // align, states // align, blocks, parts)
     launch(
         flows_kernel,
-        (batch * (blocks + 2) * groups * parts * 3, 1),
+        (batch * blocks * groups * parts * roles, 1),
         (y_grad, x, B, C, decays, starts, end_grads, *sums),
         (*[stride // align for stride in strides], *sizes, -(-heads // groups // parts)),
-        (head_dim == p and states == n, x.dtype == torch.float32, align, chunk, flows.chunk, p, n, flows.stages),
+        (head_dim == p and states == n, x.dtype == torch.float32, align, chunk, halves, p, n, flows.stages),
         flows.warps,
     )
     return sums
