@@ -181,18 +181,21 @@ def delta_kernel(
     padded = blocks.to(tl.int64) * Q
     plane = tl.num_programs(0) // blocks * heads * padded
     place = (batch * heads + head)[None, :] * padded + t[:, None]
-    _, _, deltas, _, _, _ = decay_planes(decays, plane)
-    reads, near_reads, writtens, near_writtens, ages, from_states, to_states = sum_planes(sums, plane, HALVES)
+    _, _, deltas, ages, _, _ = decay_planes(decays, plane)
+    reads, near_reads, writtens, near_writtens, written_ages, from_states, to_states = sum_planes(sums, plane, HALVES)
     delta = tl.load(deltas + place, mask=mask, other=0.0)
     written = tl.load(writtens + place, mask=mask, other=0.0)
     to_later = tl.load(to_states + place, mask=mask, other=0.0)
-    aged = tl.load(ages + place, mask=mask, other=0.0)
+    aged = tl.load(written_ages + place, mask=mask, other=0.0)
     is_near = mask & (block < blocks - 1)
     to_later += tl.load(near_writtens + place, mask=is_near, other=0.0)
     if HALVES == 2:
         written += tl.load(writtens + plane + place, mask=mask, other=0.0)
         to_later += tl.load(near_writtens + plane + place, mask=is_near, other=0.0)
-        aged += tl.load(ages + plane + place, mask=mask, other=0.0)
+        first_end = tl.load(
+            ages + (batch * heads + head) * padded + block * Q + CHUNK - 1, mask=head < heads, other=0.0
+        )
+        aged += tl.load(written_ages + plane + place, mask=mask, other=0.0)
     own = tl.load(owns + place, mask=mask, other=0.0)
     groups = heads // group_heads
     own_place = (batch * groups + head // group_heads)[None, :] * padded + t[:, None]
@@ -200,8 +203,8 @@ def delta_kernel(
     delta_grad = written + to_later + own * own_product
 
     wide = delta.to(tl.float64)
-    read = tl.load(reads + place, mask=mask, other=0.0).to(tl.float64) - wide * written.to(tl.float64)
-    in_block = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
+    in_pairs = tl.load(reads + place, mask=mask, other=0.0).to(tl.float64) - wide * written.to(tl.float64)
+    in_block = tl.sum(in_pairs, axis=0)[None, :] - tl.cumsum(in_pairs, axis=0) + in_pairs
     read = tl.load(near_reads + place, mask=mask & (block > 0), other=0.0).to(tl.float64)
     read += tl.load(from_states + place, mask=mask, other=0.0).to(tl.float64)
     to_later = wide * to_later.to(tl.float64)
@@ -209,7 +212,11 @@ def delta_kernel(
     beyond = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
     beyond += tl.cumsum(to_later, axis=0) - to_later + passed[None, :]
     rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32)
-    A_grad = tl.sum(wide * aged.to(tl.float64), axis=0) + tl.sum(wide * beyond, axis=0)
+    # What fp32 lost of the sums of Δ that pairs were multiplied with the differences of.
+    lost = tl.cumsum(wide, axis=0) - tl.load(ages + place, mask=mask, other=0.0).to(tl.float64)
+    if HALVES == 2:
+        lost -= tl.where(t[:, None] % Q >= CHUNK, first_end.to(tl.float64)[None, :], 0.0)
+    A_grad = tl.sum(wide * (aged.to(tl.float64) + beyond) + lost * in_pairs, axis=0)
 
     raw = raw_delta(dt + batch * dt_batch, dt_bias, t, head, mask, dt_row, dt_head)
     grad = delta_grad + (in_block + beyond).to(tl.float32) * rate[None, :]

@@ -89,8 +89,8 @@ def flows_kernel(
     starts, end_grads: what `states_kernel` left, of chunks. sums (plane, batch, head, padded), own_products (batch,
     group, padded), through (batch, head, block), all fp32, are for `delta_kernel`. A block has HALVES chunks; padded is
     the length in whole blocks.
-    Programs: batch x blocks x groups x parts x (2 HALVES + 3), the last fastest: what each chunk of a block reads of the
-    block, and of the block before; what the block reads of the state before that; what it writes to the state after
+    Programs: batch x blocks x groups x parts x (2 HALVES + 3), the last fastest: what each chunk of a block reads of
+    the block, and of the block before; what the block reads of the state before that; what it writes to the state after
     the next block; what passes through it.
     """
     Q: tl.constexpr = HALVES * CHUNK
@@ -147,7 +147,9 @@ def flows_kernel(
                 grad = tile(y_grad + y_grad_head * head, t, y_grad_row, t_rows, p, head_dim, WHOLE)
                 totals, _, deltas, ages, totals_low, _ = decay_planes(decays + head * padded, plane)
                 delta = tl.load(deltas + s_begin + s)
-                power = to_chunk(totals + begin, s, half, CHUNK, HALVES)[:, None] + tl.load(totals + t_begin + t)[None, :]
+                power = (
+                    to_chunk(totals + begin, s, half, CHUNK, HALVES)[:, None] + tl.load(totals + t_begin + t)[None, :]
+                )
                 if EXACT:
                     power += to_chunk(totals_low + begin, s, half, CHUNK, HALVES)[:, None]
                     power += tl.load(totals_low + t_begin + t)[None, :]
