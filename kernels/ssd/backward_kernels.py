@@ -210,6 +210,7 @@ def gate_backward_kernel(
     ungated,
     z,
     ungated_grad,
+    lost,
     z_grad,
     y_grad_batch,
     y_grad_row,
@@ -222,7 +223,10 @@ def gate_backward_kernel(
     head_dim,
     BLOCK: tl.constexpr,
 ):
-    """The gradients of y before the gate and of z. Programs: (batch x length, heads x head_dim / BLOCK)."""
+    """The gradients of y before the gate, what that loses in its dtype, None where it is fp32, and that of z.
+
+    Programs: (batch x length, heads x head_dim / BLOCK).
+    """
     row = tl.program_id(0).to(tl.int64)
     batch, t = row // length, row % length
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -234,5 +238,9 @@ def gate_backward_kernel(
     before = tl.load(ungated + target, mask=mask, other=0.0).to(tl.float32)
     gate, grad = sigmoid(value), grad.to(tl.float32)
     slope = gate * (1.0 + value * (1.0 - gate))
-    tl.store(ungated_grad + target, (grad * value * gate).to(ungated_grad.dtype.element_ty), mask=mask)
+    exact = grad * value * gate
+    rounded = exact.to(ungated_grad.dtype.element_ty)
+    tl.store(ungated_grad + target, rounded, mask=mask)
+    if lost is not None:
+        tl.store(lost + target, (exact - rounded.to(tl.float32)).to(lost.dtype.element_ty), mask=mask)
     tl.store(z_grad + target, (grad * before * slope).to(z_grad.dtype.element_ty), mask=mask)

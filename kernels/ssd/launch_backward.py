@@ -71,9 +71,9 @@ def backward(
     blocks = -(-length // block)
     chunks = blocks * (block // chunk)
     with torch.cuda.device_of(x):
-        z_grad = x.new_empty((0,))
+        z_grad, y_grad_lost = x.new_empty((0,)), None
         if z is not None:
-            y_grad, z_grad = _gate_backward(y_grad, ungated, z)
+            y_grad, y_grad_lost, z_grad = _gate_backward(y_grad, ungated, z)
         if outputs is None:
             outputs = Outputs(*(torch.empty(t.shape, dtype=t.dtype, device=device) for t in (x, dt, B, C)))
         parts = torch.empty((batch * blocks, 3, heads), dtype=torch.float32, device=device)
@@ -84,7 +84,7 @@ def backward(
         initial = starts[0] if starts.numel() else None
         owns = torch.empty(decays.shape[1:], dtype=torch.float32, device=device)
         initial_grad, *sums = _of_all_states(
-            y_grad, x, B, C, D, (owns, D_parts), decays, initial, final_state_grad, outputs, shape
+            (y_grad, y_grad_lost), x, B, C, D, (owns, D_parts), decays, initial, final_state_grad, outputs, shape
         )
         launch(
             delta_kernel,
@@ -103,7 +103,7 @@ def backward(
 
 
 def _of_all_states(
-    y_grad: Tensor,
+    y_grads: tuple[Tensor, Tensor | None],
     x: Tensor,
     B: Tensor,
     C: Tensor,
@@ -118,7 +118,7 @@ def _of_all_states(
     """Fill outputs but for dt, and D_sums; return the gradient of the initial state, sums, own_products, through."""
     blocks = state_blocks(B.shape[3], shape.gradients.states)
     if len(blocks) == 1:
-        return _run(y_grad, x, B, C, D, D_sums, decays, initial, final_state_grad, None, outputs, shape)
+        return _run(y_grads, x, B, C, D, D_sums, decays, initial, final_state_grad, None, outputs, shape)
     others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     initial_grads: list[Tensor] = []
     totals: list[Tensor] | None = None
@@ -129,7 +129,7 @@ def _of_all_states(
         last_grad = None if final_state_grad is None else final_state_grad[..., states]
         skip = (D, D_sums) if is_last else (None, (D_sums[0], None))
         into = Outputs(outputs.x if is_last else others, outputs.dt, outputs.B[..., states], outputs.C[..., states])
-        first_grad, *found = _run(y_grad, x, B_part, C_part, *skip, decays, first, last_grad, before, into, shape)
+        first_grad, *found = _run(y_grads, x, B_part, C_part, *skip, decays, first, last_grad, before, into, shape)
         initial_grads.append(first_grad)
         if totals is None:
             totals = found
@@ -141,7 +141,7 @@ def _of_all_states(
 
 
 def _run(
-    y_grad: Tensor,
+    y_grads: tuple[Tensor, Tensor | None],
     x: Tensor,
     B: Tensor,
     C: Tensor,
@@ -159,10 +159,13 @@ def _run(
     chunk, chunks = shape.gradients.chunk, decays.shape[3] // shape.gradients.chunk
     initial_grad = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
     carried = (torch.empty((batch, chunks, heads, states, head_dim), dtype=x.dtype, device=x.device) for _ in range(2))
+    y_grad, y_grad_lost = y_grads
     inputs = (y_grad, x, B, C, decays, *carried)
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
     walk(x, B, decays, (y_grad, C), (first, last_grad), (*inputs[-2:], initial_grad, None), chunk)
     sums = _flows(*inputs, shape)  # first, as outputs may lie where x, B and C do
+    if y_grad_lost is not None:
+        sums[0][:-1] += _flows(y_grad_lost, *inputs[1:], shape)[0][:-1]  # the last plane is of end_grads
     _gradients(*inputs, D, D_sums, before, outputs, shape)
     return initial_grad, *sums
 
@@ -177,7 +180,7 @@ def _flows(
     chunk, flows = shape.gradients.chunk, shape.flows
     halves, blocks, p, n = flows.chunk // chunk, padded // flows.chunk, block(head_dim), block(states)
     roles = 2 * halves + 3
-    parts = _parts(roles * batch * blocks * groups, heads // groups, processors(x.device.index))
+    parts = _parts(roles * batch * blocks * groups, heads // groups, 2 * processors(x.device.index))
 
     def buffer(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=x.device)
@@ -252,21 +255,22 @@ def _parts(programs: int, heads: int, n_processors: int) -> int:
     return -(-heads // -(-heads // parts))  # none without heads
 
 
-def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of y before the gate, and of z."""
+def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradient of y before the gate, what that loses in its dtype (None if it is fp32), and that of z."""
     from kernels.ssd.backward_kernels import gate_backward_kernel
 
     batch, length, heads, head_dim = z.shape
     ungated_grad, z_grad = torch.empty_like(ungated), torch.empty_like(ungated)
+    lost = None if z.dtype == torch.float32 else torch.empty_like(ungated)
     launch(
         gate_backward_kernel,
         (batch * length, -(-heads * head_dim // GATE_BLOCK)),
-        (y_grad, ungated, z, ungated_grad, z_grad),
+        (y_grad, ungated, z, ungated_grad, lost, z_grad),
         (*y_grad.stride()[:3], *z.stride()[:3], length, heads, head_dim),
         (GATE_BLOCK,),
         GATE_WARPS,
     )
-    return ungated_grad, z_grad
+    return ungated_grad, lost, z_grad
 
 
 def _head_sums(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
