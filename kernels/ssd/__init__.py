@@ -18,6 +18,7 @@ from kernels.checks import (
 )
 from kernels.ssd import dispatch  # noqa: F401  registers torch.ops.mamba_train.ssd
 from kernels.ssd.arguments import check_groups, check_skip
+from kernels.ssd.reference import ssd_op
 from kernels.ssd.step import ssd_step
 
 __all__ = ["ssd", "ssd_step"]
@@ -97,12 +98,12 @@ def ssd(
     Source: "Transformers are SSMs", arXiv 2405.21060, section 6 (block decomposition) and equation 2.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
-    low, high = dt_limit
+    low, high = (float(limit) for limit in dt_limit)
     if not low <= high:
         raise ValueError(f"ssd: dt_limit is {dt_limit}, expected (low, high) with low <= high")
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size is {chunk_size}, expected at least 1")
-    y, final_state, _, _ = torch.ops.mamba_train.ssd(
+    y, final_state, _, _ = ssd_op(
         x,
         dt,
         A,

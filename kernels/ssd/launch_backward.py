@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, processors
-from kernels.launcher import launch
+from kernels.launcher import Launch, remembered
 from kernels.ssd.launch import (
     DECAY_HEADS,
     DECAY_WARPS,
@@ -58,45 +59,65 @@ def backward(
     outputs: Outputs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one."""
-    from kernels.ssd.decay_kernels import delta_kernel
-
-    batch, length, heads, head_dim = x.shape
+    heads, head_dim = x.shape[2:]
     given, dtype, device = (x, dt, A, B, C, D, z, dt_bias), x.dtype, x.device
     x, B, C, z = (unit(t, dtype) for t in (x, B, C, z))  # type: ignore[assignment]
     y_grad = torch.zeros_like(x) if y_grad is None else unit(y_grad, dtype)
     assert y_grad is not None
     A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))  # type: ignore[assignment]
     shape = shapes(x, B).gradients
-    chunks = -(-length // shape.chunk)
+    rows = x.shape[0] * -(-x.shape[1] // shape.chunk)
     with torch.cuda.device_of(x):
         z_grad = x.new_empty((0,))
         if z is not None:
             y_grad, z_grad = _gate_backward(y_grad, ungated, z)
         if outputs is None:
-            outputs = Outputs(*(torch.empty(t.shape, dtype=t.dtype, device=device) for t in (x, dt, B, C)))
-        parts = torch.empty((batch * chunks, 3, heads), dtype=torch.float32, device=device)
-        D_parts = None
+            outputs = Outputs(*[torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)])
+        parts, D_parts = torch.empty((rows, 3, heads), dtype=torch.float32, device=device), None
         if D is not None and D.dim() == 2:
-            D_parts = torch.empty((batch * chunks, heads * head_dim), dtype=torch.float32, device=device)
+            D_parts = torch.empty((rows, heads * head_dim), dtype=torch.float32, device=device)
         decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, dtype)
         initial = starts[0] if starts.numel() else None
         initial_grad, *sums = _of_all_states(
             y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, outputs, shape
         )
-        launch(
-            delta_kernel,
-            (batch * chunks, -(-heads // DECAY_HEADS)),
-            (dt, A, dt_bias, decays, *sums, outputs.dt, parts),
-            (*outputs.dt.stride()[:2], *dt.stride(), dt_min, dt_max, length, heads, heads // B.shape[2], chunks),
-            (dt_softplus, shape.chunk, DECAY_HEADS),
-            DECAY_WARPS,
+        launch = _delta_launch(
+            dt.shape, B.shape[2], dt.stride(), outputs.dt.stride(), dt_softplus, dt_min, dt_max, shape.chunk
         )
+        launch(dt, A, dt_bias, decays, *sums, outputs.dt, parts)
         A_grad, bias_grad, D_grad = _head_sums(parts)
         if D_parts is not None:
             D_grad = _sum(D_parts).view(heads, head_dim)
     found = (outputs.x, outputs.dt, A_grad, outputs.B, outputs.C, D_grad, z_grad, bias_grad)
-    grads = [x.new_empty((0,)) if g is None else v.to(g.dtype) for g, v in zip(given, found, strict=True)]
+    grads = [
+        x.new_empty((0,)) if g is None else v if v.dtype == g.dtype else v.to(g.dtype)
+        for g, v in zip(given, found, strict=True)
+    ]
     return *grads, initial_grad  # type: ignore[return-value]
+
+
+@remembered
+def _delta_launch(
+    dt_shape: torch.Size,
+    groups: int,
+    dt_strides: tuple[int, ...],
+    dt_grad_strides: tuple[int, ...],
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk: int,
+) -> Launch:
+    from kernels.ssd.decay_kernels import delta_kernel
+
+    batch, length, heads = dt_shape
+    chunks = -(-length // chunk)
+    return Launch(
+        delta_kernel,
+        (batch * chunks, -(-heads // DECAY_HEADS)),
+        (*dt_grad_strides[:2], *dt_strides, dt_min, dt_max, length, heads, heads // groups, chunks),
+        (dt_softplus, chunk, DECAY_HEADS),
+        DECAY_WARPS,
+    )
 
 
 def _of_all_states(
@@ -131,7 +152,7 @@ def _of_all_states(
         if totals is None:
             totals = found
         else:
-            found[0][-1] = 0  # dy·x, which is of no state
+            found[0].view(5, -1)[-1] = 0  # dy·x, which is of no state
             for total, part in zip(totals, found, strict=True):
                 total += part
     assert totals is not None
@@ -153,44 +174,67 @@ def _run(
     shape: Shape,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of one block of states; before: the gradient of x by others, which is added."""
-    from kernels.ssd.backward_kernels import gradients_kernel
-
     (batch, length, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
     chunk, chunks = shape.chunk, decays.shape[3] // shape.chunk
-    p, n = block(head_dim), block(states)
     parts = _parts(batch * chunks * groups, heads // groups, processors(x.device.index))
-    part_heads = -(-heads // groups // parts)
-
-    def buffer(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.float32, device=x.device)
-
-    initial_grad, carried = buffer(batch, heads, head_dim, states), (batch, chunks, heads, states, head_dim)
-    starts, end_grads = (torch.empty(carried, dtype=x.dtype, device=x.device) for _ in range(2))
+    initial_grad = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
+    carried = (2, batch, chunks, heads, states, head_dim)
+    starts, end_grads = torch.empty(carried, dtype=x.dtype, device=x.device).unbind()
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
     walk(x, B, decays, (y_grad, C), (first, last_grad), (starts, end_grads, initial_grad, None), chunk)
     BC_grads = [outputs.B.unsqueeze(0), outputs.C.unsqueeze(0)]
     if parts > 1:
-        BC_grads = [buffer(parts, batch, length, groups, states) for _ in "BC"]
-    sums, through = buffer(5, batch, heads, chunks * chunk), buffer(batch, heads, chunks)
-    own_products = buffer(batch, groups, chunks * chunk)
-    strides = [s for t in (y_grad, x, B, C) for s in t.stride()[:3]]
-    strides += [*outputs.x.stride()[:2], *BC_grads[0].stride()[:4]]
-    align = alignment(head_dim, states, *strides)
-    programs, whole = batch * chunks * groups * parts, head_dim == p and states == n
+        BC_grads = [torch.empty((parts, *B.shape), dtype=torch.float32, device=x.device) for _ in "BC"]
+    sizes = _buffer_sizes(batch, heads, groups, chunks, chunk, parts)
+    sums, through, own_products, scratch = torch.empty(sum(sizes), dtype=torch.float32, device=x.device).split(sizes)
+    strides = (y_grad.stride(), x.stride(), B.stride(), C.stride(), outputs.x.stride(), BC_grads[0].stride())
+    launch = _gradients_launch(x.shape, B.shape, strides, parts, x.dtype == torch.float32, shape)
     inputs = (y_grad, x, B, C, D, decays, starts, end_grads, before)
-    sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads)
-    launch(
-        gradients_kernel,
-        (programs, 1),
-        (*inputs, outputs.x, *BC_grads, sums, own_products, through, D_parts, buffer(programs, chunk, chunk)),
-        (*[stride // align for stride in strides], *sizes),
-        (whole, x.dtype == torch.float32, align, chunk, p, n, shape.stages),
-        shape.warps,
-    )
+    launch(*inputs, outputs.x, *BC_grads, sums, own_products, through, D_parts, scratch)
     if parts > 1:
         for grad, summed in zip(BC_grads, (outputs.B, outputs.C), strict=True):
             summed.copy_(grad.sum(0))
     return initial_grad, sums, own_products, through
+
+
+@functools.cache
+def _buffer_sizes(batch: int, heads: int, groups: int, chunks: int, chunk: int, parts: int) -> list[int]:
+    """Numbers in `sums`, `through`, `own_products` and what a program writes aside; one memory for all: asking takes time.
+
+    Multiples of 4, so that each begins at an address that Triton takes for aligned.
+    """
+    positions = chunks * chunk
+    shapes = (5, batch, heads, positions), (batch, heads, chunks), (batch, groups, positions)
+    programs = batch * chunks * groups * parts
+    return [-(-math.prod(sizes) // 4) * 4 for sizes in (*shapes, (programs, chunk, chunk))]
+
+
+@remembered
+def _gradients_launch(
+    x_shape: torch.Size,
+    B_shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    parts: int,
+    exact: bool,
+    shape: Shape,
+) -> Launch:
+    """strides: of y_grad, x, B, C, the gradient of x, and those of B and C in parts."""
+    from kernels.ssd.backward_kernels import gradients_kernel
+
+    (batch, length, heads, head_dim), (groups, states) = x_shape, B_shape[2:]
+    chunks, p, n = -(-length // shape.chunk), block(head_dim), block(states)
+    *inputs, x_grad, BC_grads = strides
+    outer = [stride for rows in inputs for stride in rows[:3]] + [*x_grad[:2], *BC_grads[:4]]
+    align = alignment(head_dim, states, *outer)
+    part_heads = -(-heads // groups // parts)
+    sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads)
+    return Launch(
+        gradients_kernel,
+        (batch * chunks * groups * parts, 1),
+        (*[stride // align for stride in outer], *sizes),
+        (head_dim == p and states == n, exact, align, shape.chunk, p, n, shape.stages),
+        shape.warps,
+    )
 
 
 @functools.cache
@@ -206,31 +250,36 @@ def _parts(programs: int, heads: int, n_processors: int) -> int:
 
 def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of y before the gate, and of z."""
+    ungated_grad, z_grad = torch.empty_like(ungated), torch.empty_like(ungated)
+    _gate_launch(z.shape, y_grad.stride(), z.stride())(y_grad, ungated, z, ungated_grad, z_grad)
+    return ungated_grad, z_grad
+
+
+@remembered
+def _gate_launch(z_shape: torch.Size, grad_strides: tuple[int, ...], z_strides: tuple[int, ...]) -> Launch:
     from kernels.ssd.backward_kernels import gate_backward_kernel
 
-    batch, length, heads, head_dim = z.shape
-    ungated_grad, z_grad = torch.empty_like(ungated), torch.empty_like(ungated)
-    launch(
-        gate_backward_kernel,
-        (batch * length, -(-heads * head_dim // GATE_BLOCK)),
-        (y_grad, ungated, z, ungated_grad, z_grad),
-        (*y_grad.stride()[:3], *z.stride()[:3], length, heads, head_dim),
-        (GATE_BLOCK,),
-        GATE_WARPS,
-    )
-    return ungated_grad, z_grad
+    batch, length, heads, head_dim = z_shape
+    grid = (batch * length, -(-heads * head_dim // GATE_BLOCK))
+    numbers = (*grad_strides[:3], *z_strides[:3], length, heads, head_dim)
+    return Launch(gate_backward_kernel, grid, numbers, (GATE_BLOCK,), GATE_WARPS)
 
 
 def _head_sums(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of A, dt_bias and D from parts (row, 3, head), in a fixed order; they share no memory."""
+    rows, kinds, heads = parts.shape
+    A_grad, bias_grad, D_grad = [parts.new_empty((heads,)) for _ in range(kinds)]
+    _head_sums_launch(rows, kinds, heads)(parts, A_grad, bias_grad, D_grad)
+    return A_grad, bias_grad, D_grad
+
+
+@remembered
+def _head_sums_launch(rows: int, kinds: int, heads: int) -> Launch:
     from kernels.ssd.decay_kernels import head_sums_kernel
     from kernels.sum_parts import COLUMNS, ROWS
 
-    rows, kinds, heads = parts.shape
-    A_grad, bias_grad, D_grad = (torch.empty(heads, dtype=torch.float32, device=parts.device) for _ in range(kinds))
-    outputs, grid = (A_grad, bias_grad, D_grad), (-(-heads // COLUMNS), kinds)
-    launch(head_sums_kernel, grid, (parts, *outputs), (rows, heads), (kinds, ROWS, COLUMNS), SUM_WARPS)
-    return A_grad, bias_grad, D_grad
+    grid = (-(-heads // COLUMNS), kinds)
+    return Launch(head_sums_kernel, grid, (rows, heads), (kinds, ROWS, COLUMNS), SUM_WARPS)
 
 
 def _sum(parts: Tensor) -> Tensor:
@@ -238,7 +287,7 @@ def _sum(parts: Tensor) -> Tensor:
     from kernels.sum_parts import COLUMNS, ROWS, sum_parts
 
     rows, columns = parts.shape
-    total = torch.empty(columns, dtype=torch.float32, device=parts.device)
+    total = parts.new_empty((columns,))
     grid = (-(-columns // COLUMNS), 1)
-    launch(sum_parts, grid, (parts, total, None), (rows, columns), (1, ROWS, COLUMNS), SUM_WARPS)
+    Launch(sum_parts, grid, (rows, columns), (1, ROWS, COLUMNS), SUM_WARPS)(parts, total, None)
     return total

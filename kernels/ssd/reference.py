@@ -189,9 +189,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, y_grad, final_state_grad, _starts_grad, _ungated_grad):
     *arguments, seq_idx, starts, ungated = ctx.saved_tensors
-    *grads, state_grad = torch.ops.mamba_train.ssd_backward(
-        y_grad, final_state_grad, *arguments, *ctx.options, seq_idx, starts, ungated
-    )
+    *grads, state_grad = ssd_backward_op(y_grad, final_state_grad, *arguments, *ctx.options, seq_idx, starts, ungated)
     wanted = [None if argument is None else grad for argument, grad in zip(arguments, grads, strict=True)]
     initial = None if ctx.initial_state_dtype is None else state_grad.to(ctx.initial_state_dtype)
     return *wanted, None, None, None, None, None, initial, None
