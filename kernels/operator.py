@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN = (Tensor, torch.nn.Parameter)
-
+from kernels.checks import PLAIN
 
 class Operator:
     """An operator of `torch.ops`, with the methods and attributes of `CustomOpDef` that this package uses."""

@@ -15,6 +15,7 @@ from kernels.checks import (
     check_seq_idx,
     check_tensor,
     needs_gradient,
+    once_for_each_kind,
 )
 from kernels.ssd import dispatch  # noqa: F401  registers torch.ops.mamba_train.ssd
 from kernels.ssd.arguments import check_groups, check_skip
@@ -123,6 +124,7 @@ def ssd(
     return (y, final_state) if return_final_state else y
 
 
+@once_for_each_kind
 def _check(
     x: Tensor,
     dt: Tensor,

@@ -178,15 +178,16 @@ def _run(
     chunk, chunks = shape.chunk, decays.shape[3] // shape.chunk
     parts = _parts(batch * chunks * groups, heads // groups, processors(x.device.index))
     initial_grad = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
-    carried = (2, batch, chunks, heads, states, head_dim)
-    starts, end_grads = torch.empty(carried, dtype=x.dtype, device=x.device).unbind()
+    starts = torch.empty((batch, chunks, heads, states, head_dim), dtype=x.dtype, device=x.device)
+    end_grads = torch.empty_like(starts)
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
     walk(x, B, decays, (y_grad, C), (first, last_grad), (starts, end_grads, initial_grad, None), chunk)
     BC_grads = [outputs.B.unsqueeze(0), outputs.C.unsqueeze(0)]
     if parts > 1:
         BC_grads = [torch.empty((parts, *B.shape), dtype=torch.float32, device=x.device) for _ in "BC"]
     sizes = _buffer_sizes(batch, heads, groups, chunks, chunk, parts)
-    sums, through, own_products, scratch = torch.empty(sum(sizes), dtype=torch.float32, device=x.device).split(sizes)
+    numbers = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
+    sums, through, own_products, scratch = torch.split_with_sizes(numbers, sizes)
     strides = (y_grad.stride(), x.stride(), B.stride(), C.stride(), outputs.x.stride(), BC_grads[0].stride())
     launch = _gradients_launch(x.shape, B.shape, strides, parts, x.dtype == torch.float32, shape)
     inputs = (y_grad, x, B, C, D, decays, starts, end_grads, before)
@@ -268,7 +269,8 @@ def _gate_launch(z_shape: torch.Size, grad_strides: tuple[int, ...], z_strides: 
 def _head_sums(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of A, dt_bias and D from parts (row, 3, head), in a fixed order; they share no memory."""
     rows, kinds, heads = parts.shape
-    A_grad, bias_grad, D_grad = [parts.new_empty((heads,)) for _ in range(kinds)]
+    A_grad = torch.empty(heads, dtype=torch.float32, device=parts.device)
+    bias_grad, D_grad = torch.empty_like(A_grad), torch.empty_like(A_grad)
     _head_sums_launch(rows, kinds, heads)(parts, A_grad, bias_grad, D_grad)
     return A_grad, bias_grad, D_grad
 
