@@ -10,8 +10,8 @@ KINDS = 1024  # that are remembered
 
 
 def once_for_each_kind(check: Callable[..., None]) -> Callable[..., None]:
-    """Have `check`, of tensors or None, run only for shapes, dtypes and devices that have not passed it: calls repeat."""
-    passed = set()
+    """Have `check`, of tensors or None, run only for shapes, dtypes and devices that have not passed it."""
+    passed: set[tuple[object, ...]] = set()
 
     @functools.wraps(check)
     def checked(*tensors: torch.Tensor | None) -> None:

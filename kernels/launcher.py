@@ -24,7 +24,7 @@ remembered = functools.lru_cache(maxsize=512)
 class Launch:
     """A kernel with its grid, numbers and constants: all that it is launched with but its tensors.
 
-    Tensors are its first arguments; numbers and constants follow in this order. It must specialise on none of the numbers
+    Tensors are its first arguments, then come numbers, then constants. It must specialise on none of the numbers
     (`do_not_specialize`).
     """
 

@@ -4,8 +4,8 @@ Small models are bound by the host: a forward and backward through an operator r
 0.2 ms longer than through one that is not. The difference is checks, for every call, that a result is not an argument
 and that defaults are filled in. The operators of this package return new tensors and have no defaults.
 
-Called by itself, and not by its name in `torch.ops`, an operator does not go through PyTorch's dispatcher either, unless
-somebody there wants to see the call: a compiler, a mode, a subclass of Tensor, a functional transform.
+Called by itself, and not by its name in `torch.ops`, an operator does not go through PyTorch's dispatcher either,
+unless somebody there wants to see the call: a compiler, a mode, a subclass of Tensor, a functional transform.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import PLAIN
+
 
 class Operator:
     """An operator of `torch.ops`, with the methods and attributes of `CustomOpDef` that this package uses."""

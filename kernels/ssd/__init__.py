@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from kernels.checks import (

@@ -174,7 +174,7 @@ def _run(
     shape: Shape,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of one block of states; before: the gradient of x by others, which is added."""
-    (batch, length, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
+    (batch, _, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
     chunk, chunks = shape.chunk, decays.shape[3] // shape.chunk
     parts = _parts(batch * chunks * groups, heads // groups, processors(x.device.index))
     initial_grad = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
@@ -200,7 +200,7 @@ def _run(
 
 @functools.cache
 def _buffer_sizes(batch: int, heads: int, groups: int, chunks: int, chunk: int, parts: int) -> list[int]:
-    """Numbers in `sums`, `through`, `own_products` and what a program writes aside; one memory for all: asking takes time.
+    """Numbers in `sums`, `through`, `own_products` and what programs write aside: of one tensor, as asking takes time.
 
     Multiples of 4, so that each begins at an address that Triton takes for aligned.
     """
