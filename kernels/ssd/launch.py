@@ -7,6 +7,7 @@ states: y, and the gradients of x and dt, are sums over states.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Shapes(NamedTuple):
 def shapes(x: Tensor, B: Tensor) -> Shapes:
     """Smaller tiles and fewer stages where those of the table would not fit into shared memory."""
     large = has_large_shared_memory(x.device.index)
-    return _shapes(FORWARD, STATES, GRADIENTS, large, x.shape[3], B.shape[3], x.dtype)
+    return _shapes(FORWARD, STATES, GRADIENTS, large, int(x.shape[3]), int(B.shape[3]), x.dtype)
 
 
 @functools.cache
@@ -87,12 +88,11 @@ def fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `forward` returns, without values."""
     state = (x.shape[0], x.shape[2], x.shape[3], B.shape[3])
-    starts = (1, *state) if for_backward and initial_state is not None else (0,)
     ungated = x.new_empty(x.shape if for_backward and z is not None else (0,))
     return (
         x.new_empty(x.shape),
         x.new_empty(state, dtype=torch.float32),
-        x.new_empty(starts, dtype=torch.float32),
+        x.new_empty(_kept_shape(x, B, initial_state) if for_backward else (0,), dtype=torch.float32),
         ungated,
     )
 
@@ -114,7 +114,7 @@ def forward(
     initial_state: Tensor | None,
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator's forward: y, the final state, the initial one if the backward needs it, y before the gate.
+    """The operator's forward: y, the final state, what else the backward needs, y before the gate.
 
     `chunk_size` is what the reference works with; here the kernels have their own.
     """
@@ -125,7 +125,7 @@ def forward(
     initial = None if initial_state is None else initial_state.float()
     shape = shapes(x, B).forward
     with torch.cuda.device_of(x):
-        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, x.dtype)
+        decays = make_decays(x, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk)
         blocks = state_blocks(B.shape[3], shape.states)
         before: Tensor | None = None
         ends: list[Tensor] = []
@@ -136,9 +136,43 @@ def forward(
         part = of_states(x, B, C, initial, blocks[-1])
         ends.append(_run(*part, D, z, decays, before, y, ungated, shape))
     final_state = ends[0] if len(ends) == 1 else torch.cat(ends, dim=3)
-    keep_initial = for_backward and initial is not None
-    kept = initial.unsqueeze(0).clone() if keep_initial else final_state.new_empty((0,))  # type: ignore[union-attr]
+    kept = _keep(x, B, decays, initial) if for_backward else x.new_empty((0,), dtype=torch.float32)
     return y, final_state, kept, x.new_empty((0,)) if ungated is None else ungated
+
+
+def decays_shape(x: Tensor, chunk: int) -> tuple[int, ...]:
+    """(plane, batch, head, length in whole chunks)."""
+    batch, length, heads = x.shape[:3]
+    return 5 if x.dtype == torch.float32 else 3, batch, heads, -(-length // chunk) * chunk
+
+
+def keeps_decays(x: Tensor, B: Tensor) -> bool:
+    """Whether the decays of the forward are those of the backward: its chunks may be shorter."""
+    found = shapes(x, B)
+    return found.forward.chunk == found.gradients.chunk
+
+
+def _kept_shape(x: Tensor, B: Tensor, initial: Tensor | None) -> tuple[int, ...]:
+    decays = decays_shape(x, shapes(x, B).forward.chunk) if keeps_decays(x, B) else (0,)
+    return decays if initial is None else (math.prod(decays) + initial.numel(),)
+
+
+def _keep(x: Tensor, B: Tensor, decays: Tensor, initial: Tensor | None) -> Tensor:
+    """The decays, and after them the initial state where there is one."""
+    if not keeps_decays(x, B):
+        decays = decays.new_empty((0,))
+    return decays if initial is None else torch.cat((decays.flatten(), initial.flatten()))
+
+
+def kept(x: Tensor, B: Tensor, starts: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The decays and the initial state, where they were kept: from the third result of `forward`."""
+    if starts.dim() > 1:
+        return starts, None
+    if not starts.numel():
+        return None, None
+    shape, state = decays_shape(x, shapes(x, B).forward.chunk), (x.shape[0], *x.shape[2:], B.shape[3])
+    n = math.prod(shape) if keeps_decays(x, B) else 0
+    return starts[:n].view(shape) if n else None, starts[n:].view(state)
 
 
 def _run(
@@ -295,6 +329,7 @@ def _walk_launch(
 
 
 def make_decays(
+    x: Tensor,
     dt: Tensor,
     A: Tensor,
     dt_bias: Tensor | None,
@@ -303,15 +338,10 @@ def make_decays(
     dt_max: float,
     seq_idx: Tensor | None,
     chunk: int,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """Δ and the decays' logarithms summed in chunks, (plane, batch, head, length in whole chunks) fp32.
-
-    dtype: of the activations, which says how exact they are.
-    """
-    exact, (batch, length, heads) = dtype == torch.float32, dt.shape
-    padded = -(-length // chunk) * chunk
-    decays = torch.empty((5 if exact else 3, batch, heads, padded), dtype=torch.float32, device=dt.device)
+    """Δ and the decays' logarithms summed in chunks, (plane, batch, head, length in whole chunks) fp32."""
+    decays = torch.empty(decays_shape(x, chunk), dtype=torch.float32, device=dt.device)
+    exact = x.dtype == torch.float32
     seq_strides = (0, 0) if seq_idx is None else seq_idx.stride()
     launch = _decays_launch(dt.shape, dt.stride(), seq_strides, dt_softplus, dt_min, dt_max, exact, chunk)
     launch(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays)

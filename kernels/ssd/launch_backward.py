@@ -16,6 +16,7 @@ from kernels.ssd.launch import (
     DECAY_WARPS,
     Shape,
     block,
+    kept,
     make_decays,
     of_states,
     shapes,
@@ -76,8 +77,9 @@ def backward(
         parts, D_parts = torch.empty((rows, 3, heads), dtype=torch.float32, device=device), None
         if D is not None and D.dim() == 2:
             D_parts = torch.empty((rows, heads * head_dim), dtype=torch.float32, device=device)
-        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, dtype)
-        initial = starts[0] if starts.numel() else None
+        decays, initial = kept(x, B, starts)
+        if decays is None:
+            decays = make_decays(x, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk)
         initial_grad, *sums = _of_all_states(
             y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, outputs, shape
         )

@@ -188,7 +188,8 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
     f = d_intermediate, q = width of queries, k = width of keys, and values of `value_bytes`: the residual in fp32
     (4 d), the normed input (d), and of the mixer
         Mamba-1    6 e + r + 2 n (x, z, the convolution's output, Δ, y before and after the gate)
-        Mamba-2    5 e + 4 g n + h (z, x B C before and after the convolution, y before and after the gated norm)
+        Mamba-2    5 e + 4 g n + h (z, x B C before and after the convolution, y before and after the gated norm),
+                   and Δ and decays of the heads, 3 h in fp32
         attention  3 q + 4 k (queries, keys, values; queries and keys rotated; the output)
     besides the fp32 states that the scan of Mamba-1 goes back to, one every 16 tokens. An MLP adds
     a residual and a norm of its own and 4 f. After the layers: the last residual, the normed hidden state and its
@@ -201,7 +202,8 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
     k = (model.attention_kv_heads or model.attention_heads or 0) * head_width
     of_mixer = {
         MixerKind.mamba1: value_bytes * (6 * e + model.dt_rank + 2 * n) + 4 * e * n // GPU_CHUNK,
-        MixerKind.mamba2: value_bytes * (5 * e + 4 * model.n_groups * n + e // model.head_dim),
+        MixerKind.mamba2: value_bytes * (5 * e + 4 * model.n_groups * n + e // model.head_dim)
+        + 4 * 3 * e // model.head_dim,
         MixerKind.attention: value_bytes * (3 * q + 4 * k),
     }
     norm = (4 + value_bytes) * d
