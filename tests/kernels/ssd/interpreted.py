@@ -114,7 +114,7 @@ def test_more_states_than_a_tile_holds(packed: bool, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("absent", [(), ("z", "initial_state")], ids=str)
 def test_decays_are_computed_again_for_other_chunks(absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once where the backward has chunks as long as the forward's, which keeps them; twice where it has shorter ones."""
+    """Once where the backward has chunks as long as the forward's, which keeps them."""
     inputs = {name: value for name, value in ssd_inputs(2, 37, packed=True).items() if name not in absent}
     made, usual = [], launch.make_decays
     for module in (launch, launch_backward):
