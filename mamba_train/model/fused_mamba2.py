@@ -20,7 +20,7 @@ from mamba_train.model.fused_ssm import last_walk
 
 
 class FusedMamba2(torch.autograd.Function):
-    """The output of `Mamba2SSM.forward` from the projection's, the weights as they are stored, and A."""
+    """The output of `Mamba2SSM.forward` from the projection's, and the weights as they are stored."""
 
     @staticmethod
     def forward(
@@ -28,7 +28,7 @@ class FusedMamba2(torch.autograd.Function):
         projected: Tensor,
         conv_weight: Tensor,
         conv_bias: Tensor,
-        A: Tensor,
+        A_log: Tensor,
         D: Tensor,
         dt_bias: Tensor,
         norm_weight: Tensor,
@@ -39,6 +39,8 @@ class FusedMamba2(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         """projected (batch, length, z and x, B, C and dt side by side). Returns (batch, length, d_inner)."""
+        # Not `.float()`: that would hide from the audit that A_log arrived rounded.
+        A = -torch.exp(A_log)
         z, xBC, dt = _parts(projected, conv_weight.shape[0], A.shape[0])
         conv, _ = torch.ops.mamba_train.causal_conv1d.default(xBC, conv_weight, conv_bias, True, seq_idx, None)
         x, B, C = _split(conv, z.shape[2], head_dim, groups)
@@ -79,7 +81,8 @@ class FusedMamba2(torch.autograd.Function):
             conv_weight_grad, conv_bias_grad = causal_conv1d_backward_into(
                 conv_grad, None, xBC, conv_weight, conv_bias, seq_idx, xBC_grad
             )
-        weights = (conv_weight_grad, conv_bias_grad, A_grad, D_grad, dt_bias_grad, norm_weight_grad)
+        A_log_grad = A_grad.mul_(A)
+        weights = (conv_weight_grad, conv_bias_grad, A_log_grad, D_grad, dt_bias_grad, norm_weight_grad)
         return projected_grad, *weights, None, None, None, None, None
 
 

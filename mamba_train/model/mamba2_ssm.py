@@ -47,7 +47,7 @@ class Mamba2SSM(nn.Module):
         # No autocast: it would round what must stay fp32.
         with torch.autocast(projected.device.type, enabled=False):
             if torch.is_grad_enabled():
-                weights = (self.conv_weight, self.conv_bias, self._A(), self.D, self.dt_bias, self.norm_weight)
+                weights = (self.conv_weight, self.conv_bias, self.A_log, self.D, self.dt_bias, self.norm_weight)
                 sizes = (self.head_shape[1], self.group_shape[0], self.chunk_size, self.norm_eps)
                 return FusedMamba2.apply(projected, *weights, seq_idx, *sizes)
             z, xBC, dt = self.parts(projected)
