@@ -7,7 +7,6 @@ states: y, and the gradients of x and dt, are sums over states.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from kernels.dispatch import alignment, has_large_shared_memory, processors, triton_unsupported
 from kernels.launcher import Launch, remembered
+from kernels.ssd import kept
 
 MAX_HEAD_DIM = 128
 MAX_ROW_STRIDE = 2**24
@@ -92,7 +92,7 @@ def fake(
     return (
         x.new_empty(x.shape),
         x.new_empty(state, dtype=torch.float32),
-        x.new_empty(_kept_shape(x, B, initial_state) if for_backward else (0,), dtype=torch.float32),
+        x.new_empty(kept.numbers(x, B, initial_state, shapes(x, B)) if for_backward else 0, dtype=torch.float32),
         ungated,
     )
 
@@ -123,56 +123,27 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ungated = torch.empty_like(y) if for_backward and z is not None else None
     initial = None if initial_state is None else initial_state.float()
-    shape = shapes(x, B).forward
+    shape, found = shapes(x, B).forward, shapes(x, B)
+    n_kept = kept.numbers(x, B, initial, found) if for_backward else 0
+    keeps = torch.empty(n_kept, dtype=torch.float32, device=x.device)
+    decays, carried, kept_initial = kept.cut(x, B, keeps, found)
+    if kept_initial is not None and initial is not None:
+        kept_initial.copy_(initial)
     with torch.cuda.device_of(x):
-        decays = make_decays(x, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk)
+        if decays is None:
+            decays = torch.empty(kept.decays_shape(x, shape.chunk), dtype=torch.float32, device=x.device)
+        fill_decays(decays, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk)
         blocks = state_blocks(B.shape[3], shape.states)
         before: Tensor | None = None
         ends: list[Tensor] = []
         for states in blocks[:-1]:
             before = torch.empty(x.shape, dtype=torch.float32, device=x.device) if before is None else before
             part = of_states(x, B, C, initial, states)
-            ends.append(_run(*part, None, None, decays, before if ends else None, before, None, shape))
+            ends.append(_run(*part, None, None, decays, before if ends else None, before, None, None, shape))
         part = of_states(x, B, C, initial, blocks[-1])
-        ends.append(_run(*part, D, z, decays, before, y, ungated, shape))
+        ends.append(_run(*part, D, z, decays, before, y, ungated, carried, shape))
     final_state = ends[0] if len(ends) == 1 else torch.cat(ends, dim=3)
-    kept = _keep(x, B, decays, initial) if for_backward else x.new_empty((0,), dtype=torch.float32)
-    return y, final_state, kept, x.new_empty((0,)) if ungated is None else ungated
-
-
-def decays_shape(x: Tensor, chunk: int) -> tuple[int, ...]:
-    """(plane, batch, head, length in whole chunks)."""
-    batch, length, heads = x.shape[:3]
-    return 5 if x.dtype == torch.float32 else 3, batch, heads, -(-length // chunk) * chunk
-
-
-def keeps_decays(x: Tensor, B: Tensor) -> bool:
-    """Whether the decays of the forward are those of the backward: its chunks may be shorter."""
-    found = shapes(x, B)
-    return found.forward.chunk == found.gradients.chunk
-
-
-def _kept_shape(x: Tensor, B: Tensor, initial: Tensor | None) -> tuple[int, ...]:
-    decays = decays_shape(x, shapes(x, B).forward.chunk) if keeps_decays(x, B) else (0,)
-    return decays if initial is None else (math.prod(decays) + initial.numel(),)
-
-
-def _keep(x: Tensor, B: Tensor, decays: Tensor, initial: Tensor | None) -> Tensor:
-    """The decays, and after them the initial state where there is one."""
-    if not keeps_decays(x, B):
-        decays = decays.new_empty((0,))
-    return decays if initial is None else torch.cat((decays.flatten(), initial.flatten()))
-
-
-def kept(x: Tensor, B: Tensor, starts: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The decays and the initial state, where they were kept: from the third result of `forward`."""
-    if starts.dim() > 1:
-        return starts, None
-    if not starts.numel():
-        return None, None
-    shape, state = decays_shape(x, shapes(x, B).forward.chunk), (x.shape[0], *x.shape[2:], B.shape[3])
-    n = math.prod(shape) if keeps_decays(x, B) else 0
-    return starts[:n].view(shape) if n else None, starts[n:].view(state)
+    return y, final_state, keeps, x.new_empty((0,)) if ungated is None else ungated
 
 
 def _run(
@@ -186,9 +157,10 @@ def _run(
     before: Tensor | None,
     y: Tensor,
     ungated: Tensor | None,
+    carried: Tensor | None,
     shape: Shape,
 ) -> Tensor:
-    """Fill y, and `ungated` where it is given, by one block of states; return their final values."""
+    """Fill y, and `ungated` and `carried` where given, by one block of states; return their final values."""
     (batch, _, heads, head_dim), states = x.shape, B.shape[3]
     segments = _segments(batch * heads, decays.shape[3] // shape.chunk, x.device)
     starts = _segment_starts(x, B, decays, initial, shape.chunk, segments)
@@ -196,7 +168,7 @@ def _run(
     strides = (x.stride(), B.stride(), C.stride(), None if z is None else z.stride())
     wide_skip, exact = D is not None and D.dim() == 2, x.dtype == torch.float32
     launch = _forward_launch(x.shape, B.shape, strides, segments, wide_skip, exact, shape)
-    launch(x, B, C, D, z, decays, starts, before, y, ungated, final_state)
+    launch(x, B, C, D, z, decays, starts, before, y, ungated, final_state, carried)
     return final_state
 
 
@@ -279,15 +251,20 @@ def walk(
     states: tuple[Tensor | None, Tensor | None],
     outputs: tuple[Tensor | None, Tensor | None, Tensor, Tensor | None],
     chunk: int,
+    only_back: bool = False,
 ) -> None:
-    """Launch `states_kernel`. back: y_grad, C; states: first, last_grad; outputs: starts, end_grads, ends, powers."""
+    """Launch `states_kernel`. back: y_grad, C; states: first, last_grad; outputs: starts, end_grads, ends, powers.
+
+    only_back: `starts` is there already.
+    """
     powers = outputs[3]
     segments = 1 if powers is None else powers.shape[1]
     y_grad, C = back or (None, None)
     of_back = None if y_grad is None or C is None else (y_grad.stride(), C.stride())
     enough = PROGRAMS_PER_PROCESSOR * processors(x.device.index)
     exact, shape = x.dtype == torch.float32, shapes(x, B).states
-    launch = _walk_launch(x.shape, B.shape, (x.stride(), B.stride()), of_back, segments, enough, exact, chunk, shape)
+    of_x = (x.stride(), B.stride())
+    launch = _walk_launch(x.shape, B.shape, of_x, of_back, only_back, segments, enough, exact, chunk, shape)
     launch(x, B, y_grad, C, decays, *states, *outputs)
 
 
@@ -297,6 +274,7 @@ def _walk_launch(
     B_shape: torch.Size,
     forth: tuple[tuple[int, ...], ...],
     back: tuple[tuple[int, ...], ...] | None,
+    only_back: bool,
     segments: int,
     enough: int,
     exact: bool,
@@ -309,7 +287,7 @@ def _walk_launch(
     (batch, length, heads, head_dim), (groups, n_states) = x_shape, B_shape[2:]
     chunks = -(-length // chunk)
     p, n = min(shape.head_dim, block(head_dim)), min(shape.states, block(n_states))
-    walks = batch * segments * heads * (1 if back is None else 2)
+    walks = batch * segments * heads * (1 if back is None or only_back else 2)
     # A state in several parts: more programs, which read the same rows and columns.
     while n > 64 and walks * -(-n_states // n) * -(-head_dim // p) < enough:
         n //= 2
@@ -323,13 +301,13 @@ def _walk_launch(
         states_kernel,
         (walks * -(-n_states // n) * -(-head_dim // p), 1),
         (*[s // align for s in strides], *sizes, segments, -(-chunks // segments)),
-        (back is not None, whole, exact, align, chunk, p, n, shape.stages),
+        (back is not None, only_back, whole, exact, align, chunk, p, n, shape.stages),
         shape.warps,
     )
 
 
-def make_decays(
-    x: Tensor,
+def fill_decays(
+    decays: Tensor,
     dt: Tensor,
     A: Tensor,
     dt_bias: Tensor | None,
@@ -338,14 +316,12 @@ def make_decays(
     dt_max: float,
     seq_idx: Tensor | None,
     chunk: int,
-) -> Tensor:
-    """Δ and the decays' logarithms summed in chunks, (plane, batch, head, length in whole chunks) fp32."""
-    decays = torch.empty(decays_shape(x, chunk), dtype=torch.float32, device=dt.device)
-    exact = x.dtype == torch.float32
+) -> None:
+    """Δ and the decays' logarithms summed in chunks; decays: (plane, batch, head, length in whole chunks) fp32."""
+    exact = decays.shape[0] == 5
     seq_strides = (0, 0) if seq_idx is None else seq_idx.stride()
     launch = _decays_launch(dt.shape, dt.stride(), seq_strides, dt_softplus, dt_min, dt_max, exact, chunk)
     launch(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays)
-    return decays
 
 
 @remembered

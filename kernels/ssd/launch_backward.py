@@ -11,13 +11,13 @@ from torch import Tensor
 
 from kernels.dispatch import alignment, processors
 from kernels.launcher import Launch, remembered
+from kernels.ssd import kept
 from kernels.ssd.launch import (
     DECAY_HEADS,
     DECAY_WARPS,
     Shape,
     block,
-    kept,
-    make_decays,
+    fill_decays,
     of_states,
     shapes,
     state_blocks,
@@ -77,11 +77,12 @@ def backward(
         parts, D_parts = torch.empty((rows, 3, heads), dtype=torch.float32, device=device), None
         if D is not None and D.dim() == 2:
             D_parts = torch.empty((rows, heads * head_dim), dtype=torch.float32, device=device)
-        decays, initial = kept(x, B, starts)
+        decays, carried, initial = kept.cut(x, B, starts, shapes(x, B))
         if decays is None:
-            decays = make_decays(x, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk)
+            decays = torch.empty(kept.decays_shape(x, shape.chunk), dtype=torch.float32, device=device)
+            fill_decays(decays, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk)
         initial_grad, *sums = _of_all_states(
-            y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, outputs, shape
+            y_grad, x, B, C, D, D_parts, decays, initial, carried, final_state_grad, outputs, shape
         )
         launch = _delta_launch(
             dt.shape, B.shape[2], dt.stride(), outputs.dt.stride(), dt_softplus, dt_min, dt_max, shape.chunk
@@ -131,6 +132,7 @@ def _of_all_states(
     D_parts: Tensor | None,
     decays: Tensor,
     initial: Tensor | None,
+    carried: Tensor | None,
     final_state_grad: Tensor | None,
     outputs: Outputs,
     shape: Shape,
@@ -138,7 +140,7 @@ def _of_all_states(
     """Fill outputs but for dt, and D_parts; return the gradient of the initial state, sums, own_products, through."""
     blocks = state_blocks(B.shape[3], shape.states)
     if len(blocks) == 1:
-        return _run(y_grad, x, B, C, D, D_parts, decays, initial, final_state_grad, None, outputs, shape)
+        return _run(y_grad, x, B, C, D, D_parts, decays, initial, carried, final_state_grad, None, outputs, shape)
     others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     initial_grads: list[Tensor] = []
     totals: list[Tensor] | None = None
@@ -149,7 +151,7 @@ def _of_all_states(
         last_grad = None if final_state_grad is None else final_state_grad[..., states]
         skip = (D, D_parts) if is_last else (None, None)
         into = Outputs(outputs.x if is_last else others, outputs.dt, outputs.B[..., states], outputs.C[..., states])
-        first_grad, *found = _run(y_grad, x, B_part, C_part, *skip, decays, first, last_grad, before, into, shape)
+        first_grad, *found = _run(y_grad, x, B_part, C_part, *skip, decays, first, None, last_grad, before, into, shape)
         initial_grads.append(first_grad)
         if totals is None:
             totals = found
@@ -170,20 +172,25 @@ def _run(
     D_parts: Tensor | None,
     decays: Tensor,
     initial: Tensor | None,
+    carried: Tensor | None,
     final_state_grad: Tensor | None,
     before: Tensor | None,
     outputs: Outputs,
     shape: Shape,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of one block of states; before: the gradient of x by others, which is added."""
+    """The same of one block of states; before: the gradient of x by others, which is added.
+
+    carried: the states before chunks, where they were kept.
+    """
     (batch, _, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
     chunk, chunks = shape.chunk, decays.shape[3] // shape.chunk
     parts = _parts(batch * chunks * groups, heads // groups, processors(x.device.index))
     initial_grad = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
-    starts = torch.empty((batch, chunks, heads, states, head_dim), dtype=x.dtype, device=x.device)
-    end_grads = torch.empty_like(starts)
+    end_grads = torch.empty((batch, chunks, heads, states, head_dim), dtype=x.dtype, device=x.device)
+    starts = torch.empty_like(end_grads) if carried is None else carried
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
-    walk(x, B, decays, (y_grad, C), (first, last_grad), (starts, end_grads, initial_grad, None), chunk)
+    into = (starts, end_grads, initial_grad, None)
+    walk(x, B, decays, (y_grad, C), (first, last_grad), into, chunk, only_back=carried is not None)
     BC_grads = [outputs.B.unsqueeze(0), outputs.C.unsqueeze(0)]
     if parts > 1:
         BC_grads = [torch.empty((parts, *B.shape), dtype=torch.float32, device=x.device) for _ in "BC"]

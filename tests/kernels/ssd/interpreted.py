@@ -116,9 +116,9 @@ def test_more_states_than_a_tile_holds(packed: bool, monkeypatch: pytest.MonkeyP
 def test_decays_are_computed_again_for_other_chunks(absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Once where the backward has chunks as long as the forward's, which keeps them."""
     inputs = {name: value for name, value in ssd_inputs(2, 37, packed=True).items() if name not in absent}
-    made, usual = [], launch.make_decays
+    made, usual = [], launch.fill_decays
     for module in (launch, launch_backward):
-        monkeypatch.setattr(module, "make_decays", lambda *a: made.append(1) or usual(*a))
+        monkeypatch.setattr(module, "fill_decays", lambda *a: made.append(1) or usual(*a))
     for chunk, times in ((16, 1), (32, 2)):
         made.clear()
         monkeypatch.setattr(launch, "FORWARD", launch.FORWARD._replace(chunk=chunk))
