@@ -107,8 +107,14 @@ def ssd_backward_op(
     starts: Tensor,
     ungated: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; empty for an absent argument."""
+    """Return the gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; empty for an absent argument.
+
+    starts: empty where the forward kept nothing, which it may without z and an initial state.
+    """
     dtype = compute_dtype(x)
+    if not starts.numel():
+        options = (dt_softplus, dt_min, dt_max, chunk_size, seq_idx, None, True)
+        starts = ssd_op._init_fn(x, dt, A, B, C, None, None, dt_bias, *options)[2]
     scan = _Scan(x, dt, A, B, C, dt_bias, dt_softplus, (dt_min, dt_max), chunk_size, seq_idx)
     y_grad = x.new_zeros(x.shape, dtype=dtype) if y_grad is None else y_grad.to(dtype)
     z_grad = x.new_empty((0,))
