@@ -171,8 +171,8 @@ def activation_bytes(
         return whole * n_tokens
     states = 4 * e * n // GPU_CHUNK if model.mixer is MixerKind.mamba1 else 0
     if recompute in (Recompute.scan, Recompute.auto):
-        # Mamba-1: Δ, y before and after the gate, and the states; Mamba-2: decays and states. The backward pass has those
-        # of one layer.
+        # Mamba-1: Δ, y before and after the gate, and the states; Mamba-2: decays and states. The backward pass has
+        # those of one layer.
         mixers = layer_mixers(model)[:layers]
         again = {MixerKind.mamba1: 3 * value_bytes * e + states, MixerKind.mamba2: _ssd_keeps(model, value_bytes)}
         less = sum(max(0, mixers.count(kind) - 1) * n_bytes for kind, n_bytes in again.items())
