@@ -113,6 +113,20 @@ def test_more_states_than_a_tile_holds(packed: bool, monkeypatch: pytest.MonkeyP
     check({name: value for name, value in inputs.items() if name not in ("z", "initial_state")}, torch.float16)
 
 
+@pytest.mark.parametrize("absent", [(), ("z", "initial_state")], ids=str)
+def test_decays_are_computed_again_for_other_chunks(absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once where the backward has chunks as long as the forward's, which keeps them."""
+    inputs = {name: value for name, value in ssd_inputs(2, 37, packed=True).items() if name not in absent}
+    made, usual = [], launch.fill_decays
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "fill_decays", lambda *a: made.append(1) or usual(*a))
+    for chunk, times in ((16, 1), (32, 2)):
+        made.clear()
+        monkeypatch.setattr(launch, "FORWARD", launch.FORWARD._replace(chunk=chunk))
+        check(inputs)
+        assert len(made) == times
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype: torch.dtype) -> None:
     check(ssd_inputs(2, 37, 4, 16, 2, 16, packed=True), dtype)

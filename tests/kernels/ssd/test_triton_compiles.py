@@ -45,14 +45,15 @@ def resources(
     """everything: with a gate, states given and wanted, D for each channel."""
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(FP32, "*fp32")
-    arguments |= dict.fromkeys(("x", "B", "C", "y", "y_grad", "end_grads", "x_grad", "B_grad", "C_grad"), "*bf16")
+    activations = ("x", "B", "C", "y", "y_grad", "end_grads", "carried", "x_grad", "B_grad", "C_grad")
+    arguments |= dict.fromkeys(activations, "*bf16")
     arguments |= dict.fromkeys(("z", "ungated"), "*bf16" if everything else None)
     if not everything:
         arguments |= dict.fromkeys(("starts", "before", "first", "last_grad", "D_parts", "powers"))
     if kernel is not forward_kernel:
         arguments["starts"] = "*bf16"
-    arguments |= {"WIDE_SKIP": everything, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
-    arguments["CHUNK"] = launch.GRADIENTS.chunk
+    arguments |= {"WIDE_SKIP": everything, "BACK": False, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
+    arguments |= {"CHUNK": launch.GRADIENTS.chunk, "HALVES": launch.FLOWS.chunk // launch.GRADIENTS.chunk}
     arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
     arguments |= constants
     arguments = {name: arguments[name] for name in kernel.arg_names}
@@ -66,6 +67,7 @@ def test_table(capability: int, tmp_path: Path) -> None:
     for kernel, shape, constants in (
         (forward_kernel, launch.FORWARD, {}),
         (states_kernel, launch.STATES, {"BOTH": True}),
+        (states_kernel, launch.STATES, {"BOTH": True, "BACK": True}),
         (states_kernel, launch.STATES, {"BOTH": False, "y_grad": None, "C": None, "starts": None, "powers": "*fp32"}),
         (gradients_kernel, launch.GRADIENTS, {}),
         (flows_kernel, launch.FLOWS, {}),
