@@ -32,6 +32,7 @@ class CastOnce:
         linears = [module for module in modules if isinstance(module, nn.Linear) and module.bias is None]
         self.weights = [linear.get_parameter("weight") for linear in linears]
         self._copies = [torch.empty_like(weight, dtype=dtype, requires_grad=False) for weight in self.weights]
+        self.copies = dict(zip(self.weights, self._copies, strict=True))
         self._versions: list[int | None] = [None] * len(linears)
         self.on_gradient: Callable[[Tensor], None] | None = None
         for linear, weight, copy in zip(linears, self.weights, self._copies, strict=True):

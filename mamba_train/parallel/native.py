@@ -8,11 +8,11 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from kernels.adamw import FusedAdamW, Parameter, unsupported
 from mamba_train.checkpoint.pieces import Piece, Pieces
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
 from mamba_train.model.contract import decay_split
@@ -69,7 +69,8 @@ class NativeEngine:
         self._graphed = GraphedPasses(self._pass_over) if self._records() else None
         if self._graphed is not None:
             self._graphed.may_record = False
-        self._graphed_updates = {clips: GraphedUpdate(partial(self._update, clips=clips)) for clips in (False, True)}
+        self._fused_adamw = self._make_fused_adamw(optim)
+        self._graphed_update = GraphedUpdate(self._update)
         # What an update reads besides: in memory, as a graph has to read it there.
         self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
         for group in self._optimizer.param_groups:
@@ -134,12 +135,11 @@ class NativeEngine:
         by_layer = self._layer_norms() if self.config.layer_grad_norms or judgement.skip else {}
         if not judgement.skip:
             self._lr.fill_(lr)
-            self._divisor.fill_((judgement.grad_norm + 1e-6) / self._max_grad_norm)
-            clips = judgement.grad_norm > self._max_grad_norm
+            self._divisor.fill_(max(1.0, (judgement.grad_norm + 1e-6) / self._max_grad_norm))
             if self._graphed is not None and self._graphed.has_recorded:
-                self._graphed_updates[clips]()
+                self._graphed_update()
             else:
-                self._update(clips=clips)
+                self._update()
         self._forget_gradients()
         self._is_first = True
         if self._graphed is not None:
@@ -147,14 +147,33 @@ class NativeEngine:
         return StepResult(judgement.grad_norm, judgement.skip, by_layer)
 
     @torch.no_grad()
-    def _update(self, *, clips: bool) -> None:
+    def _update(self) -> None:
         """All that follows the decision to apply a step."""
+        if self._fused_adamw is not None:
+            gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"]]
+            self._fused_adamw([_local(g) for g in gradients], self._lr, self._divisor)
+            return
         for group in self._optimizer.param_groups:
             group["capturable"] = self._is_recording()  # torch records only what says so
-        self._optimizer.grad_scale = self._divisor if clips else None  # type: ignore[attr-defined]
+        self._optimizer.grad_scale = self._divisor  # type: ignore[attr-defined]
         self._optimizer.step()  # on gradients divided by that
         if self._casts is not None:
             self._casts.refresh(all_of_them=True)
+
+    def _make_fused_adamw(self, optim: OptimConfig) -> FusedAdamW | None:
+        """The update in one launch, copies of matrices included; None where torch's own has to do."""
+        if any(unsupported(_local(parameter)) for parameter in self._parameters.values()):
+            return None
+        copies = {} if self._casts is None else self._casts.copies
+        found = []
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self._optimizer.state[parameter]
+                tensors = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"])
+                weight, first, second, step = (_local(tensor) for tensor in tensors)
+                copy = copies.get(parameter)
+                found.append(Parameter(weight, first, second, step, group["weight_decay"], copy))
+        return FusedAdamW(found, optim.beta1, optim.beta2, optim.eps)
 
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -265,6 +284,6 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in names)
 
 
-def _local(gradient: Tensor) -> Tensor:
-    """The part of a gradient that this rank has, as a view."""
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+def _local(tensor: Tensor) -> Tensor:
+    """The part that this rank has, as a view."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
