@@ -152,13 +152,13 @@ class NativeEngine:
         if self._fused_adamw is not None:
             gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"]]
             self._fused_adamw([_local(g) for g in gradients], self._lr, self._divisor)
-            return
-        for group in self._optimizer.param_groups:
-            group["capturable"] = self._is_recording()  # torch records only what says so
-        self._optimizer.grad_scale = self._divisor  # type: ignore[attr-defined]
-        self._optimizer.step()  # on gradients divided by that
+        else:
+            for group in self._optimizer.param_groups:
+                group["capturable"] = self._is_recording()  # torch records only what says so
+            self._optimizer.grad_scale = self._divisor  # type: ignore[attr-defined]
+            self._optimizer.step()  # on gradients divided by that
         if self._casts is not None:
-            self._casts.refresh(all_of_them=True)
+            self._casts.updated(with_copies=self._fused_adamw is not None)
 
     def _make_fused_adamw(self, optim: OptimConfig) -> FusedAdamW | None:
         """The update in one launch, copies of matrices included; None where torch's own has to do."""
