@@ -25,20 +25,23 @@ from mamba_train.model.selective_ssm import SelectiveSSM
 class CastOnce:
     """Has linear layers and SSMs of `modules` compute with copies of their matrices in `dtype` wherever autocast is on.
 
-    copies: by weight. first: whether the next backward pass is the first of its step, which overwrites gradients.
-    on_gradient, when set: is called with each weight whose gradient a backward pass has completed.
+    copies: by weight. linears: the weights of linear layers. first: whether the next backward pass is the first of its
+    step, which overwrites gradients. on_gradient, when set: is called with each weight whose gradient a backward pass
+    has completed.
     """
 
     first = False
 
     def __init__(self, modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
         self.copies: dict[Tensor, Tensor] = {}
+        self.linears: set[Tensor] = set()
         self._A: dict[Tensor, Tensor] = {}  # by A_log
         self._versions: dict[Tensor, int] = {}
         self.on_gradient: Callable[[Tensor], None] | None = None
         for module in modules:
             if isinstance(module, nn.Linear) and module.bias is None:
                 weight = module.get_parameter("weight")
+                self.linears.add(weight)
                 module.forward = partial(self._linear, weight, self._copy(weight, dtype))
             elif isinstance(module, SelectiveSSM):
                 self._A[module.A_log] = torch.empty_like(module.A_log, requires_grad=False)

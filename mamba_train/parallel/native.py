@@ -7,20 +7,19 @@ Masters, gradients and moments are fp32. A bf16 run computes its matrix products
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from kernels.adamw import FusedAdamW, Parameter, unsupported
 from mamba_train.checkpoint.pieces import Piece, Pieces
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
-from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.parallel.cast_once import CastOnce
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
 from mamba_train.parallel.graphed import Arguments, GraphedPasses, GraphedUpdate, Variant
+from mamba_train.parallel.optimizer import fused_adamw, local, make_optimizer
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks
@@ -69,7 +68,8 @@ class NativeEngine:
         self._graphed = GraphedPasses(self._pass_over) if self._records() else None
         if self._graphed is not None:
             self._graphed.may_record = False
-        self._fused_adamw = self._make_fused_adamw(optim)
+        copies = {} if self._casts is None else self._casts.copies
+        self._fused_adamw = fused_adamw(self._optimizer, optim, copies)
         self._graphed_update = GraphedUpdate(self._update)
         # What an update reads besides: in memory, as a graph has to read it there.
         self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
@@ -108,8 +108,18 @@ class NativeEngine:
             self._begin_gradients()
         if self._casts is not None:
             self._casts.first = self._is_first
-        loss.backward()
+        with self._added_at_once():
+            loss.backward()
         self._is_first = False
+
+    def _added_at_once(self) -> AbstractContextManager[object]:
+        """Gradients that a pass makes anew are added to those that there are in a few launches, not one for each.
+
+        Without `CastOnce`, whose linear layers add theirs in the product, as they come: all at once would be as much
+        memory again.
+        """
+        others = [] if self._casts is None else [p for p in self._parameters.values() if p not in self._casts.linears]
+        return added_at_once(others)
 
     def _pass_over(self, *arguments: *Arguments, variant: Variant) -> Tensor:
         """What a graph holds; also what is left when recording it has failed, whatever that has changed."""
@@ -128,7 +138,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def step(self, lr: float, judge: Judge | None = None) -> StepResult:
-        gradients = [_local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        gradients = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
         # Squares of fp32 norms can leave the range of fp32. Ranks that have the same part share it.
         square = torch.nn.utils.get_total_norm(gradients).double().square() / self._same_gradients()
         judgement = (judge or only_finite(self))(square)
@@ -151,7 +161,7 @@ class NativeEngine:
         """All that follows the decision to apply a step."""
         if self._fused_adamw is not None:
             gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"]]
-            self._fused_adamw([_local(g) for g in gradients], self._lr, self._divisor)
+            self._fused_adamw([local(g) for g in gradients], self._lr, self._divisor)
         else:
             for group in self._optimizer.param_groups:
                 group["capturable"] = self._is_recording()  # torch records only what says so
@@ -159,21 +169,6 @@ class NativeEngine:
             self._optimizer.step()  # on gradients divided by that
         if self._casts is not None:
             self._casts.updated(with_copies=self._fused_adamw is not None)
-
-    def _make_fused_adamw(self, optim: OptimConfig) -> FusedAdamW | None:
-        """The update in one launch, copies of matrices included; None where torch's own has to do."""
-        if any(unsupported(_local(parameter)) for parameter in self._parameters.values()):
-            return None
-        copies = {} if self._casts is None else self._casts.copies
-        found = []
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                state = self._optimizer.state[parameter]
-                tensors = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"])
-                weight, first, second, step = (_local(tensor) for tensor in tensors)
-                copy = copies.get(parameter)
-                found.append(Parameter(weight, first, second, step, group["weight_decay"], copy))
-        return FusedAdamW(found, optim.beta1, optim.beta2, optim.eps)
 
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -189,7 +184,7 @@ class NativeEngine:
             self._optimizer.zero_grad(set_to_none=True)
 
     def _layer_norms(self) -> dict[str, float]:
-        gradients = {name: _local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
+        gradients = {name: local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
         return norms_by_layer(gradients, self.ranks, self._same_gradients())
 
     def _same_gradients(self) -> int:
@@ -232,27 +227,19 @@ class NativeEngine:
         pass  # the pieces are the parameters themselves
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101, algorithm 2) with the decay groups of the contract and a state of zeros."""
-    optimizer = adamw(parameters, optim)
-    for parameter in parameters.values():
-        # torch makes it at the first step; a checkpoint has something to fill before that.
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
-
-
-def adamw(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with the decay groups of the contract."""
-    decayed, undecayed = decay_split(parameters)
-    groups = [
-        {"params": [parameters[name] for name in decayed], "weight_decay": optim.weight_decay},
-        {"params": [parameters[name] for name in undecayed], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+@contextmanager
+def added_at_once(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    kept = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+        pairs = [(grad, parameter.grad) for parameter, grad in kept if parameter.grad is not None]
+        if pairs:
+            torch._foreach_add_(*zip(*pairs, strict=True))
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
 
 
 def choose_device(kind: DeviceKind, local_rank: int) -> torch.device:
@@ -282,8 +269,3 @@ def has_compiler() -> bool:
     """Whether there is a C++ compiler on the path."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return any(shutil.which(name) for name in names)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part that this rank has, as a view."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +93,29 @@ def test_an_engine_casts_once_in_a_step_and_never_computes_with_an_old_copy(monk
         with torch.no_grad():
             for piece in engine.pieces().model.values():
                 piece.values.mul_(2)
+
+
+def test_gradients_are_added_in_one_launch_and_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for at_once in (True, False):
+        engine = NativeEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.bf16), join())
+        engine.prepare(MODEL, OptimConfig(lr=1e-2), seed=0)
+        if not at_once:
+            monkeypatch.setattr(engine, "_added_at_once", nullcontext)
+        tokens = torch.randint(0, 31, (3, 2, 13), generator=torch.Generator().manual_seed(0))
+        places = []
+        for batch in tokens:
+            engine.accumulate(batch[:, :-1], batch[:, 1:], None, torch.tensor(72.0))
+            places.append([p.grad for p in engine.model.parameters()])
+        assert all(a is b is c for a, b, c in zip(*places, strict=True))
+        if at_once:
+            before = [grad.clone() for grad in places[0]]
+            with pytest.raises(RuntimeError, match="on purpose"), engine._added_at_once():
+                raise RuntimeError("on purpose")
+            assert all(p.grad is kept for p, kept in zip(engine.model.parameters(), places[0], strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(before, places[0], strict=True))
+        found.append([p.grad for p in engine.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_an_ssm_computes_the_same_with_what_it_is_given() -> None:
