@@ -8,10 +8,12 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from kernels.adamw import FusedAdamW
 from mamba_train.checkpoint.pieces import Piece, Pieces
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
 from mamba_train.model.language_model import MambaLM
@@ -53,7 +55,6 @@ class NativeEngine:
         self._shard(model)
         model.to_empty(device=self.device)
         self.model_config = model_config
-        self._max_grad_norm = optim.max_grad_norm
         self._bare_model = model
         self._parameters = dict(model.named_parameters())
         self._optimizer = make_optimizer(self._parameters, optim)
@@ -68,8 +69,7 @@ class NativeEngine:
         self._graphed = GraphedPasses(self._pass_over) if self._records() else None
         if self._graphed is not None:
             self._graphed.may_record = False
-        copies = {} if self._casts is None else self._casts.copies
-        self._fused_adamw = fused_adamw(self._optimizer, optim, copies)
+        self._optim = optim
         self._graphed_update = GraphedUpdate(self._update)
         # What an update reads besides: in memory, as a graph has to read it there.
         self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
@@ -145,7 +145,7 @@ class NativeEngine:
         by_layer = self._layer_norms() if self.config.layer_grad_norms or judgement.skip else {}
         if not judgement.skip:
             self._lr.fill_(lr)
-            self._divisor.fill_(max(1.0, (judgement.grad_norm + 1e-6) / self._max_grad_norm))
+            self._divisor.fill_(max(1.0, (judgement.grad_norm + 1e-6) / self._optim.max_grad_norm))
             if self._graphed is not None and self._graphed.has_recorded:
                 self._graphed_update()
             else:
@@ -169,6 +169,11 @@ class NativeEngine:
             self._optimizer.step()  # on gradients divided by that
         if self._casts is not None:
             self._casts.updated(with_copies=self._fused_adamw is not None)
+
+    @cached_property
+    def _fused_adamw(self) -> FusedAdamW | None:
+        """Made at the first update: FSDP2 may move its shards at the first forward pass."""
+        return fused_adamw(self._optimizer, self._optim, {} if self._casts is None else self._casts.copies)
 
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
