@@ -21,7 +21,7 @@ from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.parallel.cast_once import CastOnce
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
 from mamba_train.parallel.graphed import Arguments, GraphedPasses, GraphedUpdate, Variant
-from mamba_train.parallel.optimizer import fused_adamw, local, make_optimizer
+from mamba_train.parallel.optimizer import fused_adamw, local_part, make_optimizer
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks
@@ -138,7 +138,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def step(self, lr: float, judge: Judge | None = None) -> StepResult:
-        gradients = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
         # Squares of fp32 norms can leave the range of fp32. Ranks that have the same part share it.
         square = torch.nn.utils.get_total_norm(gradients).double().square() / self._same_gradients()
         judgement = (judge or only_finite(self))(square)
@@ -161,7 +161,7 @@ class NativeEngine:
         """All that follows the decision to apply a step."""
         if self._fused_adamw is not None:
             gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"]]
-            self._fused_adamw([local(g) for g in gradients], self._lr, self._divisor)
+            self._fused_adamw([local_part(g) for g in gradients], self._lr, self._divisor)
         else:
             for group in self._optimizer.param_groups:
                 group["capturable"] = self._is_recording()  # torch records only what says so
@@ -189,7 +189,7 @@ class NativeEngine:
             self._optimizer.zero_grad(set_to_none=True)
 
     def _layer_norms(self) -> dict[str, float]:
-        gradients = {name: local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
+        gradients = {name: local_part(p.grad) for name, p in self._parameters.items() if p.grad is not None}
         return norms_by_layer(gradients, self.ranks, self._same_gradients())
 
     def _same_gradients(self) -> int:

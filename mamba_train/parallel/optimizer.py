@@ -43,14 +43,14 @@ def fused_adamw(
     found = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state, weight = optimizer.state[parameter], local(parameter.detach())
+            state, weight = optimizer.state[parameter], local_part(parameter.detach())
             if unsupported(weight):
                 return None
-            first, second, step = (local(state[name]) for name in ("exp_avg", "exp_avg_sq", "step"))
+            first, second, step = (local_part(state[name]) for name in ("exp_avg", "exp_avg_sq", "step"))
             found.append(Parameter(weight, first, second, step, group["weight_decay"], copies.get(parameter)))
     return FusedAdamW(found, optim.beta1, optim.beta2, optim.eps)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part that this rank has, as a view."""
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank has, in the same memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
