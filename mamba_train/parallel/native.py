@@ -55,6 +55,7 @@ class NativeEngine:
         self._shard(model)
         model.to_empty(device=self.device)
         self.model_config = model_config
+        self._optim = optim
         self._bare_model = model
         self._parameters = dict(model.named_parameters())
         self._optimizer = make_optimizer(self._parameters, optim)
@@ -69,12 +70,9 @@ class NativeEngine:
         self._graphed = GraphedPasses(self._pass_over) if self._records() else None
         if self._graphed is not None:
             self._graphed.may_record = False
-        self._optim = optim
         self._graphed_update = GraphedUpdate(self._update)
         # What an update reads besides: in memory, as a graph has to read it there.
         self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._lr
 
     def _records(self) -> bool:
         """Whether the passes of a micro-batch become a CUDA graph."""
@@ -163,10 +161,7 @@ class NativeEngine:
             gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"]]
             self._fused_adamw([local_part(g) for g in gradients], self._lr, self._divisor)
         else:
-            for group in self._optimizer.param_groups:
-                group["capturable"] = self._is_recording()  # torch records only what says so
-            self._optimizer.grad_scale = self._divisor  # type: ignore[attr-defined]
-            self._optimizer.step()  # on gradients divided by that
+            self._apply(self._optimizer)
         if self._casts is not None:
             self._casts.updated(with_copies=self._fused_adamw is not None)
 
@@ -174,6 +169,13 @@ class NativeEngine:
     def _fused_adamw(self) -> FusedAdamW | None:
         """Made at the first update: FSDP2 may move its shards at the first forward pass."""
         return fused_adamw(self._optimizer, self._optim, {} if self._casts is None else self._casts.copies)
+
+    def _apply(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self._lr
+            group["capturable"] = self._is_recording()  # torch records only what says so
+        optimizer.grad_scale = self._divisor  # type: ignore[attr-defined]
+        optimizer.step()  # on gradients divided by that
 
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
