@@ -20,7 +20,6 @@ import itertools
 import multiprocessing
 import statistics
 from dataclasses import dataclass
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 
 import torch
@@ -187,10 +186,12 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [run for name in arguments.models for run in runs_of(name, arguments)]
     turns = Turns(runs)
+    import mamba_ssm
+
     print(ask_device("name,driver_version,clocks.max.sm"))
     peak = turns.next(None)
     assert peak is not None
-    print(f"torch {torch.__version__}, mamba_ssm {version('mamba_ssm')}; bf16 product {peak / 1e12:.0f} TFLOP/s")
+    print(f"torch {torch.__version__}, mamba_ssm {mamba_ssm.__version__}; bf16 product {peak / 1e12:.0f} TFLOP/s")
     for name, group in itertools.groupby(runs, key=lambda run: run.model):
         print(f"{name}, sequences of {arguments.length} tokens", flush=True)
         found = [(run.policy is not None, turns.next(peak) or 0.0) for run in group]
