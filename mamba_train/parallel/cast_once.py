@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from mamba_train.model.fused_ssm import Derived
 from mamba_train.model.projection import input_gradient
 from mamba_train.model.selective_ssm import SelectiveSSM
-from mamba_train.parallel.beside import Beside
 
 
 class CastOnce:
@@ -28,7 +27,7 @@ class CastOnce:
 
     copies: by weight. linears: the weights of linear layers. first: whether the next backward pass is the first of its
     step, which overwrites gradients. on_gradient, when set: is called with each weight whose gradient a backward pass
-    has completed. beside, when set: computes the gradients of linear layers beside the rest of the pass.
+    has completed.
     """
 
     first = False
@@ -39,7 +38,6 @@ class CastOnce:
         self._A: dict[Tensor, Tensor] = {}  # by A_log
         self._versions: dict[Tensor, int] = {}
         self.on_gradient: Callable[[Tensor], None] | None = None
-        self.beside: Beside | None = None
         for module in modules:
             if isinstance(module, nn.Linear) and module.bias is None:
                 weight = module.get_parameter("weight")
@@ -75,19 +73,6 @@ class CastOnce:
             torch._foreach_exp_(As)
             torch._foreach_neg_(As)
 
-    def add_gradient(self, weight: nn.Parameter, y_grad: Tensor, x: Tensor) -> None:
-        """Have `weight.grad` be, or if the pass is not the step's first include, the gradient of x · weightᵀ."""
-        add = not self.first and weight.grad is not None
-        if weight.grad is None:
-            weight.grad = torch.empty_like(weight)
-        left, right, grad = y_grad.flatten(0, -2).t(), x.flatten(0, -2), weight.grad
-        if self.beside is None:
-            product(left, right, grad, add)
-        else:
-            self.beside(lambda: product(left, right, grad, add), left, right, grad)
-        if self.on_gradient is not None:
-            self.on_gradient(weight)
-
     def _linear(self, weight: Tensor, copy: Tensor, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
             return F.linear(x, weight)
@@ -107,8 +92,13 @@ class _CastLinear(torch.autograd.Function):
     def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, copy = ctx.saved_tensors
         weight: nn.Parameter = ctx.weight
-        ctx.casts.add_gradient(weight, y_grad, x)
+        is_first = ctx.casts.first or weight.grad is None
+        if weight.grad is None:
+            weight.grad = torch.empty_like(weight)
+        product(y_grad.flatten(0, -2).t(), x.flatten(0, -2), weight.grad, add=not is_first)
         del x  # it may have been computed again, just for this
+        if ctx.casts.on_gradient is not None:
+            ctx.casts.on_gradient(weight)
         x_grad = input_gradient(y_grad, copy, ctx.origin) if ctx.needs_input_grad[0] else None
         return x_grad, None, None, None
 

@@ -18,7 +18,6 @@ from mamba_train.checkpoint.pieces import Piece, Pieces
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
-from mamba_train.parallel.beside import Beside
 from mamba_train.parallel.cast_once import CastOnce
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
 from mamba_train.parallel.graphed import Arguments, GraphedPasses, GraphedUpdate, Variant
@@ -34,7 +33,6 @@ class NativeEngine:
     may_record = True  # the passes of a micro-batch as a CUDA graph: nothing in them speaks with other ranks
     _is_first, _is_last = True, True  # of the micro-batches of a step
     casts_once = True  # a copy of each matrix for a whole step, see `CastOnce`
-    works_beside = True  # gradients of matrices on a stream of their own, see `Beside`
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
@@ -65,8 +63,6 @@ class NativeEngine:
         self._casts: CastOnce | None = None
         if self.casts_once and self.compute_dtype is not torch.float32 and not self.config.compile:
             self._casts = CastOnce((m for block in model.blocks() for m in block.modules()), self.compute_dtype)
-            if self.works_beside and self.device.type == "cuda":
-                self._casts.beside = Beside(self.device)
         if self.config.compile:
             for block in model.blocks():
                 block.compile()  # in place, so that parameter names stay as they are
@@ -112,8 +108,6 @@ class NativeEngine:
             self._casts.first = self._is_first
         with self._added_at_once():
             loss.backward()
-            if self._casts is not None and self._casts.beside is not None:
-                self._casts.beside.join()
         self._is_first = False
 
     def _added_at_once(self) -> AbstractContextManager[object]:

@@ -14,8 +14,6 @@ from mamba_train.ranks import Ranks, lone_group
 class ReplicatedEngine(NativeEngine):
     """`NativeEngine` on each rank; gradients are summed in fp32, or in bf16 if engine.reduce_precision says so."""
 
-    works_beside = False  # a gradient that is complete sets out to the other ranks
-
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
         lone_group()
