@@ -3,24 +3,22 @@
     python -m benchmarks.train_step [--models mamba_130m mamba_370m] [--steps 8] [--kernels ours]
     python -m benchmarks.train_step --models mamba_370m --micro-batches 1 2 4 16 [--global-batch 16]
 
-One GPU; benchmarks/step_models.py says what a step is. Each row has a process of its own, so that none finds memory
-that another has left in pieces; all import what they need at the start, and then wait for their turn. Without
---micro-batches each runs at the one that served it best (`BEST`). With --global-batch a step is so many sequences, in
-micro-batches. --recompute says which values of engine.recompute ours runs with; "auto", the default here and of
-train.py, is what fits, and shown as such: "scan 16/48" are 16 of 48 layers. A rate is the median over the steps after
-the warm-up, with quartiles, from events on the GPU: nothing waits between two steps but what the step itself waits for.
-The peak is torch's allocator's. MFU = 6 × parameters of the matrices × tokens/s over the rate of a bf16 product of
-8192³, measured first. --kernels adds the GPU time of a step by kind of kernel, in ms, and the longest kernels.
+One process, one GPU; benchmarks/step_models.py says what a step is. Without --micro-batches each runs at the one that
+served it best (`BEST`). With --global-batch a step is so many sequences, in micro-batches. --recompute says which
+values of engine.recompute ours runs with; "auto", the default here and of train.py, is what fits, and shown as such:
+"scan 16/48" are 16 of 48 layers. A rate is the median over the steps after the warm-up, with quartiles, from events on
+the GPU: nothing waits between two steps but what the step itself waits for. The peak is torch's allocator's. MFU = 6 ×
+parameters of the matrices × tokens/s over the rate of a bf16 product of 8192³, measured first. --kernels adds the GPU
+time of a step by kind of kernel, in ms, and the longest kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
-import multiprocessing
 import statistics
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
 import torch
 
@@ -38,21 +36,12 @@ PROFILED = 2  # steps
 
 @dataclass
 class Run:
-    """What is measured.
+    """What is measured: sequences per micro-batch, micro-batches per step, tokens per sequence, steps."""
 
-    policy: of ours, None for the peer. rows: sequences per micro-batch. length: tokens per sequence. layers: of the
-    model, None for as many as it has. kernels: whether to show them.
-    """
-
-    model: str
-    policy: str | None
     rows: int
     micro_batches: int
     length: int
     steps: int
-    layers: int | None
-    graphs: bool | None
-    kernels: bool
 
     @property
     def tokens(self) -> int:
@@ -78,33 +67,34 @@ def rates(step: Step, run: Run) -> list[float]:
     return [1e3 * run.tokens / before.elapsed_time(after) for before, after in itertools.pairwise(events)]
 
 
-def measure(run: Run, peak: float) -> float | None:
-    """Print a row and return its median rate, None where memory ran out."""
-    config = model_config(run.model, run.layers)
-    sizes = f"{run.rows:3d}" + (f" x {run.micro_batches}" if run.micro_batches > 1 else "")
-    try:
-        if run.policy is None:
-            name, step = "mamba_ssm", peer(config)
-        else:
-            settings = engine_config(config, Recompute(run.policy), run.graphs, run.rows, run.length)
-            name, step = f"ours {settings.recompute}", ours(config, settings)
-            if settings.recompute_layers:
-                name += f" {settings.recompute_layers}/{config.n_layer}"
-        low, median, high = statistics.quantiles(rates(step, run), n=4)
-    except torch.OutOfMemoryError:
-        print(f"  {run.policy or 'mamba_ssm':15s} {sizes:7s} out of memory", flush=True)
-        return None
+def measure(name: str, step: Step, run: Run, flops: float, peak: float, kernels: bool) -> float:
+    """Print a row and return its median rate."""
+    torch.cuda.reset_peak_memory_stats()
+    low, median, high = statistics.quantiles(rates(step, run), n=4)
     memory = torch.cuda.max_memory_allocated() / 2**30
-    mfu = matrix_flops(config, run.length) * median / peak
+    sizes = f"{run.rows:3d}" + (f" x {run.micro_batches}" if run.micro_batches > 1 else "")
     print(
         f"  {name:15s} {sizes:7s} {median:9,.0f} ({low:,.0f} to {high:,.0f}) tokens/s, {1e3 * run.tokens / median:.1f} "
-        f"ms, {memory:.1f} GiB, MFU {mfu:.3f}",
+        f"ms, {memory:.1f} GiB, MFU {flops * median / peak:.3f}",
+        end="",
         flush=True,
     )
-    if run.kernels:
+    if kernels:
         data = run.batches()
-        print_kernels(kernel_times(lambda: step(data), PROFILED), 1e3 * run.tokens / median)
+        times = kernel_times(lambda: step(data), PROFILED)
+        print()
+        print_kernels(times, 1e3 * run.tokens / median)
     return median
+
+
+def attempt(name: str, make: Step | None, run: Run, flops: float, peak: float, kernels: bool) -> float | None:
+    """`measure`, or a line that says that memory ran out."""
+    try:
+        assert make is not None
+        return measure(name, make, run, flops, peak, kernels)
+    except torch.OutOfMemoryError:
+        print(f"  {name:15s} {run.rows:3d} out of memory", end="", flush=True)
+        return None
 
 
 def matrix_flops(config: ModelConfig, length: int) -> float:
@@ -119,56 +109,40 @@ def matrix_rate() -> float:
     return 2e3 * 8192**3 / graph_time(lambda: a @ b).median
 
 
-def work(run: Run | None, turn: Connection) -> None:
-    """A process: the rate of a matrix product, or of a run."""
-    import mamba_ssm  # noqa: F401  while others have their turn
+def table(name: str, arguments: argparse.Namespace, peak: float) -> None:
+    config = model_config(name, arguments.layers)
+    flops = matrix_flops(config, arguments.length)
+    print(f"{name}, sequences of {arguments.length} tokens", flush=True)
 
-    peak = turn.recv()
-    turn.send(matrix_rate() if run is None else measure(run, peak))
+    def run(rows: int) -> Run:
+        whole = arguments.global_batch or rows
+        return Run(rows, max(1, whole // rows), arguments.length, arguments.steps)
+
+    best_of_ours = 0.0
+    for rows in arguments.micro_batches or [BEST[name]]:
+        for policy in arguments.recompute:
+            graphs = False if arguments.no_graphs else None
+            settings = engine_config(config, Recompute(policy), graphs, rows, arguments.length)
+            label = f"ours {settings.recompute}"
+            if settings.recompute_layers:
+                label += f" {settings.recompute_layers}/{config.n_layer}"
+            step = ours(config, settings)
+            found = attempt(label, step, run(rows), flops, peak, arguments.kernels is not None)
+            best_of_ours = max(best_of_ours, found or 0.0)
+            del step
+            clean()
+            print(flush=True)
+    if arguments.no_peer:
+        return
+    for rows in arguments.micro_batches or [BEST[name]]:
+        found = attempt("mamba_ssm", peer(config), run(rows), flops, peak, arguments.kernels == "both")
+        clean()
+        print(f"; our best is {best_of_ours / found:.2f} times that" if found else "", flush=True)
 
 
-class Turns:
-    """Processes that measure one after the other."""
-
-    def __init__(self, runs: list[Run]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connections = []
-        for run in (None, *runs):
-            here, there = context.Pipe()
-            process = context.Process(target=work, args=(run, there), daemon=True)
-            process.start()
-            there.close()
-            self._connections.append((process, here))
-
-    def next(self, peak: float | None) -> float | None:
-        process, connection = self._connections.pop(0)
-        try:
-            connection.send(peak)
-            found = connection.recv()
-        except (EOFError, BrokenPipeError):  # it has said why
-            found = None
-        process.join()
-        return found
-
-
-def runs_of(name: str, arguments: argparse.Namespace) -> list[Run]:
-    """Ours first."""
-    policies = [*arguments.recompute, *([] if arguments.no_peer else [None])]
-    return [
-        Run(
-            model=name,
-            policy=policy,
-            rows=rows,
-            micro_batches=max(1, (arguments.global_batch or rows) // rows),
-            length=arguments.length,
-            steps=arguments.steps,
-            layers=arguments.layers,
-            graphs=False if arguments.no_graphs else None,
-            kernels=arguments.kernels is not None and (policy is not None or arguments.kernels == "both"),
-        )
-        for policy in policies
-        for rows in arguments.micro_batches or [BEST[name]]
-    ]
+def clean() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -184,22 +158,13 @@ def main() -> None:
     parser.add_argument("--no-graphs", action="store_true", help="ours with engine.cuda_graphs=false")
     parser.add_argument("--kernels", choices=["ours", "both"])
     arguments = parser.parse_args()
-    runs = [run for name in arguments.models for run in runs_of(name, arguments)]
-    turns = Turns(runs)
     import mamba_ssm
 
     print(ask_device("name,driver_version,clocks.max.sm"))
-    peak = turns.next(None)
-    assert peak is not None
+    peak = matrix_rate()
     print(f"torch {torch.__version__}, mamba_ssm {mamba_ssm.__version__}; bf16 product {peak / 1e12:.0f} TFLOP/s")
-    for name, group in itertools.groupby(runs, key=lambda run: run.model):
-        print(f"{name}, sequences of {arguments.length} tokens", flush=True)
-        found = [(run.policy is not None, turns.next(peak) or 0.0) for run in group]
-        of_ours, of_peer = (
-            max((rate for is_ours, rate in found if is_ours == side), default=0.0) for side in (True, False)
-        )
-        if of_ours and of_peer:
-            print(f"  our best is {of_ours / of_peer:.2f} times the peer's", flush=True)
+    for name in arguments.models:
+        table(name, arguments, peak)
 
 
 if __name__ == "__main__":
