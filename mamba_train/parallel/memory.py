@@ -106,7 +106,7 @@ def _fsdp(
         "gathered weights": 4 * sizes.root + n_gathered * unit_bytes,
         "gradients being summed over the ranks": 8.0 * max(sizes.root, in_unit * sizes.layer),
     }
-    if n_micro_batches > 1 and not engine.reduce_each_micro_batch:
+    if n_micro_batches > 1 and not (engine.reduce_each_micro_batch or engine.cuda_graphs):
         # The part of this rank takes their place, layer by layer.
         memory[SHARDED_GRADIENTS] = 0.0
         memory["whole gradients of accumulation (fp32)"] = float(MASTER_BYTES * sizes.total)

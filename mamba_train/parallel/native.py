@@ -54,7 +54,7 @@ class NativeEngine:
         self._shard(model)
         model.to_empty(device=self.device)
         self.model_config = model_config
-        self._max_grad_norm = optim.max_grad_norm
+        self._optim = optim
         self._bare_model = model
         self._parameters = dict(model.named_parameters())
         self._optimizer = make_optimizer(self._parameters, optim)
@@ -72,8 +72,6 @@ class NativeEngine:
         self._graphed_updates = {clips: GraphedUpdate(partial(self._update, clips=clips)) for clips in (False, True)}
         # What an update reads besides: in memory, as a graph has to read it there.
         self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._lr
 
     def _records(self) -> bool:
         """Whether the passes of a micro-batch become a CUDA graph."""
@@ -127,15 +125,15 @@ class NativeEngine:
 
     @torch.no_grad()
     def step(self, lr: float, judge: Judge | None = None) -> StepResult:
-        gradients = [_local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
         # Squares of fp32 norms can leave the range of fp32. Ranks that have the same part share it.
         square = torch.nn.utils.get_total_norm(gradients).double().square() / self._same_gradients()
         judgement = (judge or only_finite(self))(square)
         by_layer = self._layer_norms() if self.config.layer_grad_norms or judgement.skip else {}
         if not judgement.skip:
             self._lr.fill_(lr)
-            self._divisor.fill_((judgement.grad_norm + 1e-6) / self._max_grad_norm)
-            clips = judgement.grad_norm > self._max_grad_norm
+            self._divisor.fill_((judgement.grad_norm + 1e-6) / self._optim.max_grad_norm)
+            clips = judgement.grad_norm > self._optim.max_grad_norm
             if self._graphed is not None and self._graphed.has_recorded:
                 self._graphed_updates[clips]()
             else:
@@ -149,19 +147,23 @@ class NativeEngine:
     @torch.no_grad()
     def _update(self, *, clips: bool) -> None:
         """All that follows the decision to apply a step."""
-        for group in self._optimizer.param_groups:
-            group["capturable"] = self._is_recording()  # torch records only what says so
-        self._optimizer.grad_scale = self._divisor if clips else None  # type: ignore[attr-defined]
-        self._optimizer.step()  # on gradients divided by that
+        self._apply(self._optimizer, clips=clips)
         if self._casts is not None:
             self._casts.refresh(all_of_them=True)
+
+    def _apply(self, optimizer: torch.optim.Optimizer, *, clips: bool) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self._lr
+            group["capturable"] = self._is_recording()  # torch records only what says so
+        optimizer.grad_scale = self._divisor if clips else None  # type: ignore[attr-defined]
+        optimizer.step()  # on gradients divided by that
 
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _begin_gradients(self) -> None:
         """Before the first backward pass of a step. There are none but those of a graph, of which it is no part."""
-        if kept := [p.grad for p in self._parameters.values() if p.grad is not None]:
+        if kept := [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]:
             torch._foreach_zero_(kept)
 
     def _forget_gradients(self) -> None:
@@ -170,7 +172,7 @@ class NativeEngine:
             self._optimizer.zero_grad(set_to_none=True)
 
     def _layer_norms(self) -> dict[str, float]:
-        gradients = {name: _local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
+        gradients = {name: local_part(p.grad) for name, p in self._parameters.items() if p.grad is not None}
         return norms_by_layer(gradients, self.ranks, self._same_gradients())
 
     def _same_gradients(self) -> int:
@@ -265,6 +267,7 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in names)
 
 
-def _local(gradient: Tensor) -> Tensor:
-    """The part of a gradient that this rank has, as a view."""
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+@torch.no_grad()
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank has, in the same memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
