@@ -64,9 +64,15 @@ def test_the_same_bits(name: str, settings: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"reduce_precision": Precision.bf16}, {"reshard_after_forward": False}], ids=str
+    ("kind", "settings"),
+    [
+        (ReplicatedEngine, {}),
+        (ReplicatedEngine, {"reduce_precision": Precision.bf16}),
+        (ShardedEngine, {}),
+        (ShardedEngine, {"reshard_after_forward": False}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("kind", [ReplicatedEngine, ShardedEngine])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_sums_over_ranks_are_part_of_a_graph(
     micro_batches: int, kind: type[NativeEngine], settings: dict[str, object]
