@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from mamba_train.checkpoint.pieces import Piece
 from mamba_train.config import EngineConfig, Precision, Recompute
 from mamba_train.model.language_model import MambaLM
+from mamba_train.parallel.graphed import Arguments, Variant
 from mamba_train.parallel.native import NativeEngine, adamw, local_part
 from mamba_train.ranks import Ranks, lone_group
 
@@ -28,6 +29,7 @@ class ShardedEngine(NativeEngine):
 
     casts_once = False  # what is gathered is cast already
     _on_parts: torch.optim.AdamW | None = None
+    _cut_short = False  # the last pass
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
@@ -73,6 +75,14 @@ class ShardedEngine(NativeEngine):
         if self._graphed is not None:
             self._release()  # a graph gathers for itself, and what an evaluation has gathered is old by the next one
         return super().accumulate(inputs, targets, seq_idx, n_targets)
+
+    def _pass_over(self, *arguments: *Arguments, variant: Variant) -> Tensor:
+        if self._cut_short:  # FSDP2 takes weights for gathered that were not, as nothing runs while a graph is recorded
+            raise RuntimeError("engine.cuda_graphs=true: the log says why a step cannot be recorded; use false")
+        self._cut_short = True
+        loss = super()._pass_over(*arguments, variant=variant)
+        self._cut_short = False
+        return loss
 
     def _update(self, *, clips: bool) -> None:
         # The GPU waits for this launch, and an operation on some hundred DTensors takes Python ten times as long.
