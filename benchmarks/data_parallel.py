@@ -4,9 +4,9 @@
       [--model mamba_1.4b] [--rows 8 16] [--engines single fsdp ddp] [--steps 12]
 
 Each engine runs on all GPUs, one process each; "single" is the same step on every GPU by itself, at the same time and
-without a word between them, so that it has the same host and the same heat. With one process it says what an engine
-costs where there is nobody to speak with. Medians of the steps after the warm-up, by events on the first GPU, with
-quartiles. "-kept" is engine.reshard_after_forward=false, "-graphs" engine.cuda_graphs=true, "-bf16"
+without a word between them, so that it has the same host and the same heat; the share that is printed is of the sum of
+the rates that the GPUs have alone. With one process it says what an engine costs where there is nobody to speak with.
+Medians of the steps after the warm-up, by events on each GPU, with quartiles (of the first GPU). "-kept" is engine.reshard_after_forward=false, "-graphs" engine.cuda_graphs=true, "-bf16"
 engine.reduce_precision=bf16. What is under way goes to stderr, with the seconds since the process began: a run that is
 cut off says where its time went.
 """
@@ -99,7 +99,7 @@ def compare(args: argparse.Namespace, model_name: str, rows: int, ranks: Ranks) 
     model = model_config(model_name, args.layers)
     if ranks.rank == 0:
         print(f"{model_name}, {model.n_layer} layers, {args.micro_batches} x {rows} x {args.length} tokens on each GPU")
-    alone = 0.0
+    alone = 0.0  # tokens per second of all GPUs, each by itself
     for name in args.engines:
         torch.cuda.reset_peak_memory_stats()
         engine = make(name, model, Recompute(args.recompute), ranks)
@@ -111,16 +111,27 @@ def compare(args: argparse.Namespace, model_name: str, rows: int, ranks: Ranks) 
         if ranks.world_size > 1:
             dist.barrier()
         low, median, high = statistics.quantiles(times, n=4)
-        n_gpus = 1 if name.startswith("single") else ranks.world_size
-        rate = 1e3 * n_gpus * args.micro_batches * rows * args.length / median
-        alone = alone or (rate if n_gpus == 1 else 0.0)
-        share = f", {rate / alone / ranks.world_size:.3f} of {ranks.world_size} alone" if n_gpus > 1 and alone else ""
+        rates = of_each(1e3 * args.micro_batches * rows * args.length / median, ranks)
+        if name.startswith("single"):
+            alone = alone or sum(rates)
+            rate, more = rates[0], f", each GPU: {' '.join(f'{each:,.0f}' for each in rates)}"
+        else:
+            rate = ranks.world_size * rates[0]
+            more = f", {rate / alone:.3f} of {ranks.world_size} alone" if alone else ""
         if ranks.rank == 0:
             print(
                 f"  {name:16s} {rate:9,.0f} tokens/s, {median:.1f} ms a step ({low:.1f} to {high:.1f}), "
-                f"{memory:.1f} GiB, Python busy {100 * launching:.0f}%{share}",
+                f"{memory:.1f} GiB, Python busy {100 * launching:.0f}%{more}",
                 flush=True,
             )
+
+
+def of_each(value: float, ranks: Ranks) -> list[float]:
+    """The values of all ranks."""
+    row = torch.zeros(ranks.world_size, dtype=torch.float64)
+    row[ranks.rank] = value
+    values: list[float] = ranks.sum(row).tolist()
+    return values
 
 
 def main() -> None:
