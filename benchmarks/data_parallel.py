@@ -6,9 +6,11 @@
 Each engine runs on all GPUs, one process each; "single" is the same step on every GPU by itself, at the same time and
 without a word between them, so that it has the same host and the same heat; the share that is printed is of the sum of
 the rates that the GPUs have alone. With one process it says what an engine costs where there is nobody to speak with.
-Medians of the steps after the warm-up, by events on each GPU, with quartiles (of the first GPU). "-kept" is engine.reshard_after_forward=false, "-graphs" engine.cuda_graphs=true, "-bf16"
-engine.reduce_precision=bf16. What is under way goes to stderr, with the seconds since the process began: a run that is
-cut off says where its time went.
+Medians of the steps after the warm-up, by events on each GPU, with quartiles (of the first GPU).
+
+"-kept" is engine.reshard_after_forward=false, "-graphs" engine.cuda_graphs=true, "-bf16" engine.reduce_precision=bf16.
+What is under way goes to stderr, with the seconds since the process began: a run that is cut off says where its time
+went.
 """
 
 from __future__ import annotations
