@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from benchmarks.step_kernels import kernel_times, print_kernels
 from benchmarks.step_models import LEARNING_RATE, MAX_NORM, VOCABULARY, draw_on_device, model_config
 from mamba_train.config import EngineConfig, EngineKind, ModelConfig, OptimConfig, Precision, Recompute
 from mamba_train.parallel import native
@@ -74,26 +75,38 @@ def make(name: str, model: ModelConfig, recompute: Recompute, ranks: Ranks) -> E
     return engine
 
 
-def measure(engine: Engine, rows: int, micro_batches: int, length: int, steps: int) -> tuple[list[float], float]:
-    """Milliseconds of each step; share of the time in which Python launched a pass instead of waiting."""
-    tokens = torch.randint(0, VOCABULARY, (rows, length + 1)).pin_memory()
-    n_targets = torch.tensor(float(rows * length * micro_batches * engine.world_size), device=engine.device)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    host = 0.0
-    for number in range(WARM_UP + steps):
+class Steps:
+    """Whole steps of an engine; `launching`: the seconds that Python has launched passes instead of waiting."""
+
+    def __init__(self, engine: Engine, rows: int, micro_batches: int, length: int) -> None:
+        self._engine = engine
+        self._batches = [torch.randint(0, VOCABULARY, (rows, length + 1)).pin_memory()] * micro_batches
+        n_targets = rows * length * micro_batches * engine.world_size
+        self._n_targets = torch.tensor(float(n_targets), device=engine.device)
+        self.launching = 0.0
+
+    def __call__(self) -> None:
         begin = time.perf_counter()
-        for batch in engine.micro_batches([tokens] * micro_batches):
-            moved = batch.to(engine.device, non_blocking=True)
-            engine.accumulate(moved[:, :-1], moved[:, 1:], None, n_targets)
-        host += time.perf_counter() - begin if number >= WARM_UP else 0.0
-        engine.step(LEARNING_RATE, only_finite(engine))
+        for batch in self._engine.micro_batches(self._batches):
+            moved = batch.to(self._engine.device, non_blocking=True)
+            self._engine.accumulate(moved[:, :-1], moved[:, 1:], None, self._n_targets)
+        self.launching += time.perf_counter() - begin
+        self._engine.step(LEARNING_RATE, only_finite(self._engine))
+
+
+def measure(step: Steps, n_steps: int) -> tuple[list[float], float]:
+    """Milliseconds of each step; share of the time in which Python launched a pass instead of waiting."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(n_steps + 1)]
+    for number in range(WARM_UP + n_steps):
+        step()
         if number < WARM_UP:
+            step.launching = 0.0
             note(f"  step {number + 1}, which is not measured")
         if number >= WARM_UP - 1:
             events[number - WARM_UP + 1].record()
     torch.cuda.synchronize()
     times = [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
-    return times, 1e3 * host / sum(times)
+    return times, 1e3 * step.launching / sum(times)
 
 
 def compare(args: argparse.Namespace, model_name: str, rows: int, ranks: Ranks) -> None:
@@ -105,9 +118,11 @@ def compare(args: argparse.Namespace, model_name: str, rows: int, ranks: Ranks) 
     for name in args.engines:
         torch.cuda.reset_peak_memory_stats()
         engine = make(name, model, Recompute(args.recompute), ranks)
-        times, launching = measure(engine, rows, args.micro_batches, args.length, args.steps)
+        step = Steps(engine, rows, args.micro_batches, args.length)
+        times, launching = measure(step, args.steps)
         memory = torch.cuda.max_memory_allocated() / 2**30
-        del engine
+        kernels = kernel_times(step, 2) if args.kernels else {}
+        del engine, step
         gc.collect()
         torch.cuda.empty_cache()
         if ranks.world_size > 1:
@@ -126,6 +141,8 @@ def compare(args: argparse.Namespace, model_name: str, rows: int, ranks: Ranks) 
                 f"{memory:.1f} GiB, Python busy {100 * launching:.0f}%{more}",
                 flush=True,
             )
+            if kernels:
+                print_kernels(kernels, median)
 
 
 def of_each(value: float, ranks: Ranks) -> list[float]:
@@ -144,6 +161,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument(
+        "--kernels", action="store_true", help="the GPU time of a step by kernel, too, of the first GPU"
+    )
     parser.add_argument("--recompute", default="scan", choices=[policy.value for policy in Recompute])
     parser.add_argument("--engines", nargs="*", default=["single", "fsdp", "ddp"], choices=list(ENGINES))
     args = parser.parse_args()
