@@ -37,7 +37,8 @@ from mamba_train.parallel.native import NativeEngine
 from mamba_train.ranks import Ranks, join, leave
 
 WARM_UP = 4
-FSDP, KEPT = {"name": EngineKind.fsdp}, {"name": EngineKind.fsdp, "reshard_after_forward": False}
+FSDP = {"name": EngineKind.fsdp, "reshard_after_forward": True}
+KEPT = {"name": EngineKind.fsdp, "reshard_after_forward": False}
 ENGINES: dict[str, dict[str, object]] = {
     "single": {},
     "single-eager": {"cuda_graphs": False},

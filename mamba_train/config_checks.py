@@ -231,7 +231,7 @@ def _engine(config: Config) -> Iterable[Problem]:
     if engine.replicas != 1 and engine.name is not EngineKind.fsdp:
         yield "engine.replicas", engine.replicas, f"expected 1 with engine={engine.name}; engine=fsdp has replicas"
     may_be_fsdp = engine.name in (EngineKind.fsdp, EngineKind.auto)
-    if may_be_fsdp and engine.recompute is Recompute.keep_scan and not engine.reshard_after_forward:
+    if may_be_fsdp and engine.recompute is Recompute.keep_scan and engine.reshard_after_forward is False:
         # torch counts the operations of the forward pass, and a pass that finds its weights gathered has fewer.
         problem = "expected true with engine.recompute=keep_scan, or engine.recompute=layer"
         yield "engine.reshard_after_forward", engine.reshard_after_forward, problem

@@ -98,7 +98,7 @@ def _fsdp(
     in_unit = layers_per_unit(engine, round(n_layers), sizes.layer)
     unit_bytes = in_unit * (value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32)
     # The unit at work, the next one on its way, and the buffer that it arrives in; or all of them.
-    n_gathered = 3.0 if engine.reshard_after_forward else 1 + n_layers / in_unit
+    n_gathered = 3.0 if engine.reshard_after_forward is not False else 1 + n_layers / in_unit
     memory = {
         "weights (fp32 masters, sharded)": MASTER_BYTES * sizes.total / shards,
         SHARDED_GRADIENTS: MASTER_BYTES * sizes.total / shards,

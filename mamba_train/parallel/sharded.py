@@ -48,7 +48,7 @@ class ShardedEngine(NativeEngine):
         # Inputs are never cast: the residual stream is fp32, and autocast does the rest.
         in_fp32 = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
         in_compute_dtype = MixedPrecisionPolicy(self.compute_dtype, reduce_dtype, cast_forward_inputs=False)
-        reshard = self.config.reshard_after_forward
+        reshard = self.config.reshard_after_forward is not False
         blocks = model.blocks()
         largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
         n = layers_per_unit(self.config, len(blocks), largest)
