@@ -182,7 +182,7 @@ class NativeEngine:
 
     def _begin_gradients(self) -> None:
         """Before the first backward pass of a step. There are none but those of a graph, of which it is no part."""
-        if kept := [p.grad for p in self._parameters.values() if p.grad is not None]:
+        if kept := [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]:
             torch._foreach_zero_(kept)
 
     def _forget_gradients(self) -> None:

@@ -51,6 +51,7 @@ def fused_adamw(
     return FusedAdamW(found, optim.beta1, optim.beta2, optim.eps)
 
 
+@torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank has, in the same memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
