@@ -22,7 +22,7 @@ class Launch(NamedTuple):
     many for each multiprocessor; resident: about how many of them run at once there; tiles: that a program has one
     after the other, at most; ahead_bytes: of the matrix after this one that are fetched into the L2 cache; prefetch:
     whether later tiles are, too; once: whether the cache may forget a matrix at once; project, scan: channels of a
-    program of `conv_project` and `dt_scan`; ssd: rows of a head.
+    program of `conv_project` and `dt_scan`; ssd: rows of a head; ssd_many, ssd_many_warps: for more than MAX_BATCH.
     """
 
     tile_bytes: int = 16 * 1024
@@ -36,6 +36,8 @@ class Launch(NamedTuple):
     project: int = 128
     scan: int = 64
     ssd: int = 16
+    ssd_many: int = 64
+    ssd_many_warps: int = 4
 
 
 LAUNCH = Launch()
@@ -178,7 +180,10 @@ def conv_ssd(
 
     batch, heads, head_dim, states = state.shape
     y = x.new_empty((batch, heads * head_dim))
-    rows = min(LAUNCH.ssd, _power_of_two_from(head_dim))
+    rows, warps = (
+        (LAUNCH.ssd, LAUNCH.warps) if batch <= MAX_BATCH else (LAUNCH.ssd_many, LAUNCH.ssd_many_warps)
+    )
+    rows = min(rows, _power_of_two_from(head_dim))
     groups = (x.shape[1] - heads * head_dim) // (2 * states)
     with torch.cuda.device_of(x):
         conv_ssd_kernel[(heads, -(-head_dim // rows), batch)](
@@ -187,7 +192,7 @@ def conv_ssd(
             WIDTH=conv_weight.shape[1],
             ROWS=rows,
             STATES=_power_of_two_from(states),
-            num_warps=LAUNCH.warps,
+            num_warps=warps,
             **early_start(x),
         )
     return y

@@ -4,6 +4,7 @@ It computes what `MambaLM.step` does, from the weights where they lie: for infer
 put a hook between a module and its weights.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,10 +20,10 @@ def can_fuse(model: MambaLM, batch_size: int) -> bool:
     """Whether `fused_step` computes the step of this model for so many sequences."""
     config, weight = model.config, model.embedding.weight
     mixers = layer_mixers(config)
-    if batch_size > decode.MAX_BATCH or not decode.supports(weight):
+    if MixerKind.attention in mixers or config.time_invariant or config.d_conv < 2 or not decode.supports(weight):
         return False
-    if MixerKind.attention in mixers or config.time_invariant or config.d_conv < 2:
-        return False
+    if batch_size > decode.MAX_BATCH:
+        return weight.dtype != torch.float32  # whose products tensor cores would round
     d_inner = config.expand * config.d_model
     sizes = [config.d_model, d_inner // (config.n_groups if MixerKind.mamba2 in mixers else 1)]
     return all(decode.holds(size) for size in [*sizes, config.d_intermediate or 1])
@@ -30,14 +31,64 @@ def can_fuse(model: MambaLM, batch_size: int) -> bool:
 
 def fused_step(model: MambaLM, token: Tensor, state: list[LayerState]) -> Tensor:
     """Logits (batch, padded vocabulary) for token (batch,); `state` becomes the new one. Needs torch.no_grad()."""
-    hidden, residual = F.embedding(token, model.embedding.weight), None
+    step = _few if len(token) <= decode.MAX_BATCH else _many
     head = (model.embedding if model.lm_head is None else model.lm_head).weight
-    blocks = model.blocks()
-    next_weights = [*(_mixer(block).in_proj.weight for block in blocks[1:]), head]
-    for block, layer_state, ahead in zip(blocks, state, next_weights, strict=True):
+    return step(model, F.embedding(token, model.embedding.weight), state, head)
+
+
+def _few(model: MambaLM, hidden: Tensor, state: list[LayerState], head: Tensor) -> Tensor:
+    """Products and all by kernels of our own."""
+    residual = None
+    for block, layer_state, ahead in zip(model.blocks(), state, _next_matrices(model, head), strict=True):
         assert isinstance(layer_state, SSMState), "can_fuse refuses attention"
         hidden, residual = _layer(block, hidden, residual, layer_state, ahead)
     return decode.linear(hidden, head, model.norm.weight, model.norm.eps, residual=residual)[0]
+
+
+def _many(model: MambaLM, hidden: Tensor, state: list[LayerState], head: Tensor) -> Tensor:
+    """The products by cuBLAS, what lies between them by kernels that have their matrices fetched."""
+    residual, rest = None, None
+    parts = hidden.unsqueeze(0)
+    for block, layer_state, ahead in zip(model.blocks(), state, _next_matrices(model, head), strict=True):
+        assert isinstance(layer_state, SSMState), "can_fuse refuses attention"
+        first, after = decode.split_ahead(ahead)
+        parts, residual = _layer_of_many(block, parts, residual, layer_state, rest, first)
+        rest = after
+    hidden, _ = decode.normed(parts, residual, model.norm.weight, model.norm.eps, rest)
+    return F.linear(hidden, head)
+
+
+def _next_matrices(model: MambaLM, head: Tensor) -> list[Tensor]:
+    """For each layer the matrix that the next one begins with."""
+    return [*(_mixer(block).in_proj.weight for block in model.blocks()[1:]), head]
+
+
+def _layer_of_many(
+    block: Block, parts: Tensor, residual: Tensor | None, state: SSMState, rest: Tensor | None, ahead: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """parts (part, batch, d_model): their sum is what `hidden` is elsewhere."""
+    mixer = _mixer(block)
+    hidden, total = decode.normed(parts, residual, block.norm.weight, block.norm.eps, rest)
+    projected = F.linear(hidden, mixer.in_proj.weight)
+    weight = mixer.out_proj.weight
+    last = weight if decode.batch_launch.LAUNCH.out else None
+    if isinstance(mixer, Mamba1Mixer):
+        ssm = mixer.ssm
+        x, z = projected.chunk(2, dim=-1)
+        weights = (ssm.conv_weight, ssm.conv_bias, ssm.x_proj_weight, ssm.dt_proj_weight)
+        y = decode.conv_scan(state.conv, state.scan, x, z, *weights, ssm.dt_bias, ssm.A_log, ssm.D, last, ahead)
+    else:
+        ssm2 = mixer.ssm
+        z, x, dt = ssm2.parts(projected)
+        weights2 = (ssm2.conv_weight, ssm2.conv_bias, ssm2.A_log, ssm2.D, ssm2.dt_bias)
+        y = decode.conv_ssd(state.scan, state.conv, x, dt, *weights2)
+        y = decode.gated_normed(y, z, ssm2.norm_weight, ssm2.norm_eps, ssm2.group_shape[0], state.conv, x, last, ahead)
+    parts = decode.product_in_parts(y, weight)
+    if block.has_mlp:
+        hidden, total = decode.normed(parts, total, block.mlp_norm.weight, block.mlp_norm.eps)
+        value, gate = F.linear(hidden, block.mlp.in_proj.weight).chunk(2, dim=-1)
+        parts = decode.product_in_parts(value * F.silu(gate), block.mlp.out_proj.weight)
+    return parts, total
 
 
 def _mixer(block: Block) -> Mamba1Mixer | Mamba2Mixer:

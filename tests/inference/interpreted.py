@@ -34,6 +34,23 @@ def test_steps_are_those_of_the_model(family: str, batch: int) -> None:
         torch.testing.assert_close(layer.scan, expected.scan, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2_groups", "mamba1_mlp"])
+@torch.no_grad()
+def test_steps_of_many_sequences(family: str) -> None:
+    trained = lively(family)
+    model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
+    prompts = [[row % 50, 2 * row % 50] for row in range(18)]
+    wanted, fused = Decoder(model, prompts), Decoder(model, prompts)
+    for number in range(2):
+        token = torch.arange(18) + number
+        torch.testing.assert_close(fused_step(model, token, fused._state), wanted.step(token), rtol=1e-4, atol=1e-4)
+    for layer, expected in zip(fused._state, wanted._state, strict=True):
+        assert isinstance(layer, SSMState)
+        assert isinstance(expected, SSMState)
+        torch.testing.assert_close(layer.conv, expected.conv, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.scan, expected.scan, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
@@ -46,9 +63,11 @@ def test_steps_are_those_of_the_model(family: str, batch: int) -> None:
 def test_other_sizes(family: str, sizes: dict[str, int]) -> None:
     trained = perturbed(small_config(family, n_layer=1, **sizes))
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
-    wanted, fused = (Decoder(model, PROMPTS[:2]) for _ in range(2))
-    for token in torch.tensor([[3, 1], [0, 5]]):
-        torch.testing.assert_close(fused_step(model, token, fused._state), wanted.step(token), rtol=1e-4, atol=1e-4)
+    for rows in (2, 3):
+        wanted, fused = (Decoder(model, PROMPTS[:rows]) for _ in range(2))
+        for token in torch.tensor([[3, 1, 4], [0, 5, 6]])[:, :rows]:
+            found = fused_step(model, token, fused._state)
+            torch.testing.assert_close(found, wanted.step(token), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
-from kernels.decode import launch
+from kernels.decode import batch_kernels, batch_launch, launch
 from kernels.decode import triton_kernels as kernels
 from tests.kernels.ahead import CAPABILITIES, compile_kernel
 
@@ -21,13 +21,17 @@ def types(kernel: Any, state: str = "*fp32", **changed: Any) -> dict[str, Any]:
     """Those of mamba_1.4b and mamba2_1.3b in bf16."""
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     tensors = ("x", "z", "y", "weight", "norm_weight", "conv_state", "conv_input", "conv_weight", "conv_bias")
-    arguments |= dict.fromkeys((*tensors, "mixed", "dt_weight", "dt", "projected", "sums"), "*bf16")
+    arguments |= dict.fromkeys((*tensors, "mixed", "dt_weight", "dt", "projected", "sums", "later"), "*bf16")
     arguments |= dict.fromkeys(("parts", "residual", "total", "dt_bias", "A_log", "D"), "*fp32")
     # As constants, else the compiler would not know what they are multiples of, as it does when they are launched.
     arguments |= {"batch": 64, "channels": 4096, "outputs": 160, "rank": 128, "splits": 64, "size": 10240}
     arguments |= {
         "ahead": "*bf16",
         "ahead_size": 2**23,
+        "later_size": 2**23,
+        "EACH": 512,
+        "LATER_EACH": 512,
+        "THREADS": 128,
         "AHEAD": 256,
         "ONCE": False,
         "LINES": 128,
@@ -40,6 +44,29 @@ def types(kernel: Any, state: str = "*fp32", **changed: Any) -> dict[str, Any]:
     arguments |= dict.fromkeys(("x_batch", "z_batch", "dt_batch", "conv_input_batch", "row_stride"), 8192)
     arguments |= {"state": state, "eps": "fp32", "WIDTH": 4, "BATCH": 1, **changed}
     return {name: arguments[name] for name in kernel.arg_names}
+
+
+SHAPE = batch_launch.LAUNCH
+MANY: list[tuple[Any, dict[str, Any], int]] = [
+    (
+        batch_kernels.conv_project_kernel,
+        {"BATCH": SHAPE.batch, "CHANNELS": SHAPE.project, "OUTPUTS": batch_launch.PIECE, "PIECES": 5},
+        SHAPE.project_warps,
+    ),
+    (
+        batch_kernels.dt_scan_kernel,
+        {"BATCH": SHAPE.batch, "CHANNELS": SHAPE.scan, "RANK": 128, "STATES": 16},
+        SHAPE.scan_warps,
+    ),
+    (batch_kernels.norm_kernel, {"SPLITS": SHAPE.parts, "SIZE": 2048, "size": 2048}, SHAPE.norm_warps),
+    (
+        batch_kernels.gated_norm_kernel,
+        {"SIZE": 4096, "size": 4096, "SHIFTED": batch_launch.SHIFTED},
+        SHAPE.gated_norm_warps,
+    ),
+    (batch_kernels.sum_kernel, {"SPLITS": 64, "BLOCK": 128}, 4),
+    (kernels.conv_ssd_kernel, {"states": 128, "ROWS": launch.LAUNCH.ssd_many, "STATES": 128}, launch.LAUNCH.ssd_many_warps),
+]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -73,6 +100,17 @@ def test_a_layer_for_one_sequence(capability: int, tmp_path: Path) -> None:
         (kernels.greedy_kernel, types(kernels.greedy_kernel, logits="*bf16", token="*i64", REFUSED=-1, BLOCK=8192)),
     ):
         warps = 16 if kernel is kernels.greedy_kernel else launch.LAUNCH.warps
+        found = compile_kernel(kernel, arguments, capability, warps, tmp_path)
+        print(kernel.__name__, f"sm_{capability}", found)
+        assert found.stack == 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("state", ["*bf16", "*fp32"])
+def test_a_layer_for_many_sequences(capability: int, state: str, tmp_path: Path) -> None:
+    for kernel, sizes, warps in MANY:
+        kept = "*bf16" if kernel is batch_kernels.conv_project_kernel else state
+        arguments = types(kernel, kept, **sizes, THREADS=32 * warps, PDL=capability >= 90)
         found = compile_kernel(kernel, arguments, capability, warps, tmp_path)
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack == 0
