@@ -5,7 +5,7 @@ and the products, too; in plain PyTorch that is `MambaLM.step`, against which th
 contiguous tensors of one GPU; a state is overwritten. No operators of torch.library: their place is a CUDA graph.
 """
 
-from kernels.decode.batch_launch import conv_scan, gated_normed, normed, product_in_parts, split_ahead
+from kernels.decode.batch_launch import conv_scan, gated_normed, normed, product, product_in_parts, split_ahead
 from kernels.decode.launch import MAX_BATCH, conv_project, conv_ssd, dt_scan, greedy, holds, linear, supports
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "holds",
     "linear",
     "normed",
+    "product",
     "product_in_parts",
     "split_ahead",
     "supports",

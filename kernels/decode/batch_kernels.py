@@ -15,14 +15,14 @@ from kernels.triton_math import INTERPRETED, softplus
 
 
 @triton.jit
-def fetch_ahead(matrix, program, size, EACH: tl.constexpr, THREADS: tl.constexpr):
-    """Have the L2 cache fetch this program's share of a matrix of `size` bytes, EACH for a thread, a multiple of 16."""
+def fetch_ahead(matrix, program, size, each, THREADS: tl.constexpr):
+    """Have the L2 cache fetch this program's share of a matrix of `size` bytes, `each` for a thread, a multiple of 16."""
     if not INTERPRETED:
-        start = (program * THREADS + tl.arange(0, THREADS)).to(tl.int64) * EACH
+        start = (program * THREADS + tl.arange(0, THREADS)).to(tl.int64) * each
         tl.inline_asm_elementwise(
             "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
             "=r,l,r",
-            [matrix.to(tl.int64) + tl.minimum(start, size - EACH), tl.full([THREADS], EACH, tl.int32)],
+            [matrix.to(tl.int64) + tl.minimum(start, size - each), tl.zeros([THREADS], tl.int32) + each],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -41,9 +41,9 @@ def norm_kernel(
     size,
     eps,
     ahead_size,
+    ahead_each,
     SPLITS: tl.constexpr,
     SIZE: tl.constexpr,
-    EACH: tl.constexpr,
     THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -55,7 +55,7 @@ def norm_kernel(
     scale = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         if ahead is not None:
-            fetch_ahead(ahead, tl.program_id(0), ahead_size, EACH, THREADS)
+            fetch_ahead(ahead, tl.program_id(0), ahead_size, ahead_each, THREADS)
         gdc_wait()
     row = tl.program_id(0).to(tl.int64) * size + c
     value = tl.zeros([SIZE], tl.float32)
@@ -85,12 +85,12 @@ def conv_project_kernel(
     outputs,
     x_batch,
     ahead_size,
+    ahead_each,
     WIDTH: tl.constexpr,
     BATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     PIECES: tl.constexpr,
-    EACH: tl.constexpr,
     THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -102,7 +102,9 @@ def conv_project_kernel(
     if PDL:
         gdc_launch_dependents()
         if ahead is not None:
-            fetch_ahead(ahead, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), ahead_size, EACH, THREADS)
+            fetch_ahead(
+                ahead, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), ahead_size, ahead_each, THREADS
+            )
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     b = (tl.program_id(1) * BATCH + tl.arange(0, BATCH))[:, None]
     inside = (b < batch) & (channel < channels)[None, :]
@@ -171,11 +173,11 @@ def dt_scan_kernel(
     states,
     z_batch,
     ahead_size,
+    ahead_each,
     BATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     RANK: tl.constexpr,
     STATES: tl.constexpr,
-    EACH: tl.constexpr,
     THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -205,7 +207,9 @@ def dt_scan_kernel(
     outputs = rank + 2 * states
     if PDL:
         if ahead is not None:
-            fetch_ahead(ahead, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), ahead_size, EACH, THREADS)
+            fetch_ahead(
+                ahead, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), ahead_size, ahead_each, THREADS
+            )
         gdc_wait()
     of_b = projected + b[:, None] * outputs
     low = tl.load(of_b + k[None, :], mask=is_sequence[:, None] & (k < rank)[None, :], other=0.0)
@@ -241,12 +245,12 @@ def gated_norm_kernel(
     conv_channels,
     conv_input_batch,
     ahead_size,
+    ahead_each,
     later_size,
+    later_each,
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     SHIFTED: tl.constexpr,
-    EACH: tl.constexpr,
-    LATER_EACH: tl.constexpr,
     THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -259,9 +263,9 @@ def gated_norm_kernel(
         gdc_launch_dependents()
         program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         if ahead is not None:
-            fetch_ahead(ahead, program, ahead_size, EACH, THREADS)
+            fetch_ahead(ahead, program, ahead_size, ahead_each, THREADS)
         if later is not None:
-            fetch_ahead(later, program, later_size, LATER_EACH, THREADS)
+            fetch_ahead(later, program, later_size, later_each, THREADS)
     b = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, SIZE)
     inside = (c < size) & (tl.program_id(1) < groups)
@@ -288,3 +292,50 @@ def gated_norm_kernel(
         for tap in tl.static_range(WIDTH - 2):
             tl.store(here + tap * conv_channels, olds[tap], mask=is_channel)
         tl.store(here + (WIDTH - 2) * conv_channels, newest.to(conv_state.dtype.element_ty), mask=is_channel)
+
+
+@triton.jit
+def linear_kernel(
+    x,
+    weight,
+    y,
+    batch,
+    outputs,
+    x_batch,
+    tile_size,
+    tile_each,
+    SIZE: tl.constexpr,
+    BATCH: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    THREADS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (r, s, g): OUTPUTS outputs of weight · x for BATCH sequences, from share s of the inputs.
+
+    weight (outputs, SIZE) and y (SPLITS, batch, outputs) are contiguous; INPUTS · SPLITS divides SIZE.
+    """
+    SHARE: tl.constexpr = SIZE // SPLITS
+    if PDL:
+        gdc_launch_dependents()
+        if tile_each > 0:
+            program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            fetch_ahead(weight, program, tile_size, tile_each, THREADS)
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    b = tl.program_id(2) * BATCH + tl.arange(0, BATCH)
+    k = tl.arange(0, INPUTS)
+    first = tl.program_id(1) * SHARE
+    rows = weight + output[:, None].to(tl.int64) * SIZE + first
+    if PDL:
+        gdc_wait()
+    sums = tl.zeros([BATCH, OUTPUTS], tl.float32)
+    for start in tl.range(0, SHARE, INPUTS, num_stages=STAGES):
+        values = tl.load(
+            x + b[:, None].to(tl.int64) * x_batch + (first + start + k)[None, :], mask=(b < batch)[:, None]
+        )
+        matrix = tl.load(rows + (start + k)[None, :], mask=(output < outputs)[:, None])
+        sums = tl.dot(values, tl.trans(matrix), sums)
+    place = y + (tl.program_id(1) * batch + b[:, None]).to(tl.int64) * outputs + output[None, :]
+    tl.store(place, sums.to(y.dtype.element_ty), mask=(b < batch)[:, None] & (output < outputs)[None, :])

@@ -34,18 +34,31 @@ class Launch(NamedTuple):
     first_bytes: int = 16 * 2**20
     rest_bytes: int = 8 * 2**20
     out: bool = True
+    own_in: bool = False
+    own_out: bool = False
+    inputs: int = 128
+    stages: int = 4
+    tile: int = 64
+    product_warps: int = 4
+    fetch_own: bool = True
 
 
 LAUNCH = Launch()
 
 
 def split_ahead(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What is to be fetched of the matrix that a layer begins with, before the last product of the layer before, and after.
-    """
+    """What is to be fetched of the matrix that a layer begins with, before the last product of the layer before, and after."""
     flat, size = matrix.view(-1), matrix.element_size()
     first = flat[: LAUNCH.first_bytes // size]
     rest = flat[len(first) : len(first) + LAUNCH.rest_bytes // size]
     return first, rest
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ, (batch, output); x (batch, channel), weight (output, channel)."""
+    if LAUNCH.own_in and x.is_cuda and x.shape[1] % LAUNCH.inputs == 0:
+        return _own_product(x, weight, 1)[0]
+    return F.linear(x, weight)
 
 
 def product_in_parts(x: Tensor, weight: Tensor) -> Tensor:
@@ -54,11 +67,38 @@ def product_in_parts(x: Tensor, weight: Tensor) -> Tensor:
     Parts are shares of the channels, so that all multiprocessors have something to read, in fp32.
     """
     parts = LAUNCH.parts
+    if LAUNCH.own_out and x.is_cuda and x.shape[1] % (LAUNCH.inputs * parts) == 0:
+        return _own_product(x, weight, parts)
     if parts == 1 or x.shape[1] % (8 * parts) or not x.is_cuda:
         return F.linear(x, weight).unsqueeze(0)
     of_x = x.view(len(x), parts, -1).transpose(0, 1)
     of_weight = weight.view(len(weight), parts, -1).permute(1, 2, 0)
     return torch.bmm(of_x, of_weight, out_dtype=torch.float32)
+
+
+def _own_product(x: Tensor, weight: Tensor, splits: int) -> Tensor:
+    from kernels.decode.batch_kernels import linear_kernel
+
+    (batch, size), outputs = x.shape, len(weight)
+    sequences = 64 if batch > 32 else max(16, _power_of_two_from(batch))
+    y = torch.empty((splits, batch, outputs), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    tile = LAUNCH.tile if weight.numel() > 2**22 else LAUNCH.tile // 2
+    programs = -(-outputs // tile)
+    shares = _shares(weight, programs * splits, LAUNCH.product_warps) if LAUNCH.fetch_own else (0, 0)
+    with torch.cuda.device_of(x):
+        linear_kernel[(programs, splits, -(-batch // sequences))](
+            *(x, weight, y, batch, outputs, x.stride(0), *shares),
+            SIZE=size,
+            BATCH=sequences,
+            OUTPUTS=tile,
+            INPUTS=LAUNCH.inputs,
+            SPLITS=splits,
+            STAGES=LAUNCH.stages,
+            THREADS=32 * LAUNCH.product_warps,
+            num_warps=LAUNCH.product_warps,
+            **early_start(x),
+        )
+    return y
 
 
 def normed(
@@ -76,11 +116,21 @@ def normed(
     y = torch.empty((batch, size), dtype=weight.dtype, device=parts.device)
     with torch.cuda.device_of(parts):
         norm_kernel[(batch,)](
-            *(parts, residual, weight, y, total, _ahead(ahead), batch, size, eps, _bytes(ahead)),
+            *(
+                parts,
+                residual,
+                weight,
+                y,
+                total,
+                _ahead(ahead),
+                batch,
+                size,
+                eps,
+                *_shares(ahead, batch, LAUNCH.norm_warps),
+            ),
             SPLITS=splits,
             SIZE=_power_of_two_from(size),
             num_warps=LAUNCH.norm_warps,
-            EACH=_share(ahead, batch, LAUNCH.norm_warps),
             THREADS=32 * LAUNCH.norm_warps,
             **early_start(parts),
         )
@@ -109,14 +159,27 @@ def gated_normed(
     programs = groups + -(-conv_channels // SHIFTED)
     with torch.cuda.device_of(x):
         gated_norm_kernel[(batch, programs)](
-            *(x, z, weight, y, conv_state, conv_input, _ahead(ahead), _ahead(later), channels // groups, groups, eps, z.stride(0)),
-            *(conv_channels, conv_input.stride(0), _bytes(ahead), _bytes(later)),
+            *(
+                x,
+                z,
+                weight,
+                y,
+                conv_state,
+                conv_input,
+                _ahead(ahead),
+                _ahead(later),
+                channels // groups,
+                groups,
+                eps,
+                z.stride(0),
+            ),
+            *(conv_channels, conv_input.stride(0)),
+            *_shares(ahead, batch * programs, LAUNCH.gated_norm_warps),
+            *_shares(later, batch * programs, LAUNCH.gated_norm_warps),
             WIDTH=kept + 1,
             SIZE=_power_of_two_from(channels // groups),
             SHIFTED=SHIFTED,
             num_warps=LAUNCH.gated_norm_warps,
-            EACH=_share(ahead, batch * programs, LAUNCH.gated_norm_warps),
-            LATER_EACH=_share(later, batch * programs, LAUNCH.gated_norm_warps),
             THREADS=32 * LAUNCH.gated_norm_warps,
             **early_start(x),
         )
@@ -155,14 +218,14 @@ def conv_scan(
     with torch.cuda.device_of(x):
         conv_project_kernel[(splits, groups)](
             *(conv_state, x, conv_weight, conv_bias, weight, mixed, parts, _ahead(ahead)),
-            *(batch, channels, outputs, x.stride(0), _bytes(ahead)),
+            *(batch, channels, outputs, x.stride(0)),
+            *_shares(ahead, splits * groups, LAUNCH.project_warps),
             WIDTH=conv_weight.shape[1],
             BATCH=LAUNCH.batch,
             CHANNELS=LAUNCH.project,
             OUTPUTS=PIECE,
             PIECES=-(-outputs // PIECE),
             num_warps=LAUNCH.project_warps,
-            EACH=_share(ahead, splits * groups, LAUNCH.project_warps),
             THREADS=32 * LAUNCH.project_warps,
             **early_start(x),
         )
@@ -175,13 +238,13 @@ def conv_scan(
         )
         dt_scan_kernel[(blocks, groups)](
             *(state, mixed, z, projected, dt_weight, dt_bias, A_log, D, y, _ahead(later)),
-            *(batch, channels, rank, states, z.stride(0), _bytes(later)),
+            *(batch, channels, rank, states, z.stride(0)),
+            *_shares(later, blocks * groups, LAUNCH.scan_warps),
             BATCH=LAUNCH.batch,
             CHANNELS=LAUNCH.scan,
             RANK=max(16, _power_of_two_from(rank)),
             STATES=_power_of_two_from(states),
             num_warps=LAUNCH.scan_warps,
-            EACH=_share(later, blocks * groups, LAUNCH.scan_warps),
             THREADS=32 * LAUNCH.scan_warps,
             **early_start(x),
         )
@@ -198,6 +261,7 @@ def _bytes(ahead: Tensor | None) -> int:
     return 0 if ahead is None else ahead.nbytes // 16 * 16
 
 
-def _share(ahead: Tensor | None, programs: int, warps: int) -> int:
-    """Bytes of it that each thread of so many programs fetches, a multiple of 16."""
-    return -(-_bytes(ahead) // (programs * 32 * warps * 16)) * 16
+def _shares(ahead: Tensor | None, programs: int, warps: int) -> tuple[int, int]:
+    """Its bytes, and those that each thread of so many programs fetches: multiples of 16."""
+    size = _bytes(ahead)
+    return size, -(-size // (programs * 32 * warps * 16)) * 16

@@ -180,9 +180,7 @@ def conv_ssd(
 
     batch, heads, head_dim, states = state.shape
     y = x.new_empty((batch, heads * head_dim))
-    rows, warps = (
-        (LAUNCH.ssd, LAUNCH.warps) if batch <= MAX_BATCH else (LAUNCH.ssd_many, LAUNCH.ssd_many_warps)
-    )
+    rows, warps = (LAUNCH.ssd, LAUNCH.warps) if batch <= MAX_BATCH else (LAUNCH.ssd_many, LAUNCH.ssd_many_warps)
     rows = min(rows, _power_of_two_from(head_dim))
     groups = (x.shape[1] - heads * head_dim) // (2 * states)
     with torch.cuda.device_of(x):

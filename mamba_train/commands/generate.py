@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state-precision",
         choices=["fp32", "bf16"],
-        default="fp32",
-        help="of what is remembered between tokens; bf16 takes half of the memory and rounds it at each token",
+        help="of what is remembered between tokens (default: that of matrices); bf16 rounds it at each token",
     )
     parser.add_argument("--save", action="store_true", help=f"also write the text to RUN/{SAMPLE}")
 
@@ -55,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
     precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = dtypes[precision]
     model = inference_model(pretrained.config, pretrained.tensors, torch.device(args.device), dtype)
     if pretrained.step is not None:
         print(f"sample after step {pretrained.step}:", file=sys.stderr)
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         stop_strings=args.stop,
         on_text=show,
-        state_dtype=torch.bfloat16 if args.state_precision == "bf16" else torch.float32,
+        state_dtype=dtypes[args.state_precision or precision],
     )
     whole = [prompt + text for prompt, text in zip(texts, continued, strict=True)]
     if alone:

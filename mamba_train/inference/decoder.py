@@ -22,8 +22,8 @@ class Decoder:
 
     cuda_graph: replay the step as a CUDA graph instead of launching its kernels one by one, which at small batches
     takes longer than computing them; None: wherever that is possible. state_dtype: in which the state of the scans is
-    kept between two tokens. In bf16, as other implementations have it, it takes half of the memory traffic, which at
-    large batches is most of it; what it remembers is rounded at each token.
+    kept between two tokens, where it is rounded; None: that of the weights, as other implementations have it. At large
+    batches the state is most of the memory traffic.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Decoder:
         model: MambaLM,
         prompts: Sequence[Sequence[int]],
         cuda_graph: bool | None = None,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         """Read the prompts, which may differ in length. Raises ValueError for one without tokens."""
         for number, prompt in enumerate(prompts):
@@ -48,7 +48,7 @@ class Decoder:
         tokens, seq_idx = _pad_left(prompts, weight.device)
         self.logits, state = model.prefill(tokens, model.initial_state(len(prompts), weight.dtype), seq_idx)
         self._state = [
-            SSMState(layer.conv, layer.scan.to(state_dtype)) if isinstance(layer, SSMState) else layer
+            SSMState(layer.conv, layer.scan.to(state_dtype or weight.dtype)) if isinstance(layer, SSMState) else layer
             for layer in state
         ]
 

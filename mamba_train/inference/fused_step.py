@@ -69,7 +69,7 @@ def _layer_of_many(
     """parts (part, batch, d_model): their sum is what `hidden` is elsewhere."""
     mixer = _mixer(block)
     hidden, total = decode.normed(parts, residual, block.norm.weight, block.norm.eps, rest)
-    projected = F.linear(hidden, mixer.in_proj.weight)
+    projected = decode.product(hidden, mixer.in_proj.weight)
     weight = mixer.out_proj.weight
     last = weight if decode.batch_launch.LAUNCH.out else None
     if isinstance(mixer, Mamba1Mixer):
@@ -86,7 +86,7 @@ def _layer_of_many(
     parts = decode.product_in_parts(y, weight)
     if block.has_mlp:
         hidden, total = decode.normed(parts, total, block.mlp_norm.weight, block.mlp_norm.eps)
-        value, gate = F.linear(hidden, block.mlp.in_proj.weight).chunk(2, dim=-1)
+        value, gate = decode.product(hidden, block.mlp.in_proj.weight).chunk(2, dim=-1)
         parts = decode.product_in_parts(value * F.silu(gate), block.mlp.out_proj.weight)
     return parts, total
 

@@ -29,7 +29,7 @@ def generate(
     stop_token: int | None = None,
     on_token: EndsRow = goes_on,
     cuda_graph: bool | None = None,
-    state_dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype | None = None,
 ) -> list[list[int]]:
     """The tokens that continue each of the prompts, up to `max_new_tokens` of them.
 

@@ -29,8 +29,8 @@ def types(kernel: Any, state: str = "*fp32", **changed: Any) -> dict[str, Any]:
         "ahead": "*bf16",
         "ahead_size": 2**23,
         "later_size": 2**23,
-        "EACH": 512,
-        "LATER_EACH": 512,
+        "ahead_each": 512,
+        "later_each": 512,
         "THREADS": 128,
         "AHEAD": 256,
         "ONCE": False,
@@ -65,7 +65,11 @@ MANY: list[tuple[Any, dict[str, Any], int]] = [
         SHAPE.gated_norm_warps,
     ),
     (batch_kernels.sum_kernel, {"SPLITS": 64, "BLOCK": 128}, 4),
-    (kernels.conv_ssd_kernel, {"states": 128, "ROWS": launch.LAUNCH.ssd_many, "STATES": 128}, launch.LAUNCH.ssd_many_warps),
+    (
+        kernels.conv_ssd_kernel,
+        {"states": 128, "ROWS": launch.LAUNCH.ssd_many, "STATES": 128},
+        launch.LAUNCH.ssd_many_warps,
+    ),
 ]
 
 
