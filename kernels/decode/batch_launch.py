@@ -252,13 +252,13 @@ def conv_scan(
 
 
 def _ahead(matrix: Tensor | None) -> Tensor | None:
-    """What is worth fetching."""
+    """What is fetched ahead: nothing where it is none, or lies where no fetch may begin."""
     return matrix if _bytes(matrix) else None
 
 
-def _bytes(ahead: Tensor | None) -> int:
+def _bytes(matrix: Tensor | None) -> int:
     """How much is fetched ahead."""
-    return 0 if ahead is None else ahead.nbytes // 16 * 16
+    return 0 if matrix is None or matrix.data_ptr() % 16 else matrix.nbytes // 16 * 16
 
 
 def _shares(ahead: Tensor | None, programs: int, warps: int) -> tuple[int, int]:

@@ -51,15 +51,17 @@ def test_greedy_tokens_are_those_of_the_parallel_form(family: str, batch: int) -
         assert picked[len(prompt) - 1 : -1].tolist() == tokens
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(1, torch.float32), (2, torch.float32), (1, torch.bfloat16), (2, torch.bfloat16), (40, torch.bfloat16)],
+)
 @pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2_groups", "mamba1_mlp"])
 @torch.no_grad()
 def test_fused_steps_are_those_of_the_model(family: str, batch: int, dtype: torch.dtype) -> None:
     trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cuda"), dtype)
     assert can_fuse(model, batch)
-    prompts = PROMPTS[:batch]
+    prompts = (14 * PROMPTS)[:batch]
     plain, fused = (Decoder(model, prompts, cuda_graph=False) for _ in range(2))
     for number in range(10):
         token = torch.arange(batch, device="cuda") + 3 * number
