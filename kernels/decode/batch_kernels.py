@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.decode.triton_kernels import prefetch
 from kernels.triton_math import INTERPRETED, softplus
 
 
@@ -91,6 +92,7 @@ def conv_project_kernel(
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     PIECES: tl.constexpr,
+    HOLD: tl.constexpr,
     THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -118,11 +120,17 @@ def conv_project_kernel(
     for tap in tl.static_range(WIDTH - 1):
         olds = olds + (tl.load(here + tap * channels, mask=inside, other=0.0),)
     matrices = ()
+    line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
     for piece in tl.static_range(PIECES):
         output = piece * OUTPUTS + tl.arange(0, OUTPUTS)
-        place = weight + output[:, None] * channels + channel[None, :]
-        mask = (output < outputs)[:, None] & (channel < channels)[None, :]
-        matrices = matrices + (tl.load(place, mask=mask, other=0.0),)
+        if HOLD:
+            place = weight + output[:, None] * channels + channel[None, :]
+            mask = (output < outputs)[:, None] & (channel < channels)[None, :]
+            matrices = matrices + (tl.load(place, mask=mask, other=0.0),)
+        elif PDL:
+            column = tl.program_id(0) * CHANNELS + tl.arange(0, (CHANNELS + line - 1) // line) * line
+            column = tl.minimum(column, channels - 1)
+            prefetch(weight + tl.minimum(output, outputs - 1)[:, None] * channels + column[None, :])
     if PDL:
         gdc_wait()
     newest = tl.load(x + b.to(tl.int64) * x_batch + channel[None, :], mask=inside, other=0.0)
@@ -137,7 +145,13 @@ def conv_project_kernel(
     tl.store(mixed + b.to(tl.int64) * channels + channel[None, :], rounded, mask=inside)
     for piece in tl.static_range(PIECES):
         output = piece * OUTPUTS + tl.arange(0, OUTPUTS)
-        part = tl.dot(rounded, tl.trans(matrices[piece]))
+        if HOLD:
+            matrix = matrices[piece]
+        else:
+            place = weight + output[:, None] * channels + channel[None, :]
+            mask = (output < outputs)[:, None] & (channel < channels)[None, :]
+            matrix = tl.load(place, mask=mask, other=0.0)
+        part = tl.dot(rounded, tl.trans(matrix))
         place = parts + (tl.program_id(0) * batch + b) * outputs + output[None, :]
         tl.store(place, part, mask=(b < batch) & (output < outputs)[None, :])
 
@@ -178,6 +192,7 @@ def dt_scan_kernel(
     CHANNELS: tl.constexpr,
     RANK: tl.constexpr,
     STATES: tl.constexpr,
+    STREAM: tl.constexpr,
     THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -196,7 +211,7 @@ def dt_scan_kernel(
     whole = inside[:, :, None] & (n < states)[None, None, :]
     wide = b.to(tl.int64)[:, None]
     place_of_h = state + (wide * channels + channel[None, :])[:, :, None] * states + n[None, None, :]
-    h = tl.load(place_of_h, mask=whole, other=0.0)
+    h = tl.load(place_of_h, mask=whole, other=0.0, eviction_policy="evict_first" if STREAM else "")
     place = dt_weight + channel[:, None] * rank + k[None, :]
     matrix = tl.load(place, mask=is_channel[:, None] & (k < rank)[None, :], other=0.0)
     place = A_log + channel[:, None] * states + n[None, :]
@@ -222,7 +237,7 @@ def dt_scan_kernel(
     delta = softplus(delta + bias[None, :])
     h = tl.exp(delta[:, :, None] * rate[None, :, :]) * h.to(tl.float32) + (delta * value)[:, :, None] * read[:, None, :]
     tl.debug_barrier()  # as above
-    tl.store(place_of_h, h.to(state.dtype.element_ty), mask=whole)
+    tl.store(place_of_h, h.to(state.dtype.element_ty), mask=whole, eviction_policy="evict_first" if STREAM else "")
     out = tl.sum(h * written[:, None, :], axis=2) + skip[None, :] * value
     out *= gate / (1.0 + tl.exp(-gate))
     tl.store(y + wide * channels + channel[None, :], out.to(y.dtype.element_ty), mask=inside)

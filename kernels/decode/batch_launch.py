@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.decode import launch
 from kernels.decode.launch import _power_of_two_from
 from kernels.dispatch import early_start
 
@@ -26,6 +27,7 @@ class Launch(NamedTuple):
     batch: int = 16
     project: int = 64
     project_warps: int = 4
+    hold: bool = False
     scan: int = 32
     scan_warps: int = 8
     norm_warps: int = 4
@@ -225,6 +227,7 @@ def conv_scan(
             CHANNELS=LAUNCH.project,
             OUTPUTS=PIECE,
             PIECES=-(-outputs // PIECE),
+            HOLD=LAUNCH.hold,
             num_warps=LAUNCH.project_warps,
             THREADS=32 * LAUNCH.project_warps,
             **early_start(x),
@@ -244,6 +247,7 @@ def conv_scan(
             CHANNELS=LAUNCH.scan,
             RANK=max(16, _power_of_two_from(rank)),
             STATES=_power_of_two_from(states),
+            STREAM=launch.LAUNCH.stream,
             num_warps=LAUNCH.scan_warps,
             THREADS=32 * LAUNCH.scan_warps,
             **early_start(x),

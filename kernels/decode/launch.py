@@ -38,6 +38,7 @@ class Launch(NamedTuple):
     ssd: int = 16
     ssd_many: int = 64
     ssd_many_warps: int = 4
+    stream: bool = False
 
 
 LAUNCH = Launch()
@@ -190,6 +191,7 @@ def conv_ssd(
             WIDTH=conv_weight.shape[1],
             ROWS=rows,
             STATES=_power_of_two_from(states),
+            STREAM=LAUNCH.stream,
             num_warps=warps,
             **early_start(x),
         )

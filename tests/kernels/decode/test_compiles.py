@@ -32,6 +32,7 @@ def types(kernel: Any, state: str = "*fp32", **changed: Any) -> dict[str, Any]:
         "ahead_each": 512,
         "later_each": 512,
         "THREADS": 128,
+        "STREAM": False,
         "AHEAD": 256,
         "ONCE": False,
         "LINES": 128,
@@ -50,7 +51,7 @@ SHAPE = batch_launch.LAUNCH
 MANY: list[tuple[Any, dict[str, Any], int]] = [
     (
         batch_kernels.conv_project_kernel,
-        {"BATCH": SHAPE.batch, "CHANNELS": SHAPE.project, "OUTPUTS": batch_launch.PIECE, "PIECES": 5},
+        {"BATCH": SHAPE.batch, "CHANNELS": SHAPE.project, "OUTPUTS": batch_launch.PIECE, "PIECES": 5, "HOLD": False},
         SHAPE.project_warps,
     ),
     (
