@@ -295,7 +295,7 @@ def gated_norm_kernel(
         value *= gate / (1.0 + tl.exp(-gate))
         value *= tl.rsqrt(tl.sum(value * value, axis=0) / size + eps) * scale
         tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
-    else:
+    elif conv_state is not None:
         channel = (tl.program_id(1) - groups) * SHIFTED + tl.arange(0, SHIFTED)
         is_channel = channel < conv_channels
         newest = tl.load(conv_input + b * conv_input_batch + channel, mask=is_channel)

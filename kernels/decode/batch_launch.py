@@ -36,6 +36,7 @@ class Launch(NamedTuple):
     first_bytes: int = 16 * 2**20
     rest_bytes: int = 8 * 2**20
     out: bool = True
+    fuse_conv: bool = True
     own_in: bool = False
     own_out: bool = False
     inputs: int = 128
@@ -145,8 +146,8 @@ def gated_normed(
     weight: Tensor,
     eps: float,
     groups: int,
-    conv_state: Tensor,
-    conv_input: Tensor,
+    conv_state: Tensor | None,
+    conv_input: Tensor | None,
     ahead: Tensor | None = None,
     later: Tensor | None = None,
 ) -> Tensor:
@@ -156,7 +157,7 @@ def gated_normed(
     """
     from kernels.decode.batch_kernels import gated_norm_kernel
 
-    (batch, channels), (_, kept, conv_channels) = x.shape, conv_state.shape
+    (batch, channels), (kept, conv_channels) = x.shape, (3, 0) if conv_state is None else conv_state.shape[1:]
     y = torch.empty_like(x)
     programs = groups + -(-conv_channels // SHIFTED)
     with torch.cuda.device_of(x):
@@ -175,7 +176,7 @@ def gated_normed(
                 eps,
                 z.stride(0),
             ),
-            *(conv_channels, conv_input.stride(0)),
+            *(conv_channels, 0 if conv_input is None else conv_input.stride(0)),
             *_shares(ahead, batch * programs, LAUNCH.gated_norm_warps),
             *_shares(later, batch * programs, LAUNCH.gated_norm_warps),
             WIDTH=kept + 1,

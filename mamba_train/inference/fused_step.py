@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import decode
+from kernels.causal_conv1d import causal_conv1d_step
+from kernels.ssd import ssd_step
 from mamba_train.config import MixerKind, layer_mixers
 from mamba_train.model.block import Block, RMSNorm
 from mamba_train.model.language_model import MambaLM
@@ -81,8 +83,18 @@ def _layer_of_many(
         ssm2 = mixer.ssm
         z, x, dt = ssm2.parts(projected)
         weights2 = (ssm2.conv_weight, ssm2.conv_bias, ssm2.A_log, ssm2.D, ssm2.dt_bias)
-        y = decode.conv_ssd(state.scan, state.conv, x, dt, *weights2)
-        y = decode.gated_normed(y, z, ssm2.norm_weight, ssm2.norm_eps, ssm2.group_shape[0], state.conv, x, last, ahead)
+        shifted = (state.conv, x)
+        if decode.batch_launch.LAUNCH.fuse_conv:
+            y = decode.conv_ssd(state.scan, state.conv, x, dt, *weights2)
+        else:
+            xBC, _ = causal_conv1d_step(state.conv, x, *weights2[:2], activation="silu", in_place=True)
+            xs, B, C = ssm2._split(xBC)
+            y, _ = ssd_step(
+                state.scan, xs, dt, ssm2.A_log, B, C, ssm2.D, dt_bias=ssm2.dt_bias, A_is_log=True, in_place=True
+            )
+            y, shifted = y.flatten(-2), (None, None)
+        norm = (ssm2.norm_weight, ssm2.norm_eps, ssm2.group_shape[0])
+        y = decode.gated_normed(y, z, *norm, *shifted, last, ahead)
     parts = decode.product_in_parts(y, weight)
     if block.has_mlp:
         hidden, total = decode.normed(parts, total, block.mlp_norm.weight, block.mlp_norm.eps)
