@@ -55,14 +55,14 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each text, int64 (rows,); return what comes next as logits (rows, padded vocabulary).
 
-        The logits are overwritten by the next call.
+        A negative one, which stands for none, is taken as 0. The logits are overwritten by the next call.
         """
         if self.replays:
             if self._step is None:
                 self._step = _GraphedStep(self._model, self._state)
             self.logits = self._step(tokens)
         else:
-            self.logits, self._state = _step(self._model, tokens, self._state)
+            self.logits, self._state = _step(self._model, tokens.clamp(min=0), self._state)
         return self.logits
 
 
@@ -84,7 +84,7 @@ class _GraphedStep:
         )
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        self._token.copy_(tokens)
+        torch.clamp(tokens, min=0, out=self._token)
         return self._replay()
 
 
