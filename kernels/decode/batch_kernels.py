@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.decode.triton_kernels import prefetch
-from kernels.triton_math import INTERPRETED, softplus
+from kernels.triton_math import INTERPRETED, narrowed, softplus
 
 
 @triton.jit
@@ -237,7 +237,9 @@ def dt_scan_kernel(
     delta = softplus(delta + bias[None, :])
     h = tl.exp(delta[:, :, None] * rate[None, :, :]) * h.to(tl.float32) + (delta * value)[:, :, None] * read[:, None, :]
     tl.debug_barrier()  # as above
-    tl.store(place_of_h, h.to(state.dtype.element_ty), mask=whole, eviction_policy="evict_first" if STREAM else "")
+    tl.store(
+        place_of_h, narrowed(h, state.dtype.element_ty), mask=whole, eviction_policy="evict_first" if STREAM else ""
+    )
     out = tl.sum(h * written[:, None, :], axis=2) + skip[None, :] * value
     out *= gate / (1.0 + tl.exp(-gate))
     tl.store(y + wide * channels + channel[None, :], out.to(y.dtype.element_ty), mask=inside)

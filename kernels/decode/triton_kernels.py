@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton_math import INTERPRETED, softplus
+from kernels.triton_math import INTERPRETED, narrowed, softplus
 
 
 @triton.jit
@@ -308,7 +308,7 @@ def dt_scan_kernel(
         h = tl.exp(delta[:, None] * rate) * h + (delta * value)[:, None] * read.to(tl.float32)[None, :]
         out = (tl.sum(h * written.to(tl.float32)[None, :], axis=1) + skip * value) * _silu(gate)
         tl.debug_barrier()  # as in conv_ssd_kernel
-        tl.store(place, h.to(state.dtype.element_ty), mask=both)
+        tl.store(place, narrowed(h, state.dtype.element_ty), mask=both)
         tl.store(y + b * channels + channel, out.to(y.dtype.element_ty), mask=row)
 
 
@@ -373,7 +373,7 @@ def conv_ssd_kernel(
     out = tl.sum(h * written[None, :], axis=1) + skip * value
     # A small block is loaded by several warps, of which one may still be on its way when another one stores.
     tl.debug_barrier()
-    tl.store(place, h.to(state.dtype.element_ty), mask=both, eviction_policy="evict_first" if STREAM else "")
+    tl.store(place, narrowed(h, state.dtype.element_ty), mask=both, eviction_policy="evict_first" if STREAM else "")
     tl.store(y + sequence * d_inner + of_x, out.to(y.dtype.element_ty), mask=row)
 
 

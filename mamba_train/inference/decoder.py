@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.checks import narrowed
 from mamba_train.config import MixerKind, layer_mixers
 from mamba_train.inference.fused_step import can_fuse, fused_step
 from mamba_train.model.attention import KVState
@@ -22,8 +23,8 @@ class Decoder:
 
     cuda_graph: replay the step as a CUDA graph instead of launching its kernels one by one, which at small batches
     takes longer than computing them; None: wherever that is possible. state_dtype: in which the state of the scans is
-    kept between two tokens, where it is rounded; None: that of the weights, as other implementations have it. At large
-    batches the state is most of the memory traffic.
+    kept between two tokens, where it is rounded; None: fp16, or fp32 where the weights are. At large batches the state is
+    most of the memory traffic; fp16 rounds it eight times finer than bf16 and ends at 65,504, where it stays.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Decoder:
         self._step: _GraphedStep | None = None
         tokens, seq_idx = _pad_left(prompts, weight.device)
         self.logits, state = model.prefill(tokens, model.initial_state(len(prompts), weight.dtype), seq_idx)
+        kept = state_dtype or (torch.float32 if weight.dtype == torch.float32 else torch.float16)
         self._state = [
-            SSMState(layer.conv, layer.scan.to(state_dtype or weight.dtype)) if isinstance(layer, SSMState) else layer
+            SSMState(layer.conv, narrowed(layer.scan, kept)) if isinstance(layer, SSMState) else layer
             for layer in state
         ]
 

@@ -83,7 +83,7 @@ def _layer_of_many(
         ssm2 = mixer.ssm
         z, x, dt = ssm2.parts(projected)
         weights2 = (ssm2.conv_weight, ssm2.conv_bias, ssm2.A_log, ssm2.D, ssm2.dt_bias)
-        shifted = (state.conv, x)
+        shifted: tuple[torch.Tensor | None, torch.Tensor | None] = (state.conv, x)
         if decode.batch_launch.LAUNCH.fuse_conv:
             y = decode.conv_ssd(state.scan, state.conv, x, dt, *weights2)
         else:

@@ -111,7 +111,7 @@ def test_a_layer_for_one_sequence(capability: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("state", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("state", ["*fp16", "*bf16", "*fp32"])
 def test_a_layer_for_many_sequences(capability: int, state: str, tmp_path: Path) -> None:
     for kernel, sizes, warps in MANY:
         kept = "*bf16" if kernel is batch_kernels.conv_project_kernel else state
