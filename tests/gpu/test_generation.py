@@ -24,7 +24,7 @@ def test_graph_and_plain_step_give_the_same_tokens(family: str, dtype: torch.dty
     trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cuda"), dtype)
     for sampling in (Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=1)):
-        for state_dtype in (torch.float32, torch.bfloat16):
+        for state_dtype in (torch.float32, torch.float16, torch.bfloat16):
             plain, graphed = (
                 generate(
                     *(model, PROMPTS, sampling),
