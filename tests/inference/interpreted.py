@@ -70,15 +70,23 @@ def test_other_sizes(family: str, sizes: dict[str, int]) -> None:
             torch.testing.assert_close(found, wanted.step(token), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("family", "rows"), [("mamba1", 1), ("mamba1", 3), ("mamba2", 1), ("mamba2", 3)])
 @torch.no_grad()
-def test_a_narrower_state_is_rounded_at_each_step() -> None:
-    trained = lively("mamba2")
+def test_a_narrower_state_is_rounded_at_each_step(family: str, rows: int, dtype: torch.dtype) -> None:
+    trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
-    decoders = [Decoder(model, PROMPTS[:1], state_dtype=torch.bfloat16) for _ in range(2)]
-    token = torch.tensor([3])
-    torch.testing.assert_close(
-        fused_step(model, token, decoders[0]._state), decoders[1].step(token), rtol=1e-4, atol=1e-4
-    )
+    wanted, fused = (Decoder(model, PROMPTS[:rows], state_dtype=dtype) for _ in range(2))
+    token = torch.arange(3, 3 + rows)
+    torch.testing.assert_close(fused_step(model, token, fused._state), wanted.step(token), rtol=1e-4, atol=1e-4)
+    if dtype == torch.bfloat16:
+        return
+    model.layers[0].mixer.ssm.dt_bias += 1e7  # type: ignore[union-attr,operator]
+    fused_step(model, token, fused._state)
+    wanted.step(token)
+    found, expected = (decoder._state[0].scan for decoder in (fused, wanted))  # type: ignore[union-attr]
+    assert (found.abs() == 65504).any()
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
