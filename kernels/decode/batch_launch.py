@@ -27,20 +27,21 @@ class Launch(NamedTuple):
     batch: int = 16
     project: int = 64
     project_warps: int = 4
-    hold: bool = False
+    hold: bool = True
     scan: int = 32
-    scan_warps: int = 8
+    scan_warps: int = 4
     norm_warps: int = 4
     gated_norm_warps: int = 8
-    parts: int = 4
-    first_bytes: int = 16 * 2**20
-    rest_bytes: int = 8 * 2**20
-    out: bool = True
-    fuse_conv: bool = True
-    own_in: bool = False
-    own_out: bool = False
+    parts: int = 2
+    first_bytes: int = 0
+    rest_bytes: int = 0
+    out: bool = False
+    fuse_conv: bool = False
+    conv_alone: bool = False
+    own_in: bool = True
+    own_out: bool = True
     inputs: int = 128
-    stages: int = 4
+    stages: int = 5
     tile: int = 64
     product_warps: int = 4
     fetch_own: bool = True
@@ -57,20 +58,20 @@ def split_ahead(matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return first, rest
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor, own: bool) -> Tensor:
     """x · weightᵀ, (batch, output); x (batch, channel), weight (output, channel)."""
-    if LAUNCH.own_in and x.is_cuda and x.shape[1] % LAUNCH.inputs == 0:
+    if own and LAUNCH.own_in and x.is_cuda and x.shape[1] % LAUNCH.inputs == 0:
         return _own_product(x, weight, 1)[0]
     return F.linear(x, weight)
 
 
-def product_in_parts(x: Tensor, weight: Tensor) -> Tensor:
+def product_in_parts(x: Tensor, weight: Tensor, own: bool) -> Tensor:
     """x · weightᵀ as (part, batch, output), to be summed; x (batch, channel), weight (output, channel).
 
     Parts are shares of the channels, so that all multiprocessors have something to read, in fp32.
     """
     parts = LAUNCH.parts
-    if LAUNCH.own_out and x.is_cuda and x.shape[1] % (LAUNCH.inputs * parts) == 0:
+    if own and LAUNCH.own_out and x.is_cuda and x.shape[1] % (LAUNCH.inputs * parts) == 0:
         return _own_product(x, weight, parts)
     if parts == 1 or x.shape[1] % (8 * parts) or not x.is_cuda:
         return F.linear(x, weight).unsqueeze(0)
@@ -217,8 +218,14 @@ def conv_scan(
     mixed, y = (x.new_empty((batch, channels)) for _ in range(2))
     projected = x.new_empty((batch, outputs))
     splits, groups, blocks = -(-channels // LAUNCH.project), -(-batch // LAUNCH.batch), -(-channels // LAUNCH.scan)
-    parts = torch.empty((splits, batch, outputs), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    if LAUNCH.conv_alone and channels % LAUNCH.inputs == 0 and x.is_cuda:
+        from kernels.causal_conv1d import causal_conv1d_step
+
+        mixed, _ = causal_conv1d_step(conv_state, x, conv_weight, conv_bias, activation="silu", in_place=True)
+        splits = channels // LAUNCH.inputs
+        parts = _own_product(mixed, weight, splits)
+    else:
+        parts = torch.empty((splits, batch, outputs), dtype=torch.float32, device=x.device)
         conv_project_kernel[(splits, groups)](
             *(conv_state, x, conv_weight, conv_bias, weight, mixed, parts, _ahead(ahead)),
             *(batch, channels, outputs, x.stride(0)),
@@ -233,6 +240,7 @@ def conv_scan(
             THREADS=32 * LAUNCH.project_warps,
             **early_start(x),
         )
+    with torch.cuda.device_of(x):
         sum_kernel[(-(-projected.numel() // 128),)](
             *(parts, projected, splits, projected.numel()),
             SPLITS=_power_of_two_from(splits),

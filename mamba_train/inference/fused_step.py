@@ -70,8 +70,9 @@ def _layer_of_many(
 ) -> tuple[Tensor, Tensor]:
     """parts (part, batch, d_model): their sum is what `hidden` is elsewhere."""
     mixer = _mixer(block)
+    own = isinstance(mixer, Mamba1Mixer)
     hidden, total = decode.normed(parts, residual, block.norm.weight, block.norm.eps, rest)
-    projected = decode.product(hidden, mixer.in_proj.weight)
+    projected = decode.product(hidden, mixer.in_proj.weight, own)
     weight = mixer.out_proj.weight
     last = weight if decode.batch_launch.LAUNCH.out else None
     if isinstance(mixer, Mamba1Mixer):
@@ -95,11 +96,11 @@ def _layer_of_many(
             y, shifted = y.flatten(-2), (None, None)
         norm = (ssm2.norm_weight, ssm2.norm_eps, ssm2.group_shape[0])
         y = decode.gated_normed(y, z, *norm, *shifted, last, ahead)
-    parts = decode.product_in_parts(y, weight)
+    parts = decode.product_in_parts(y, weight, own)
     if block.has_mlp:
         hidden, total = decode.normed(parts, total, block.mlp_norm.weight, block.mlp_norm.eps)
-        value, gate = decode.product(hidden, block.mlp.in_proj.weight).chunk(2, dim=-1)
-        parts = decode.product_in_parts(value * F.silu(gate), block.mlp.out_proj.weight)
+        value, gate = decode.product(hidden, block.mlp.in_proj.weight, own).chunk(2, dim=-1)
+        parts = decode.product_in_parts(value * F.silu(gate), block.mlp.out_proj.weight, own)
     return parts, total
 
 

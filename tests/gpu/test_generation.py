@@ -64,7 +64,7 @@ def test_fused_steps_are_those_of_the_model(family: str, batch: int, dtype: torc
     prompts = (14 * PROMPTS)[:batch]
     plain, fused = (Decoder(model, prompts, cuda_graph=False) for _ in range(2))
     for number in range(10):
-        token = torch.arange(batch, device="cuda") + 3 * number
+        token = (torch.arange(batch, device="cuda") + 3 * number) % 53
         wanted, plain._state = model.step(token, plain._state, in_place=True)
         found = fused_step(model, token, fused._state)
         tolerance = 1e-4 if dtype == torch.float32 else 0.05
