@@ -136,9 +136,9 @@ def of_transformers(config: ModelConfig, device: torch.device) -> Continue:
 MAKERS: dict[str, Callable[[ModelConfig, torch.device], Continue]] = {
     "ours": ours,
     "mamba_ssm": of_mamba_ssm,
-    "transformers": of_transformers,
     "ours, fp32": partial(ours, state_dtype=torch.float32),
     "ours, bf16": partial(ours, state_dtype=torch.bfloat16),
+    "transformers": of_transformers,
 }
 
 
