@@ -8,7 +8,8 @@ so on, divided by 64. Neither the prompt nor the capture of a graph is in them. 
 seconds there are two figures, of 16 tokens.
 mamba_ssm decodes by the CUDA graph of its `generate(cg=True)` and looks at no token; ours brings each to the CPU, as
 whoever shows a text or stops at a string has to. mamba_ssm and transformers keep the state in the dtype of the weights,
-bf16; ours is fp16 by default, which takes as many bytes, and bf16 or fp32 in the rows that say so. What is not installed, or does not run, is left out with a line that says why.
+bf16; ours is fp16 by default, which takes as many bytes, and bf16 or fp32 in the rows that say so. What is not
+installed, or does not run, is left out with a line that says why.
 """
 
 from __future__ import annotations

@@ -1,23 +1,20 @@
-"""A decoded token of many sequences: what lies between a layer's two large matrix products, which are cuBLAS's.
+"""A decoded token of many sequences, for a layer of Mamba-1 or what lies between the large products of Mamba-2.
 
-As in `triton_kernels.py`, but with the small products of Mamba-1 on tensor cores: a program has BATCH sequences at once.
-While these kernels run, memory has little to do: they have it bring the matrices of the products that come next.
+As in `triton_kernels.py`, but with products on tensor cores: a program has BATCH sequences at once.
 """
 
-# ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated, misc, operator"
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.decode.triton_kernels import prefetch
 from kernels.triton_math import INTERPRETED, narrowed, softplus
 
 
 @triton.jit
-def fetch_ahead(matrix, program, size, each, THREADS: tl.constexpr):
-    """Have the L2 cache fetch this program's share of a matrix of `size` bytes, `each` for a thread, a multiple of 16."""
+def fetch(matrix, program, size, each, THREADS: tl.constexpr):
+    """Have the L2 cache fetch a program's share of a matrix of `size` bytes; each: of a thread, a multiple of 16."""
     if not INTERPRETED:
         start = (program * THREADS + tl.arange(0, THREADS)).to(tl.int64) * each
         tl.inline_asm_elementwise(
@@ -37,15 +34,11 @@ def norm_kernel(
     weight,
     y,
     total,
-    ahead,
     batch,
     size,
     eps,
-    ahead_size,
-    ahead_each,
     SPLITS: tl.constexpr,
     SIZE: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program b: total = sum of parts (SPLITS, batch, size) + residual, y = norm(total); all is contiguous."""
@@ -55,8 +48,6 @@ def norm_kernel(
     inside = c < size
     scale = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
     if PDL:
-        if ahead is not None:
-            fetch_ahead(ahead, tl.program_id(0), ahead_size, ahead_each, THREADS)
         gdc_wait()
     row = tl.program_id(0).to(tl.int64) * size + c
     value = tl.zeros([SIZE], tl.float32)
@@ -69,91 +60,6 @@ def norm_kernel(
     square = tl.sum(value * value, axis=0)
     value = value * tl.rsqrt(square / size + eps) * scale
     tl.store(y + row, value.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def conv_project_kernel(
-    state,
-    x,
-    conv_weight,
-    conv_bias,
-    weight,
-    mixed,
-    parts,
-    ahead,
-    batch,
-    channels,
-    outputs,
-    x_batch,
-    ahead_size,
-    ahead_each,
-    WIDTH: tl.constexpr,
-    BATCH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    PIECES: tl.constexpr,
-    HOLD: tl.constexpr,
-    THREADS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program (c, g) of Mamba-1: the convolution of CHANNELS channels of BATCH sequences, and what these add to Δ, B, C.
-
-    state (batch, WIDTH - 1, channel) is overwritten; weight (outputs, channel), mixed (batch, channel) and parts
-    (c, batch, outputs), fp32, are contiguous. PIECES · OUTPUTS is at least `outputs`.
-    """
-    if PDL:
-        gdc_launch_dependents()
-        if ahead is not None:
-            fetch_ahead(
-                ahead, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), ahead_size, ahead_each, THREADS
-            )
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    b = (tl.program_id(1) * BATCH + tl.arange(0, BATCH))[:, None]
-    inside = (b < batch) & (channel < channels)[None, :]
-    taps = ()
-    for tap in tl.static_range(WIDTH):
-        value = tl.load(conv_weight + channel * WIDTH + tap, mask=channel < channels, other=0.0)
-        taps = taps + (value.to(tl.float32)[None, :],)
-    bias = tl.load(conv_bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
-    here = state + b.to(tl.int64) * (WIDTH - 1) * channels + channel[None, :]
-    olds = ()
-    for tap in tl.static_range(WIDTH - 1):
-        olds = olds + (tl.load(here + tap * channels, mask=inside, other=0.0),)
-    matrices = ()
-    line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-    for piece in tl.static_range(PIECES):
-        output = piece * OUTPUTS + tl.arange(0, OUTPUTS)
-        if HOLD:
-            place = weight + output[:, None] * channels + channel[None, :]
-            mask = (output < outputs)[:, None] & (channel < channels)[None, :]
-            matrices = matrices + (tl.load(place, mask=mask, other=0.0),)
-        elif PDL:
-            column = tl.program_id(0) * CHANNELS + tl.arange(0, (CHANNELS + line - 1) // line) * line
-            column = tl.minimum(column, channels - 1)
-            prefetch(weight + tl.minimum(output, outputs - 1)[:, None] * channels + column[None, :])
-    if PDL:
-        gdc_wait()
-    newest = tl.load(x + b.to(tl.int64) * x_batch + channel[None, :], mask=inside, other=0.0)
-    out = bias + newest.to(tl.float32) * taps[WIDTH - 1]
-    for tap in tl.static_range(WIDTH - 1):
-        out += olds[tap].to(tl.float32) * taps[tap]
-    rounded = (out / (1.0 + tl.exp(-out))).to(mixed.dtype.element_ty)
-    tl.debug_barrier()  # a small block is loaded by several warps: all of them before the first that stores
-    for tap in tl.static_range(1, WIDTH - 1):
-        tl.store(here + (tap - 1) * channels, olds[tap], mask=inside)
-    tl.store(here + (WIDTH - 2) * channels, newest.to(state.dtype.element_ty), mask=inside)
-    tl.store(mixed + b.to(tl.int64) * channels + channel[None, :], rounded, mask=inside)
-    for piece in tl.static_range(PIECES):
-        output = piece * OUTPUTS + tl.arange(0, OUTPUTS)
-        if HOLD:
-            matrix = matrices[piece]
-        else:
-            place = weight + output[:, None] * channels + channel[None, :]
-            mask = (output < outputs)[:, None] & (channel < channels)[None, :]
-            matrix = tl.load(place, mask=mask, other=0.0)
-        part = tl.dot(rounded, tl.trans(matrix))
-        place = parts + (tl.program_id(0) * batch + b) * outputs + output[None, :]
-        tl.store(place, part, mask=(b < batch) & (output < outputs)[None, :])
 
 
 @triton.jit
@@ -180,20 +86,15 @@ def dt_scan_kernel(
     A_log,
     D,
     y,
-    ahead,
     batch,
     channels,
     rank,
     states,
     z_batch,
-    ahead_size,
-    ahead_each,
     BATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     RANK: tl.constexpr,
     STATES: tl.constexpr,
-    STREAM: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (c, g) of Mamba-1: the projection of Δ and a step of the scan for CHANNELS channels of BATCH sequences.
@@ -211,7 +112,7 @@ def dt_scan_kernel(
     whole = inside[:, :, None] & (n < states)[None, None, :]
     wide = b.to(tl.int64)[:, None]
     place_of_h = state + (wide * channels + channel[None, :])[:, :, None] * states + n[None, None, :]
-    h = tl.load(place_of_h, mask=whole, other=0.0, eviction_policy="evict_first" if STREAM else "")
+    h = tl.load(place_of_h, mask=whole, other=0.0)
     place = dt_weight + channel[:, None] * rank + k[None, :]
     matrix = tl.load(place, mask=is_channel[:, None] & (k < rank)[None, :], other=0.0)
     place = A_log + channel[:, None] * states + n[None, :]
@@ -221,10 +122,6 @@ def dt_scan_kernel(
     rate = -tl.exp(rate)
     outputs = rank + 2 * states
     if PDL:
-        if ahead is not None:
-            fetch_ahead(
-                ahead, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), ahead_size, ahead_each, THREADS
-            )
         gdc_wait()
     of_b = projected + b[:, None] * outputs
     low = tl.load(of_b + k[None, :], mask=is_sequence[:, None] & (k < rank)[None, :], other=0.0)
@@ -236,79 +133,31 @@ def dt_scan_kernel(
     delta = tl.dot(low, tl.trans(matrix)).to(y.dtype.element_ty).to(tl.float32)
     delta = softplus(delta + bias[None, :])
     h = tl.exp(delta[:, :, None] * rate[None, :, :]) * h.to(tl.float32) + (delta * value)[:, :, None] * read[:, None, :]
-    tl.debug_barrier()  # as above
-    tl.store(
-        place_of_h, narrowed(h, state.dtype.element_ty), mask=whole, eviction_policy="evict_first" if STREAM else ""
-    )
+    tl.debug_barrier()  # a small block is loaded by several warps: all of them before the first that stores
+    tl.store(place_of_h, narrowed(h, state.dtype.element_ty), mask=whole)
     out = tl.sum(h * written[:, None, :], axis=2) + skip[None, :] * value
     out *= gate / (1.0 + tl.exp(-gate))
     tl.store(y + wide * channels + channel[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gated_norm_kernel(
-    x,
-    z,
-    weight,
-    y,
-    conv_state,
-    conv_input,
-    ahead,
-    later,
-    size,
-    groups,
-    eps,
-    z_batch,
-    conv_channels,
-    conv_input_batch,
-    ahead_size,
-    ahead_each,
-    later_size,
-    later_each,
-    WIDTH: tl.constexpr,
-    SIZE: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    THREADS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Programs (b, g) of Mamba-2: the norm of x · silu(z) over group g of `size` channels; all but z is contiguous.
-
-    Programs (b, groups + i): conv_state (batch, WIDTH - 1, conv_channels), whose readers are through, takes in
-    conv_input (batch, conv_channels), SHIFTED channels in each.
-    """
+def gated_norm_kernel(x, z, weight, y, size, eps, z_batch, SIZE: tl.constexpr, PDL: tl.constexpr):
+    """Program (b, g) of Mamba-2: the norm of x · silu(z) over group g of `size` channels; all but z is contiguous."""
     if PDL:
         gdc_launch_dependents()
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if ahead is not None:
-            fetch_ahead(ahead, program, ahead_size, ahead_each, THREADS)
-        if later is not None:
-            fetch_ahead(later, program, later_size, later_each, THREADS)
-    b = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, SIZE)
-    inside = (c < size) & (tl.program_id(1) < groups)
+    inside = c < size
     first = tl.program_id(1) * size
     scale = tl.load(weight + first + c, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
-    if tl.program_id(1) < groups:
-        place = b * groups * size + first + c
-        gate = tl.load(z + b * z_batch + first + c, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        value *= gate / (1.0 + tl.exp(-gate))
-        value *= tl.rsqrt(tl.sum(value * value, axis=0) / size + eps) * scale
-        tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
-    elif conv_state is not None:
-        channel = (tl.program_id(1) - groups) * SHIFTED + tl.arange(0, SHIFTED)
-        is_channel = channel < conv_channels
-        newest = tl.load(conv_input + b * conv_input_batch + channel, mask=is_channel)
-        here = conv_state + b * (WIDTH - 1) * conv_channels + channel
-        olds = ()
-        for tap in tl.static_range(1, WIDTH - 1):
-            olds = olds + (tl.load(here + tap * conv_channels, mask=is_channel),)
-        tl.debug_barrier()  # as above
-        for tap in tl.static_range(WIDTH - 2):
-            tl.store(here + tap * conv_channels, olds[tap], mask=is_channel)
-        tl.store(here + (WIDTH - 2) * conv_channels, newest.to(conv_state.dtype.element_ty), mask=is_channel)
+    b = tl.program_id(0).to(tl.int64)
+    place = b * tl.num_programs(1) * size + first + c
+    gate = tl.load(z + b * z_batch + first + c, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value *= gate / (1.0 + tl.exp(-gate))
+    value *= tl.rsqrt(tl.sum(value * value, axis=0) / size + eps) * scale
+    tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -319,8 +168,8 @@ def linear_kernel(
     batch,
     outputs,
     x_batch,
-    tile_size,
-    tile_each,
+    matrix_size,
+    matrix_each,
     SIZE: tl.constexpr,
     BATCH: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -332,14 +181,15 @@ def linear_kernel(
 ):
     """Program (r, s, g): OUTPUTS outputs of weight · x for BATCH sequences, from share s of the inputs.
 
-    weight (outputs, SIZE) and y (SPLITS, batch, outputs) are contiguous; INPUTS · SPLITS divides SIZE.
+    weight (outputs, SIZE) and y (SPLITS, batch, outputs) are contiguous; INPUTS · SPLITS divides SIZE. matrix_size,
+    matrix_each: bytes of weight that are fetched before the kernel before has ended, and by a thread; 0: none.
     """
     SHARE: tl.constexpr = SIZE // SPLITS
     if PDL:
         gdc_launch_dependents()
-        if tile_each > 0:
+        if matrix_each > 0:
             program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-            fetch_ahead(weight, program, tile_size, tile_each, THREADS)
+            fetch(weight, program, matrix_size, matrix_each, THREADS)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     b = tl.program_id(2) * BATCH + tl.arange(0, BATCH)
     k = tl.arange(0, INPUTS)

@@ -22,7 +22,7 @@ class Launch(NamedTuple):
     many for each multiprocessor; resident: about how many of them run at once there; tiles: that a program has one
     after the other, at most; ahead_bytes: of the matrix after this one that are fetched into the L2 cache; prefetch:
     whether later tiles are, too; once: whether the cache may forget a matrix at once; project, scan: channels of a
-    program of `conv_project` and `dt_scan`; ssd: rows of a head; ssd_many, ssd_many_warps: for more than MAX_BATCH.
+    program of `conv_project` and `dt_scan`; ssd: rows of a head.
     """
 
     tile_bytes: int = 16 * 1024
@@ -36,9 +36,6 @@ class Launch(NamedTuple):
     project: int = 128
     scan: int = 64
     ssd: int = 16
-    ssd_many: int = 64
-    ssd_many_warps: int = 4
-    stream: bool = False
 
 
 LAUNCH = Launch()
@@ -181,8 +178,7 @@ def conv_ssd(
 
     batch, heads, head_dim, states = state.shape
     y = x.new_empty((batch, heads * head_dim))
-    rows, warps = (LAUNCH.ssd, LAUNCH.warps) if batch <= MAX_BATCH else (LAUNCH.ssd_many, LAUNCH.ssd_many_warps)
-    rows = min(rows, _power_of_two_from(head_dim))
+    rows = min(LAUNCH.ssd, _power_of_two_from(head_dim))
     groups = (x.shape[1] - heads * head_dim) // (2 * states)
     with torch.cuda.device_of(x):
         conv_ssd_kernel[(heads, -(-head_dim // rows), batch)](
@@ -191,8 +187,7 @@ def conv_ssd(
             WIDTH=conv_weight.shape[1],
             ROWS=rows,
             STATES=_power_of_two_from(states),
-            STREAM=LAUNCH.stream,
-            num_warps=warps,
+            num_warps=LAUNCH.warps,
             **early_start(x),
         )
     return y

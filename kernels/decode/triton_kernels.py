@@ -333,7 +333,6 @@ def conv_ssd_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     STATES: tl.constexpr,
-    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (h, r, b) of Mamba-2: convolution and SSD step of ROWS of the head_dim rows of head h of sequence b.
@@ -360,7 +359,7 @@ def conv_ssd_kernel(
     bias = tl.load(dt_bias + head).to(tl.float32)
     skip = tl.load(D + head).to(tl.float32)
     place = state + (sequence * heads + head) * head_dim * states + in_head[:, None] * states + n[None, :]
-    h = tl.load(place, mask=both, other=0.0, eviction_policy="evict_first" if STREAM else "")
+    h = tl.load(place, mask=both, other=0.0)
     if PDL:
         gdc_wait()
     delta = softplus(tl.load(dt + sequence * dt_batch + head).to(tl.float32) + bias)
@@ -373,7 +372,7 @@ def conv_ssd_kernel(
     out = tl.sum(h * written[None, :], axis=1) + skip * value
     # A small block is loaded by several warps, of which one may still be on its way when another one stores.
     tl.debug_barrier()
-    tl.store(place, narrowed(h, state.dtype.element_ty), mask=both, eviction_policy="evict_first" if STREAM else "")
+    tl.store(place, narrowed(h, state.dtype.element_ty), mask=both)
     tl.store(y + sequence * d_inner + of_x, out.to(y.dtype.element_ty), mask=row)
 
 

@@ -23,8 +23,8 @@ class Decoder:
 
     cuda_graph: replay the step as a CUDA graph instead of launching its kernels one by one, which at small batches
     takes longer than computing them; None: wherever that is possible. state_dtype: in which the state of the scans is
-    kept between two tokens, where it is rounded; None: fp16, or fp32 where the weights are. At large batches the state is
-    most of the memory traffic; fp16 rounds it eight times finer than bf16 and ends at 65,504, where it stays.
+    kept between two tokens, where it is rounded; None: fp16, or fp32 where the weights are. At large batches the state
+    is much of the memory traffic; fp16 rounds it eight times finer than bf16 and ends at 65,504, where it stays.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from kernels.decode import greedy, launch
+from kernels.decode import greedy, launch, product_in_parts
 from mamba_train.inference.decoder import Decoder
 from mamba_train.inference.fused_step import fused_step
 from mamba_train.inference.load import inference_model
@@ -49,6 +49,15 @@ def test_steps_of_many_sequences(family: str) -> None:
         assert isinstance(expected, SSMState)
         torch.testing.assert_close(layer.conv, expected.conv, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.scan, expected.scan, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(3, 1), (18, 2), (70, 4)])
+def test_products_of_many_sequences(rows: int, parts: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, weight = (torch.randn(n, 520, generator=generator)[:, :512] for n in (rows, 70))
+    found = product_in_parts(x, weight.contiguous(), parts)
+    assert found.shape == (parts, rows, 70)
+    torch.testing.assert_close(found.sum(0), x @ weight.T, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def types(kernel: Any, state: str = "*fp32", **changed: Any) -> dict[str, Any]:
     """Those of mamba_1.4b and mamba2_1.3b in bf16."""
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     tensors = ("x", "z", "y", "weight", "norm_weight", "conv_state", "conv_input", "conv_weight", "conv_bias")
-    arguments |= dict.fromkeys((*tensors, "mixed", "dt_weight", "dt", "projected", "sums", "later"), "*bf16")
+    arguments |= dict.fromkeys((*tensors, "mixed", "dt_weight", "dt", "projected", "sums"), "*bf16")
     arguments |= dict.fromkeys(("parts", "residual", "total", "dt_bias", "A_log", "D"), "*fp32")
     # As constants, else the compiler would not know what they are multiples of, as it does when they are launched.
     arguments |= {"batch": 64, "channels": 4096, "outputs": 160, "rank": 128, "splits": 64, "size": 10240}
@@ -29,10 +29,8 @@ def types(kernel: Any, state: str = "*fp32", **changed: Any) -> dict[str, Any]:
         "ahead": "*bf16",
         "ahead_size": 2**23,
         "later_size": 2**23,
-        "ahead_each": 512,
-        "later_each": 512,
-        "THREADS": 128,
-        "STREAM": False,
+        "matrix_size": 2**23,
+        "matrix_each": 512,
         "AHEAD": 256,
         "ONCE": False,
         "LINES": 128,
@@ -48,29 +46,24 @@ def types(kernel: Any, state: str = "*fp32", **changed: Any) -> dict[str, Any]:
 
 
 SHAPE = batch_launch.LAUNCH
+LINEAR = {
+    "SIZE": 4096,
+    "BATCH": 64,
+    "INPUTS": SHAPE.inputs,
+    "STAGES": SHAPE.stages,
+    "THREADS": 32 * SHAPE.product_warps,
+}
 MANY: list[tuple[Any, dict[str, Any], int]] = [
-    (
-        batch_kernels.conv_project_kernel,
-        {"BATCH": SHAPE.batch, "CHANNELS": SHAPE.project, "OUTPUTS": batch_launch.PIECE, "PIECES": 5, "HOLD": False},
-        SHAPE.project_warps,
-    ),
     (
         batch_kernels.dt_scan_kernel,
         {"BATCH": SHAPE.batch, "CHANNELS": SHAPE.scan, "RANK": 128, "STATES": 16},
         SHAPE.scan_warps,
     ),
     (batch_kernels.norm_kernel, {"SPLITS": SHAPE.parts, "SIZE": 2048, "size": 2048}, SHAPE.norm_warps),
-    (
-        batch_kernels.gated_norm_kernel,
-        {"SIZE": 4096, "size": 4096, "SHIFTED": batch_launch.SHIFTED},
-        SHAPE.gated_norm_warps,
-    ),
-    (batch_kernels.sum_kernel, {"SPLITS": 64, "BLOCK": 128}, 4),
-    (
-        kernels.conv_ssd_kernel,
-        {"states": 128, "ROWS": launch.LAUNCH.ssd_many, "STATES": 128},
-        launch.LAUNCH.ssd_many_warps,
-    ),
+    (batch_kernels.gated_norm_kernel, {"SIZE": 4096, "size": 4096}, SHAPE.gated_norm_warps),
+    (batch_kernels.sum_kernel, {"SPLITS": 32, "BLOCK": 128}, 4),
+    (batch_kernels.linear_kernel, {**LINEAR, "OUTPUTS": SHAPE.tile, "SPLITS": SHAPE.parts}, SHAPE.product_warps),
+    (batch_kernels.linear_kernel, {**LINEAR, "OUTPUTS": SHAPE.tile // 2, "SPLITS": 32}, SHAPE.product_warps),
 ]
 
 
@@ -114,8 +107,7 @@ def test_a_layer_for_one_sequence(capability: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("state", ["*fp16", "*bf16", "*fp32"])
 def test_a_layer_for_many_sequences(capability: int, state: str, tmp_path: Path) -> None:
     for kernel, sizes, warps in MANY:
-        kept = "*bf16" if kernel is batch_kernels.conv_project_kernel else state
-        arguments = types(kernel, kept, **sizes, THREADS=32 * warps, PDL=capability >= 90)
+        arguments = types(kernel, state, **sizes, PDL=capability >= 90)
         found = compile_kernel(kernel, arguments, capability, warps, tmp_path)
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack == 0

@@ -33,7 +33,7 @@ SUMS = {"OUTPUTS": 256, "RANK": 128, "SPLITS": 64}
         (kernels.conv_project_kernel, LAUNCH.warps, {**SUMS, "CHANNELS": LAUNCH.project}),
         (kernels.dt_scan_kernel, LAUNCH.warps, {**SUMS, "CHANNELS": LAUNCH.scan, "STATES": 16}),
         (kernels.conv_ssd_kernel, LAUNCH.warps, {"states": 128, "ROWS": LAUNCH.ssd, "STATES": 128}),
-        *((kernel, warps, {**sizes, "THREADS": 32 * warps}) for kernel, sizes, warps in MANY),
+        *((kernel, warps, sizes) for kernel, sizes, warps in MANY),
     ],
 )
 def test_before_the_wait_nothing_else_is_read_and_nothing_is_written(
