@@ -46,3 +46,11 @@ def softplus(x):
 def clamp(x, low, high):
     """min(max(x, low), high), where NaN stays NaN: the GPU's min and max return the other number."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """x in another dtype; in fp16 nothing becomes infinite, but the largest number there is."""
+    if dtype == tl.float16:
+        x = clamp(x, -65504.0, 65504.0)
+    return x.to(dtype)
