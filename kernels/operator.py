@@ -5,7 +5,8 @@ Small models are bound by the host: a forward and backward through an operator r
 and that defaults are filled in. The operators of this package return new tensors and have no defaults.
 
 Called by itself, and not by its name in `torch.ops`, an operator does not go through PyTorch's dispatcher either,
-unless somebody there wants to see the call: a compiler, a mode, a subclass of Tensor, a functional transform.
+unless somebody there wants to see the call: a compiler, a mode, a subclass of Tensor, a functional transform; or unless
+tensors have no values (device meta), whose shapes the dispatcher finds.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Operator:
         device, requires_grad = None, False
         for argument in arguments:
             if isinstance(argument, Tensor):
-                if type(argument) not in PLAIN:
+                if type(argument) not in PLAIN or argument.is_meta:
                     return self._opoverload(*arguments)
                 device = device or argument.device.type
                 requires_grad = requires_grad or argument.requires_grad

@@ -135,6 +135,12 @@ def test_a_kernel_of_a_device_comes_before_the_function_for_all(op: Operator) ->
     assert torch.equal(op(torch.ones(2), None, 2.0), torch.zeros(2))
 
 
+def test_without_values_only_shapes_are_found(op: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_init_fn", lambda *arguments: pytest.fail("there is nothing to compute"))
+    for x in (torch.ones(3, device="meta"), torch.ones(3, device="meta", requires_grad=True)):
+        assert op(x, None, 2.0).shape == (3,)
+
+
 def test_what_it_writes_into_is_known_to_the_compiler() -> None:
     def fill(x: Tensor, into: Tensor) -> Tensor:
         into.copy_(x)
