@@ -57,8 +57,11 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each text, int64 (rows,); return what comes next as logits (rows, padded vocabulary).
 
-        A negative one, which stands for none, is taken as 0. The logits are overwritten by the next call.
+        A negative one, which stands for none, is taken as 0. The logits are overwritten by the next call. Raises
+        ValueError for another number of tokens than of texts.
         """
+        if tokens.shape != (len(self.logits),):  # torch would give a graph's input other memory, which it never reads
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected ({len(self.logits)},): one for each text")
         if self.replays:
             if self._step is None:
                 self._step = _GraphedStep(self._model, self._state)

@@ -114,6 +114,13 @@ def test_in_which_dtype_a_state_is_kept(family: str, dtype: torch.dtype, kept: t
     assert {layer.scan.dtype for layer in default._state if isinstance(layer, SSMState)} == {kept}
 
 
+@pytest.mark.parametrize("shape", [(1,), (4,), (3, 1)], ids=str)
+def test_each_text_gets_one_token(model: MambaLM, shape: tuple[int, ...]) -> None:
+    decoder = Decoder(model, [[1], [2], [3]])
+    with pytest.raises(ValueError, match=r"tokens has shape .*, expected \(3,\): one for each text"):
+        decoder.step(torch.zeros(shape, dtype=torch.int64))
+
+
 def test_wrong_prompts_and_broken_weights_are_said(model: MambaLM) -> None:
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         continued(model, [PROMPT, []], GREEDY)
