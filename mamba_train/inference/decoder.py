@@ -60,8 +60,9 @@ class Decoder:
         A negative one, which stands for none, is taken as 0. The logits are overwritten by the next call. Raises
         ValueError for another number of tokens than of texts.
         """
-        if tokens.shape != (len(self.logits),):  # torch would give a graph's input other memory, which it never reads
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected ({len(self.logits)},): one for each text")
+        rows = len(self.logits)
+        if tokens.shape != (rows,):  # torch would give a graph's input other memory, which the graph never reads
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected ({rows},): one for each text")
         if self.replays:
             if self._step is None:
                 self._step = _GraphedStep(self._model, self._state)
