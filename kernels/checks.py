@@ -94,3 +94,11 @@ def check_in_place(operator: str, state: torch.Tensor, *arguments: torch.Tensor 
         raise ValueError(
             f"{operator}: state has strides {state.stride()}, expected a contiguous one with in_place=True"
         )
+
+
+def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in another dtype; in fp16 nothing becomes infinite, but the largest number there is."""
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        x = x.clamp(-largest, largest)
+    return x.to(dtype)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.ssd.decay_kernels import decay_planes
-from kernels.triton_math import INTERPRETED, sigmoid
+from kernels.triton_math import INTERPRETED, exp2, sigmoid
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def forward_kernel(
         ungated += batch * length * y_row + head * head_dim
     padded = chunks.to(tl.int64) * Q
     plane = tl.num_programs(0) // (parts * segments) * padded
-    totals, origins, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
+    totals, origins, _, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     state_place = p[None, :] * states + n[:, None]
@@ -147,13 +147,13 @@ def forward_kernel(
             power += total[:, None] - origin[None, :]
             from_start, to_end, through = from_start + total, to_end + (end - origin), through + end
 
-        decay = tl.exp2(tl.where(is_before, power, float("-inf")))
+        decay = exp2(tl.where(is_before, power, float("-inf")))
         scores = product(C_tile, tl.trans(B_tile), None, EXACT) * decay
-        out = product(C_tile, state.to(x_tile.dtype), None, EXACT) * tl.exp2(from_start)[:, None]
+        out = product(C_tile, state.to(x_tile.dtype), None, EXACT) * exp2(from_start)[:, None]
         out = product(scores.to(x_tile.dtype), x_tile, out, EXACT)
 
-        written = (x_tile.to(tl.float32) * tl.exp2(to_end)[:, None]).to(x_tile.dtype)
-        state = product(tl.trans(B_tile), written, state * tl.exp2(through), EXACT)
+        written = (x_tile.to(tl.float32) * exp2(to_end)[:, None]).to(x_tile.dtype)
+        state = product(tl.trans(B_tile), written, state * exp2(through), EXACT)
 
         if D is not None:
             out += skip * x_tile.to(tl.float32)
@@ -268,7 +268,7 @@ def states_kernel(
     x_row, B_row = x_row * ALIGN, B_row * ALIGN
     padded = chunks.to(tl.int64) * Q
     plane = programs // (p_parts * n_parts * segments) * padded
-    totals, origins, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
+    totals, origins, _, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     size = head_dim * states
@@ -312,8 +312,8 @@ def states_kernel(
             target += target_step
         else:
             all_power += end
-        weighted = (rows_tile.to(tl.float32) * tl.exp2(power)[:, None]).to(rows_tile.dtype)
-        carry = product(tl.trans(columns_tile), weighted, carry * tl.exp2(end), EXACT)
+        weighted = (rows_tile.to(tl.float32) * exp2(power)[:, None]).to(rows_tile.dtype)
+        carry = product(tl.trans(columns_tile), weighted, carry * exp2(end), EXACT)
         begin += Q * step
     if BOTH:
         tl.store(ends + walk * size + state_place, carry, mask=is_state & is_back)
@@ -339,4 +339,4 @@ def segments_kernel(ends, first_carry, powers, heads, size, segments, BLOCK: tl.
         walk = (batch * segments + segment) * heads + head
         power, end = tl.load(powers + walk), tl.load(ends + walk * size + element, mask=mask, other=0.0)
         tl.store(ends + walk * size + element, carry, mask=mask)
-        carry = carry * tl.exp2(power) + end
+        carry = carry * exp2(power) + end

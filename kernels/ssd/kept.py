@@ -24,10 +24,11 @@ class Kept(NamedTuple):
     initial: Tensor | None
 
 
-def decays_shape(x: Tensor, chunk: int) -> tuple[int, ...]:
-    """(plane, batch, head, length in whole chunks)."""
+def decays_shape(x: Tensor, chunk: int, shapes: Shapes) -> tuple[int, ...]:
+    """(plane, batch, head, length in whole chunks and blocks of the backward)."""
     batch, length, heads = x.shape[:3]
-    return 5 if x.dtype == torch.float32 else 3, batch, heads, -(-length // chunk) * chunk
+    block = max(chunk, shapes.flows.chunk)
+    return 6 if x.dtype == torch.float32 else 4, batch, heads, -(-length // block) * block
 
 
 def numbers(x: Tensor, B: Tensor, initial: Tensor | None, shapes: Shapes) -> int:
@@ -43,7 +44,7 @@ def cut(x: Tensor, B: Tensor, kept: Tensor, shapes: Shapes) -> Kept:
     sizes = (n_decays, n_states, kept.numel() - n_decays - n_states)
     decays, states, initial = (part if part.numel() else None for part in torch.split_with_sizes(kept, sizes))
     return Kept(
-        None if decays is None else decays.view(decays_shape(x, shapes.forward.chunk)),
+        None if decays is None else decays.view(decays_shape(x, shapes.forward.chunk, shapes)),
         None if states is None else states.view(x.dtype),
         None if initial is None else initial.view(x.shape[0], *x.shape[2:], B.shape[3]),
     )
@@ -54,7 +55,7 @@ def _sizes(x: Tensor, B: Tensor, shapes: Shapes) -> tuple[int, int]:
     chunk, states = shapes.forward.chunk, B.shape[3]
     if chunk != shapes.gradients.chunk:
         return 0, 0
-    decays = decays_shape(x, chunk)
+    decays = decays_shape(x, chunk, shapes)
     if states > min(shapes.forward.states, shapes.gradients.states):
         return math.prod(decays), 0
     n_bytes = math.prod(decays[1:]) // chunk * x.shape[3] * states * x.element_size()

@@ -36,11 +36,13 @@ class Shape(NamedTuple):
     stages: int  # of what a loop reads, on their way from memory
 
 
-# For activations of 16 bits; see `shapes` for others. The chunk of STATES is that of GRADIENTS.
+# For activations of 16 bits; see `shapes` for others. The chunk of STATES is that of GRADIENTS, that of FLOWS one or
+# two of them.
 FORWARD = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=2)
 STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
 GRADIENTS = Shape(chunk=64, head_dim=128, states=128, warps=8, stages=3)
-MAX_GRADIENTS_STATE = 64 * 128  # numbers of a head's state in a program of `gradients_kernel`
+FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=4, stages=2)
+MAX_GRADIENTS_STATE = 64 * 128  # numbers of a head's state in a program of the backward
 
 
 class Shapes(NamedTuple):
@@ -49,29 +51,41 @@ class Shapes(NamedTuple):
     forward: Shape
     states: Shape
     gradients: Shape
+    flows: Shape
 
 
 def shapes(x: Tensor, B: Tensor) -> Shapes:
     """Smaller tiles and fewer stages where those of the table would not fit into shared memory."""
     large = has_large_shared_memory(x.device.index)
-    return _shapes(FORWARD, STATES, GRADIENTS, large, int(x.shape[3]), int(B.shape[3]), x.dtype)
+    return _shapes(FORWARD, STATES, GRADIENTS, FLOWS, large, int(x.shape[3]), int(B.shape[3]), x.dtype)
 
 
 @functools.cache
 def _shapes(
-    forward: Shape, states: Shape, gradients: Shape, large: bool, head_dim: int, n_states: int, dtype: torch.dtype
+    forward: Shape,
+    states: Shape,
+    gradients: Shape,
+    flows: Shape,
+    large: bool,
+    head_dim: int,
+    n_states: int,
+    dtype: torch.dtype,
 ) -> Shapes:
     wide = block(head_dim) > 64
     gradients = gradients._replace(states=min(gradients.states, MAX_GRADIENTS_STATE // block(head_dim)))
     if wide or not large:
         gradients = gradients._replace(stages=min(2, gradients.stages))
+        flows = flows._replace(stages=1)
+    if not large:
+        flows = flows._replace(chunk=gradients.chunk)
     if not large and (wide or n_states > gradients.states):
         gradients = gradients._replace(stages=1)
     if dtype == torch.float32:
         forward = forward._replace(chunk=min(32, forward.chunk), head_dim=32, stages=1)
         states = states._replace(states=64, stages=1)
         gradients = gradients._replace(chunk=min(16 if wide else 32, gradients.chunk), stages=1)
-    return Shapes(forward, states, gradients)
+        flows = flows._replace(chunk=gradients.chunk, stages=1)
+    return Shapes(forward, states, gradients, flows)
 
 
 def unsupported(x: Tensor, dt_min: float) -> str | None:
@@ -131,7 +145,7 @@ def forward(
         kept_initial.copy_(initial)
     with torch.cuda.device_of(x):
         if decays is None:
-            decays = torch.empty(kept.decays_shape(x, shape.chunk), dtype=torch.float32, device=x.device)
+            decays = torch.empty(kept.decays_shape(x, shape.chunk, found), dtype=torch.float32, device=x.device)
         fill_decays(decays, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk)
         blocks = state_blocks(B.shape[3], shape.states)
         before: Tensor | None = None
@@ -162,12 +176,13 @@ def _run(
 ) -> Tensor:
     """Fill y, and `ungated` and `carried` where given, by one block of states; return their final values."""
     (batch, _, heads, head_dim), states = x.shape, B.shape[3]
-    segments = _segments(batch * heads, decays.shape[3] // shape.chunk, x.device)
+    chunks = decays.shape[3] // shape.chunk
+    segments = _segments(batch * heads, chunks, x.device)
     starts = _segment_starts(x, B, decays, initial, shape.chunk, segments)
     final_state = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
     strides = (x.stride(), B.stride(), C.stride(), None if z is None else z.stride())
     wide_skip, exact = D is not None and D.dim() == 2, x.dtype == torch.float32
-    launch = _forward_launch(x.shape, B.shape, strides, segments, wide_skip, exact, shape)
+    launch = _forward_launch(x.shape, B.shape, strides, segments, chunks, wide_skip, exact, shape)
     launch(x, B, C, D, z, decays, starts, before, y, ungated, final_state, carried)
     return final_state
 
@@ -178,6 +193,7 @@ def _forward_launch(
     B_shape: torch.Size,
     strides: tuple[tuple[int, ...] | None, ...],
     segments: int,
+    chunks: int,
     wide_skip: bool,
     exact: bool,
     shape: Shape,
@@ -187,7 +203,6 @@ def _forward_launch(
 
     (batch, length, heads, head_dim), (groups, states) = x_shape, B_shape[2:]
     p, n = min(shape.head_dim, block(head_dim)), block(states)
-    chunks = -(-length // shape.chunk)
     align = alignment(head_dim, states, *(s for rows in strides if rows is not None for s in rows[:3]))
     outer = [0 if rows is None else rows[axis] // align for rows in strides for axis in range(3)]
     sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks)
@@ -264,7 +279,8 @@ def walk(
     enough = PROGRAMS_PER_PROCESSOR * processors(x.device.index)
     exact, shape = x.dtype == torch.float32, shapes(x, B).states
     of_x = (x.stride(), B.stride())
-    launch = _walk_launch(x.shape, B.shape, of_x, of_back, only_back, segments, enough, exact, chunk, shape)
+    chunks = decays.shape[3] // chunk
+    launch = _walk_launch(x.shape, B.shape, of_x, of_back, only_back, segments, enough, exact, chunk, chunks, shape)
     launch(x, B, y_grad, C, decays, *states, *outputs)
 
 
@@ -279,13 +295,13 @@ def _walk_launch(
     enough: int,
     exact: bool,
     chunk: int,
+    chunks: int,
     shape: Shape,
 ) -> Launch:
     """forth: strides of x and B; back: of y_grad and C; enough: programs."""
     from kernels.ssd.forward_kernels import states_kernel
 
     (batch, length, heads, head_dim), (groups, n_states) = x_shape, B_shape[2:]
-    chunks = -(-length // chunk)
     p, n = min(shape.head_dim, block(head_dim)), min(shape.states, block(n_states))
     walks = batch * segments * heads * (1 if back is None or only_back else 2)
     # A state in several parts: more programs, which read the same rows and columns.
@@ -317,10 +333,10 @@ def fill_decays(
     seq_idx: Tensor | None,
     chunk: int,
 ) -> None:
-    """Δ and the decays' logarithms summed in chunks; decays: (plane, batch, head, length in whole chunks) fp32."""
-    exact = decays.shape[0] == 5
+    """Δ and the decays' logarithms summed in chunks; decays: (plane, batch, head, chunks x chunk) fp32."""
+    exact, chunks = decays.shape[0] == 6, decays.shape[3] // chunk
     seq_strides = (0, 0) if seq_idx is None else seq_idx.stride()
-    launch = _decays_launch(dt.shape, dt.stride(), seq_strides, dt_softplus, dt_min, dt_max, exact, chunk)
+    launch = _decays_launch(dt.shape, dt.stride(), seq_strides, dt_softplus, dt_min, dt_max, exact, chunk, chunks)
     launch(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays)
 
 
@@ -334,11 +350,11 @@ def _decays_launch(
     dt_max: float,
     exact: bool,
     chunk: int,
+    chunks: int,
 ) -> Launch:
     from kernels.ssd.decay_kernels import decays_kernel
 
     batch, length, heads = dt_shape
-    chunks = -(-length // chunk)
     return Launch(
         decays_kernel,
         (batch * chunks, -(-heads // DECAY_HEADS)),

@@ -16,6 +16,7 @@ from kernels.ssd.launch import (
     DECAY_HEADS,
     DECAY_WARPS,
     Shape,
+    Shapes,
     block,
     fill_decays,
     of_states,
@@ -66,28 +67,32 @@ def backward(
     y_grad = torch.zeros_like(x) if y_grad is None else unit(y_grad, dtype)
     assert y_grad is not None
     A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))  # type: ignore[assignment]
-    shape = shapes(x, B).gradients
-    rows = x.shape[0] * -(-x.shape[1] // shape.chunk)
+    shape = shapes(x, B)
+    chunk, halves = shape.gradients.chunk, shape.flows.chunk // shape.gradients.chunk
     with torch.cuda.device_of(x):
-        z_grad = x.new_empty((0,))
+        z_grad, y_grad_lost = x.new_empty((0,)), None
         if z is not None:
-            y_grad, z_grad = _gate_backward(y_grad, ungated, z)
+            y_grad, y_grad_lost, z_grad = _gate_backward(y_grad, ungated, z)
         if outputs is None:
             outputs = Outputs(*[torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)])
-        parts, D_parts = torch.empty((rows, 3, heads), dtype=torch.float32, device=device), None
-        if D is not None and D.dim() == 2:
-            D_parts = torch.empty((rows, heads * head_dim), dtype=torch.float32, device=device)
-        decays, carried, initial = kept.cut(x, B, starts, shapes(x, B))
+        decays, carried, initial = kept.cut(x, B, starts, shape)
         if decays is None:
-            decays = torch.empty(kept.decays_shape(x, shape.chunk), dtype=torch.float32, device=device)
-            fill_decays(decays, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk)
+            decays = torch.empty(kept.decays_shape(x, chunk, shape), dtype=torch.float32, device=device)
+            fill_decays(decays, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, chunk)
+        rows, D_parts = x.shape[0] * decays.shape[3], None
+        parts = torch.empty((rows // (chunk * halves), 3, heads), dtype=torch.float32, device=device)
+        if D is not None and D.dim() == 2:
+            D_parts = torch.empty((rows // chunk, heads * head_dim), dtype=torch.float32, device=device)
+        owns = torch.empty(decays.shape[1:], dtype=torch.float32, device=device)
+        D_sums = owns, D_parts
         initial_grad, *sums = _of_all_states(
-            y_grad, x, B, C, D, D_parts, decays, initial, carried, final_state_grad, outputs, shape
+            (y_grad, y_grad_lost), x, B, C, D, D_sums, decays, initial, carried, final_state_grad, outputs, shape
         )
         launch = _delta_launch(
-            dt.shape, B.shape[2], dt.stride(), outputs.dt.stride(), dt_softplus, dt_min, dt_max, shape.chunk
+            *(dt.shape, B.shape[2], dt.stride(), outputs.dt.stride(), dt_softplus, dt_min, dt_max),
+            *(chunk, halves),
         )
-        launch(dt, A, dt_bias, decays, *sums, outputs.dt, parts)
+        launch(dt, A, dt_bias, decays, *sums, owns, outputs.dt, parts)
         A_grad, bias_grad, D_grad = _head_sums(parts)
         if D_parts is not None:
             D_grad = _sum(D_parts).view(heads, head_dim)
@@ -109,38 +114,39 @@ def _delta_launch(
     dt_min: float,
     dt_max: float,
     chunk: int,
+    halves: int,
 ) -> Launch:
     from kernels.ssd.decay_kernels import delta_kernel
 
     batch, length, heads = dt_shape
-    chunks = -(-length // chunk)
+    blocks = -(-length // (chunk * halves))
     return Launch(
         delta_kernel,
-        (batch * chunks, -(-heads // DECAY_HEADS)),
-        (*dt_grad_strides[:2], *dt_strides, dt_min, dt_max, length, heads, heads // groups, chunks),
-        (dt_softplus, chunk, DECAY_HEADS),
+        (batch * blocks, -(-heads // DECAY_HEADS)),
+        (*dt_grad_strides[:2], *dt_strides, dt_min, dt_max, length, heads, heads // groups, blocks),
+        (dt_softplus, chunk, halves, DECAY_HEADS),
         DECAY_WARPS,
     )
 
 
 def _of_all_states(
-    y_grad: Tensor,
+    y_grads: tuple[Tensor, Tensor | None],
     x: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    D_parts: Tensor | None,
+    D_sums: tuple[Tensor, Tensor | None],
     decays: Tensor,
     initial: Tensor | None,
     carried: Tensor | None,
     final_state_grad: Tensor | None,
     outputs: Outputs,
-    shape: Shape,
+    shape: Shapes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fill outputs but for dt, and D_parts; return the gradient of the initial state, sums, own_products, through."""
-    blocks = state_blocks(B.shape[3], shape.states)
+    """Fill outputs but for dt, and D_sums; return the gradient of the initial state, sums, own_products, through."""
+    blocks = state_blocks(B.shape[3], shape.gradients.states)
     if len(blocks) == 1:
-        return _run(y_grad, x, B, C, D, D_parts, decays, initial, carried, final_state_grad, None, outputs, shape)
+        return _run(y_grads, x, B, C, D, D_sums, decays, initial, carried, final_state_grad, None, outputs, shape)
     others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     initial_grads: list[Tensor] = []
     totals: list[Tensor] | None = None
@@ -149,14 +155,14 @@ def _of_all_states(
         before: Tensor | None = None if totals is None else others
         _, B_part, C_part, first = of_states(x, B, C, initial, states)
         last_grad = None if final_state_grad is None else final_state_grad[..., states]
-        skip = (D, D_parts) if is_last else (None, None)
+        skip = (D, D_sums) if is_last else (None, (D_sums[0], None))
         into = Outputs(outputs.x if is_last else others, outputs.dt, outputs.B[..., states], outputs.C[..., states])
-        first_grad, *found = _run(y_grad, x, B_part, C_part, *skip, decays, first, None, last_grad, before, into, shape)
+        of_part = (y_grads, x, B_part, C_part, *skip, decays, first, None, last_grad, before, into, shape)
+        first_grad, *found = _run(*of_part)
         initial_grads.append(first_grad)
         if totals is None:
             totals = found
         else:
-            found[0].view(5, -1)[-1] = 0  # dy·x, which is of no state
             for total, part in zip(totals, found, strict=True):
                 total += part
     assert totals is not None
@@ -164,43 +170,59 @@ def _of_all_states(
 
 
 def _run(
-    y_grad: Tensor,
+    y_grads: tuple[Tensor, Tensor | None],
     x: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    D_parts: Tensor | None,
+    D_sums: tuple[Tensor, Tensor | None],
     decays: Tensor,
     initial: Tensor | None,
     carried: Tensor | None,
     final_state_grad: Tensor | None,
     before: Tensor | None,
     outputs: Outputs,
-    shape: Shape,
+    shape: Shapes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of one block of states; before: the gradient of x by others, which is added.
 
     carried: the states before chunks, where they were kept.
     """
     (batch, _, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
-    chunk, chunks = shape.chunk, decays.shape[3] // shape.chunk
-    parts = _parts(batch * chunks * groups, heads // groups, processors(x.device.index))
+    chunk, chunks = shape.gradients.chunk, decays.shape[3] // shape.gradients.chunk
+    blocks, halves = decays.shape[3] // shape.flows.chunk, shape.flows.chunk // chunk
     initial_grad = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
     end_grads = torch.empty((batch, chunks, heads, states, head_dim), dtype=x.dtype, device=x.device)
     starts = torch.empty_like(end_grads) if carried is None else carried
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
+    y_grad, y_grad_lost = y_grads
     into = (starts, end_grads, initial_grad, None)
     walk(x, B, decays, (y_grad, C), (first, last_grad), into, chunk, only_back=carried is not None)
+
+    exact, n_processors = x.dtype == torch.float32, processors(x.device.index)
+    parts = _parts((2 * halves + 3) * batch * blocks * groups, heads // groups, 2 * n_processors)
+    sizes = _buffer_sizes(batch, heads, groups, decays.shape[3], blocks, halves)
+    numbers = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
+    sums, own_products, through = torch.split_with_sizes(numbers, sizes)
+    strides = (y_grad.stride(), x.stride(), B.stride(), C.stride())
+    launch = _flows_launch(x.shape, B.shape, strides, parts, blocks, exact, chunk, shape.flows)
+    # First, as outputs may lie where x, B and C do.
+    launch(y_grad, x, B, C, decays, starts, end_grads, sums, own_products, through)
+    if y_grad_lost is not None:  # of the strides of y_grad
+        lost, *unused = torch.split_with_sizes(torch.empty_like(numbers), sizes)
+        launch(y_grad_lost, x, B, C, decays, starts, end_grads, lost, *unused)
+        of_starts = (3 * halves + 3) * batch * heads * decays.shape[3]  # what comes after is of end_grads
+        sums[:of_starts] += lost[:of_starts]
+
+    parts = _parts(batch * chunks * groups, heads // groups, n_processors)
     BC_grads = [outputs.B.unsqueeze(0), outputs.C.unsqueeze(0)]
     if parts > 1:
         BC_grads = [torch.empty((parts, *B.shape), dtype=torch.float32, device=x.device) for _ in "BC"]
-    sizes = _buffer_sizes(batch, heads, groups, chunks, chunk, parts)
-    numbers = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
-    sums, through, own_products, scratch = torch.split_with_sizes(numbers, sizes)
-    strides = (y_grad.stride(), x.stride(), B.stride(), C.stride(), outputs.x.stride(), BC_grads[0].stride())
-    launch = _gradients_launch(x.shape, B.shape, strides, parts, x.dtype == torch.float32, shape)
+    scratch = torch.empty(batch * chunks * groups * parts * chunk * chunk, dtype=torch.float32, device=x.device)
+    written = (*strides, outputs.x.stride(), BC_grads[0].stride())
+    launch = _gradients_launch(x.shape, B.shape, written, parts, chunks, exact, shape.gradients)
     inputs = (y_grad, x, B, C, D, decays, starts, end_grads, before)
-    launch(*inputs, outputs.x, *BC_grads, sums, own_products, through, D_parts, scratch)
+    launch(*inputs, outputs.x, *BC_grads, *D_sums, scratch)
     if parts > 1:
         for grad, summed in zip(BC_grads, (outputs.B, outputs.C), strict=True):
             summed.copy_(grad.sum(0))
@@ -208,15 +230,41 @@ def _run(
 
 
 @functools.cache
-def _buffer_sizes(batch: int, heads: int, groups: int, chunks: int, chunk: int, parts: int) -> list[int]:
-    """Numbers in `sums`, `through`, `own_products` and what programs write aside: of one tensor, as asking takes time.
+def _buffer_sizes(batch: int, heads: int, groups: int, padded: int, blocks: int, halves: int) -> list[int]:
+    """Numbers in `sums`, `own_products` and `through`: of one tensor, as asking takes time.
 
     Multiples of 4, so that each begins at an address that Triton takes for aligned.
     """
-    positions = chunks * chunk
-    shapes = (5, batch, heads, positions), (batch, heads, chunks), (batch, groups, positions)
-    programs = batch * chunks * groups * parts
-    return [-(-math.prod(sizes) // 4) * 4 for sizes in (*shapes, (programs, chunk, chunk))]
+    shapes = (3 * halves + 4, batch, heads, padded), (batch, groups, padded), (batch, heads, blocks)
+    return [-(-math.prod(sizes) // 4) * 4 for sizes in shapes]
+
+
+@remembered
+def _flows_launch(
+    x_shape: torch.Size,
+    B_shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    parts: int,
+    blocks: int,
+    exact: bool,
+    chunk: int,
+    shape: Shape,
+) -> Launch:
+    """strides: of y_grad, x, B, C."""
+    from kernels.ssd.flow_kernels import flows_kernel
+
+    (batch, length, heads, head_dim), (groups, states) = x_shape, B_shape[2:]
+    halves, p, n = shape.chunk // chunk, block(head_dim), block(states)
+    outer = [stride for rows in strides for stride in rows[:3]]
+    align = alignment(head_dim, states, *outer)
+    sizes = (length, heads, heads // groups, head_dim // align, states // align, blocks, parts)
+    return Launch(
+        flows_kernel,
+        (batch * blocks * groups * parts * (2 * halves + 3), 1),
+        (*[stride // align for stride in outer], *sizes, -(-heads // groups // parts)),
+        (head_dim == p and states == n, exact, align, chunk, halves, p, n, shape.stages),
+        shape.warps,
+    )
 
 
 @remembered
@@ -225,6 +273,7 @@ def _gradients_launch(
     B_shape: torch.Size,
     strides: tuple[tuple[int, ...], ...],
     parts: int,
+    chunks: int,
     exact: bool,
     shape: Shape,
 ) -> Launch:
@@ -232,7 +281,7 @@ def _gradients_launch(
     from kernels.ssd.backward_kernels import gradients_kernel
 
     (batch, length, heads, head_dim), (groups, states) = x_shape, B_shape[2:]
-    chunks, p, n = -(-length // shape.chunk), block(head_dim), block(states)
+    p, n = block(head_dim), block(states)
     *inputs, x_grad, BC_grads = strides
     outer = [stride for rows in inputs for stride in rows[:3]] + [*x_grad[:2], *BC_grads[:4]]
     align = alignment(head_dim, states, *outer)
@@ -258,11 +307,12 @@ def _parts(programs: int, heads: int, n_processors: int) -> int:
     return -(-heads // -(-heads // parts))  # none without heads
 
 
-def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of y before the gate, and of z."""
+def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradient of y before the gate, what that loses in its dtype (None if it is fp32), and that of z."""
     ungated_grad, z_grad = torch.empty_like(ungated), torch.empty_like(ungated)
-    _gate_launch(z.shape, y_grad.stride(), z.stride())(y_grad, ungated, z, ungated_grad, z_grad)
-    return ungated_grad, z_grad
+    lost = None if z.dtype == torch.float32 else torch.empty_like(ungated)
+    _gate_launch(z.shape, y_grad.stride(), z.stride())(y_grad, ungated, z, ungated_grad, lost, z_grad)
+    return ungated_grad, lost, z_grad
 
 
 @remembered

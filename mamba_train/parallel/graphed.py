@@ -7,6 +7,7 @@ needs the GPU is idle.
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,7 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mamba_train.ranks import before_leaving
+
 _log = logging.getLogger(__name__)
+_graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 T = TypeVar("T")
 
@@ -123,7 +127,19 @@ def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cu
     finally:
         if collects:
             gc.enable()
+    _graphs.add(graph)
     return graph, result
+
+
+def _end_graphs() -> None:
+    """NCCL does not let a process group go before all graphs that hold one of its collectives have gone."""
+    if _graphs:
+        torch.cuda.synchronize()
+    for graph in list(_graphs):
+        graph.reset()
+
+
+before_leaving(_end_graphs)
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def _fsdp(
     in_unit = layers_per_unit(engine, round(n_layers), sizes.layer)
     unit_bytes = in_unit * (value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32)
     # The unit at work, the next one on its way, and the buffer that it arrives in; or all of them.
-    n_gathered = 3.0 if engine.reshard_after_forward else 1 + n_layers / in_unit
+    n_gathered = 3.0 if engine.reshard_after_forward is not False else 1 + n_layers / in_unit
     memory = {
         "weights (fp32 masters, sharded)": MASTER_BYTES * sizes.total / shards,
         SHARDED_GRADIENTS: MASTER_BYTES * sizes.total / shards,
@@ -106,7 +106,7 @@ def _fsdp(
         "gathered weights": 4 * sizes.root + n_gathered * unit_bytes,
         "gradients being summed over the ranks": 8.0 * max(sizes.root, in_unit * sizes.layer),
     }
-    if n_micro_batches > 1 and not engine.reduce_each_micro_batch:
+    if n_micro_batches > 1 and not (engine.reduce_each_micro_batch or engine.cuda_graphs):
         # The part of this rank takes their place, layer by layer.
         memory[SHARDED_GRADIENTS] = 0.0
         memory["whole gradients of accumulation (fp32)"] = float(MASTER_BYTES * sizes.total)
