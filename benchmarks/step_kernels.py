@@ -13,6 +13,8 @@ import torch
 
 # In this order: the first that is found in a kernel's name is its kind.
 KINDS = {
+    "between ranks": r"nccl",
+    "parts put together or cut, for ranks": r"chunk_cat|split_with_sizes",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|splitK",
     "selective scan": r"scan_forward|scan_backward|selective_scan",
     "SSD": r"states_kernel|gradients_kernel|decays_kernel|delta_kernel|segments_kernel|_chunk|_bmm|_state_passing|ddA",

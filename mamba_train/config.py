@@ -172,7 +172,7 @@ class EngineConfig:
     zero_stage: int = 2  # deepspeed: 1 cuts the optimiser's state, 2 gradients too, 3 weights too
     # fsdp
     replicas: int = 1  # more than 1: HSDP, the ranks form that many groups, each with a whole model cut over it
-    reshard_after_forward: bool = True  # false: gathered weights are kept for the backward pass
+    reshard_after_forward: bool | None = None  # false: gathered weights stay for the backward pass; null: if they fit
     reduce_each_micro_batch: bool = False  # true: more traffic, and no whole fp32 gradient between micro-batches
 
 

@@ -216,12 +216,12 @@ def _engine(config: Config) -> Iterable[Problem]:
         yield "engine.zero_stage", engine.zero_stage, "expected 1, 2 or 3"
     if engine.compile and engine.name is EngineKind.deepspeed:
         yield "engine.compile", engine.compile, "expected false with engine=deepspeed; engine=fsdp compiles"
-    records = engine.name in (EngineKind.single, EngineKind.ddp)
+    records = engine.name in (EngineKind.single, EngineKind.ddp, EngineKind.fsdp)
     if engine.cuda_graphs and not records and not (engine.name is EngineKind.auto and launch().world_size == 1):
         yield (
             "engine.cuda_graphs",
             engine.cuda_graphs,
-            f"expected null or false with engine={engine.name}; engine=single and engine=ddp record",
+            f"expected null or false with engine={engine.name}; engine=single, ddp and fsdp record",
         )
     if engine.recompute_layers is not None:
         if engine.recompute is not Recompute.scan:
@@ -231,7 +231,7 @@ def _engine(config: Config) -> Iterable[Problem]:
     if engine.replicas != 1 and engine.name is not EngineKind.fsdp:
         yield "engine.replicas", engine.replicas, f"expected 1 with engine={engine.name}; engine=fsdp has replicas"
     may_be_fsdp = engine.name in (EngineKind.fsdp, EngineKind.auto)
-    if may_be_fsdp and engine.recompute is Recompute.keep_scan and not engine.reshard_after_forward:
+    if may_be_fsdp and engine.recompute is Recompute.keep_scan and engine.reshard_after_forward is False:
         # torch counts the operations of the forward pass, and a pass that finds its weights gathered has fewer.
         problem = "expected true with engine.recompute=keep_scan, or engine.recompute=layer"
         yield "engine.reshard_after_forward", engine.reshard_after_forward, problem

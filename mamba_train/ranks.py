@@ -204,6 +204,12 @@ class Ranks:
 
 
 _joined: Ranks | None = None
+_before_leaving: list[Callable[[], object]] = []
+
+
+def before_leaving(work: Callable[[], object]) -> None:
+    """Have `work` done by a process that leaves in good order, before its process groups end."""
+    _before_leaving.append(work)
 
 
 def join() -> Ranks:
@@ -258,6 +264,8 @@ def leave(code: int = 0) -> None:
         return
     import torch.distributed as dist
 
+    for work in _before_leaving:
+        work()
     _joined.any(False)  # rank 0 may hold the store that others still ask
     dist.destroy_process_group()
     threading._shutdown()  # type: ignore[attr-defined]

@@ -76,7 +76,7 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["checkpoint.reserve_gib=nan"], ["checkpoint.reserve_gib=nan", "finite"]),
         (["engine.name=fdsp"], ["engine.name=fdsp", "single"]),
         (["engine=deepspeed", "engine.zero_stage=4"], ["engine.zero_stage=4", "1, 2 or 3"]),
-        (["engine=fsdp", "engine.cuda_graphs=true"], ["engine.cuda_graphs=True", "engine=single"]),
+        (["engine=deepspeed", "engine.cuda_graphs=true"], ["engine.cuda_graphs=True", "engine=single"]),
         (["engine.cuda_graphs=true", "engine.device=cpu"], ["engine.cuda_graphs=true", "no CUDA device"]),
         (["engine=deepspeed", "engine.compile=true"], ["engine.compile=True", "engine=fsdp compiles"]),
         (["engine=ddp", "engine.replicas=2"], ["engine.replicas=2", "engine=fsdp has replicas"]),

@@ -50,22 +50,24 @@ def run(args: argparse.Namespace) -> None:
 
     from mamba_train.monitor.flops import datasheet_peak
     from mamba_train.monitor.plan import make_plan
-    from mamba_train.parallel.auto import choose_engine, layers_to_recompute, probable_vocab_size, with_recompute
+    from mamba_train.parallel import auto
 
     peak = args.peak_tflops * 1e12 if args.peak_tflops else datasheet_peak(args.device, torch.bfloat16)
     if peak is None:
         raise ValueError(f"--device {args.device}: its peak is not known here; give --peak-tflops")
     device = f"{peak / 1e12:g} TFLOP/s" if args.peak_tflops else f"{args.device} ({peak / 1e12:g} TFLOP/s in bf16)"
-    plan = make_plan(config, probable_vocab_size(config))
+    plan = make_plan(config, auto.probable_vocab_size(config))
     n_gpus = 1 if config.engine.name is EngineKind.single else _n_gpus(config, args) or DEFAULT_GPUS
     if n_gpus % config.engine.replicas:
         raise ValueError(f"engine.replicas={config.engine.replicas}: expected a divisor of the {n_gpus} GPUs")
     gpu_bytes = GIB * (args.gpu_memory_gib or DEVICE_MEMORY_GIB.get(args.device.upper(), float("inf")))
     if config.engine.name is EngineKind.auto:
-        config.engine.name, reason = choose_engine(config, n_gpus, gpu_bytes)
+        config.engine.name, reason = auto.choose_engine(config, n_gpus, gpu_bytes)
         print(f"engine=auto: {config.engine.name}, {reason}\n")
     if config.engine.recompute is Recompute.auto:
-        config.engine = with_recompute(config.engine, layers_to_recompute(config, n_gpus, gpu_bytes))
+        config.engine = auto.with_recompute(config.engine, auto.layers_to_recompute(config, n_gpus, gpu_bytes))
+    if config.engine.name is EngineKind.fsdp and config.engine.reshard_after_forward is None:
+        config.engine.reshard_after_forward = not auto.may_keep_gathered(config, n_gpus, gpu_bytes)
     memory = _memory(plan, config, n_gpus, gpu_bytes)
     for section in (_model(plan), memory, _disk(plan, config), _time(plan, config, peak, device, args)):
         print("\n".join(section) + "\n")

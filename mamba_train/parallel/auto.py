@@ -1,6 +1,7 @@
 """What the config leaves to the size of the model and the memory of a GPU.
 
 `engine=auto`: one device, DDP or FSDP2. `engine.recompute=auto`: as few layers as fit compute their scan again.
+`engine.reshard_after_forward=null`: FSDP2 keeps gathered weights for the backward pass where there is room for them.
 """
 
 import bisect
@@ -32,13 +33,27 @@ def resolve_auto(config: Config, ranks: Ranks, log: Callable[[str], None]) -> En
         name, reason = ranks.first(choose)
         log(f"engine=auto: {name}, {reason}")
         engine = dataclasses.replace(engine, name=EngineKind(name))
-    if engine.recompute is not Recompute.auto:
-        return engine
     chosen = dataclasses.replace(config, engine=engine)
-    layers = ranks.first(lambda: layers_to_recompute(chosen, ranks.world_size, _device_bytes(config)))
-    if layers:
-        log(f"engine.recompute=auto: {layers} layers compute their scan again, so that a step fits")
-    return with_recompute(engine, layers)
+    if engine.recompute is Recompute.auto:
+        layers = ranks.first(lambda: layers_to_recompute(chosen, ranks.world_size, _device_bytes(config)))
+        if layers:
+            log(f"engine.recompute=auto: {layers} layers compute their scan again, so that a step fits")
+        chosen.engine = with_recompute(engine, layers)
+    if engine.name is EngineKind.fsdp and engine.reshard_after_forward is None:
+        keeps = ranks.first(lambda: may_keep_gathered(chosen, ranks.world_size, _device_bytes(config)))
+        if keeps:
+            log("engine.reshard_after_forward=null: gathered weights stay for the backward pass, a step fits with them")
+        chosen.engine = dataclasses.replace(chosen.engine, reshard_after_forward=not keeps)
+    return chosen.engine
+
+
+def may_keep_gathered(config: Config, world_size: int, device_bytes: float | None) -> bool:
+    """Whether a step of FSDP2 fits with all weights gathered; device_bytes: what a GPU has, None on the CPU."""
+    if device_bytes is None or config.engine.recompute is Recompute.keep_scan:
+        return False
+    keeping = dataclasses.replace(config.engine, reshard_after_forward=False)
+    model = resolve_model_config(config.model, probable_vocab_size(config))
+    return fits(dataclasses.replace(config, engine=keeping), model, world_size, USED * device_bytes)
 
 
 def layers_to_recompute(config: Config, world_size: int, device_bytes: float | None) -> int:
@@ -47,7 +62,7 @@ def layers_to_recompute(config: Config, world_size: int, device_bytes: float | N
     device_bytes: what a GPU has, None on the CPU, where nothing is computed again.
     """
     model = resolve_model_config(config.model, probable_vocab_size(config))
-    if device_bytes is None or MixerKind.mamba1 not in layer_mixers(model):
+    if device_bytes is None or all(mixer is MixerKind.attention for mixer in layer_mixers(model)):
         return 0
     limit = USED * device_bytes
 

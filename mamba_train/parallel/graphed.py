@@ -6,6 +6,7 @@ needs the GPU is idle.
 """
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mamba_train.ranks import before_leaving
+
 _log = logging.getLogger(__name__)
+_graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 T = TypeVar("T")
 
@@ -114,7 +118,19 @@ def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cu
         reason = " ".join(str(error).split())[:300]
         _log.warning("engine.cuda_graphs: %s cannot be recorded, it goes on without a graph: %s", name, reason)
         return None
+    _graphs.add(graph)
     return graph, result
+
+
+def _end_graphs() -> None:
+    """NCCL does not let a process group go before all graphs that hold one of its collectives have gone."""
+    if _graphs:
+        torch.cuda.synchronize()
+    for graph in list(_graphs):
+        graph.reset()
+
+
+before_leaving(_end_graphs)
 
 
 def _copy(tensor: Tensor) -> Tensor:

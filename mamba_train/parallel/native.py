@@ -7,20 +7,21 @@ Masters, gradients and moments are fp32. A bf16 run computes its matrix products
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from kernels.adamw import FusedAdamW
 from mamba_train.checkpoint.pieces import Piece, Pieces
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
-from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.parallel.cast_once import CastOnce
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
 from mamba_train.parallel.graphed import Arguments, GraphedPasses, GraphedUpdate, Variant
+from mamba_train.parallel.optimizer import fused_adamw, local_part, make_optimizer
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks
@@ -54,7 +55,7 @@ class NativeEngine:
         self._shard(model)
         model.to_empty(device=self.device)
         self.model_config = model_config
-        self._max_grad_norm = optim.max_grad_norm
+        self._optim = optim
         self._bare_model = model
         self._parameters = dict(model.named_parameters())
         self._optimizer = make_optimizer(self._parameters, optim)
@@ -69,11 +70,9 @@ class NativeEngine:
         self._graphed = GraphedPasses(self._pass_over) if self._records() else None
         if self._graphed is not None:
             self._graphed.may_record = False
-        self._graphed_updates = {clips: GraphedUpdate(partial(self._update, clips=clips)) for clips in (False, True)}
+        self._graphed_update = GraphedUpdate(self._update)
         # What an update reads besides: in memory, as a graph has to read it there.
         self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._lr
 
     def _records(self) -> bool:
         """Whether the passes of a micro-batch become a CUDA graph."""
@@ -107,8 +106,18 @@ class NativeEngine:
             self._begin_gradients()
         if self._casts is not None:
             self._casts.first = self._is_first
-        loss.backward()
+        with self._added_at_once():
+            loss.backward()
         self._is_first = False
+
+    def _added_at_once(self) -> AbstractContextManager[object]:
+        """Gradients that a pass makes anew are added to those that there are in a few launches, not one for each.
+
+        Without `CastOnce`, whose linear layers add theirs in the product, as they come: all at once would be as much
+        memory again.
+        """
+        others = [] if self._casts is None else [p for p in self._parameters.values() if p not in self._casts.linears]
+        return added_at_once(others)
 
     def _pass_over(self, *arguments: *Arguments, variant: Variant) -> Tensor:
         """What a graph holds; also what is left when recording it has failed, whatever that has changed."""
@@ -127,19 +136,18 @@ class NativeEngine:
 
     @torch.no_grad()
     def step(self, lr: float, judge: Judge | None = None) -> StepResult:
-        gradients = [_local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
         # Squares of fp32 norms can leave the range of fp32. Ranks that have the same part share it.
         square = torch.nn.utils.get_total_norm(gradients).double().square() / self._same_gradients()
         judgement = (judge or only_finite(self))(square)
         by_layer = self._layer_norms() if self.config.layer_grad_norms or judgement.skip else {}
         if not judgement.skip:
             self._lr.fill_(lr)
-            self._divisor.fill_((judgement.grad_norm + 1e-6) / self._max_grad_norm)
-            clips = judgement.grad_norm > self._max_grad_norm
+            self._divisor.fill_(max(1.0, (judgement.grad_norm + 1e-6) / self._optim.max_grad_norm))
             if self._graphed is not None and self._graphed.has_recorded:
-                self._graphed_updates[clips]()
+                self._graphed_update()
             else:
-                self._update(clips=clips)
+                self._update()
         self._forget_gradients()
         self._is_first = True
         if self._graphed is not None:
@@ -147,21 +155,34 @@ class NativeEngine:
         return StepResult(judgement.grad_norm, judgement.skip, by_layer)
 
     @torch.no_grad()
-    def _update(self, *, clips: bool) -> None:
+    def _update(self) -> None:
         """All that follows the decision to apply a step."""
-        for group in self._optimizer.param_groups:
-            group["capturable"] = self._is_recording()  # torch records only what says so
-        self._optimizer.grad_scale = self._divisor if clips else None  # type: ignore[attr-defined]
-        self._optimizer.step()  # on gradients divided by that
+        if self._fused_adamw is not None:
+            gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"]]
+            self._fused_adamw([local_part(g) for g in gradients], self._lr, self._divisor)
+        else:
+            self._apply(self._optimizer)
         if self._casts is not None:
-            self._casts.refresh(all_of_them=True)
+            self._casts.updated(with_copies=self._fused_adamw is not None)
+
+    @cached_property
+    def _fused_adamw(self) -> FusedAdamW | None:
+        """Made at the first update: FSDP2 may move its shards at the first forward pass."""
+        return fused_adamw(self._optimizer, self._optim, {} if self._casts is None else self._casts.copies)
+
+    def _apply(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self._lr
+            group["capturable"] = self._is_recording()  # torch records only what says so
+        optimizer.grad_scale = self._divisor  # type: ignore[attr-defined]
+        optimizer.step()  # on gradients divided by that
 
     def _is_recording(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _begin_gradients(self) -> None:
         """Before the first backward pass of a step. There are none but those of a graph, of which it is no part."""
-        if kept := [p.grad for p in self._parameters.values() if p.grad is not None]:
+        if kept := [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]:
             torch._foreach_zero_(kept)
 
     def _forget_gradients(self) -> None:
@@ -170,7 +191,7 @@ class NativeEngine:
             self._optimizer.zero_grad(set_to_none=True)
 
     def _layer_norms(self) -> dict[str, float]:
-        gradients = {name: _local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
+        gradients = {name: local_part(p.grad) for name, p in self._parameters.items() if p.grad is not None}
         return norms_by_layer(gradients, self.ranks, self._same_gradients())
 
     def _same_gradients(self) -> int:
@@ -213,27 +234,19 @@ class NativeEngine:
         pass  # the pieces are the parameters themselves
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101, algorithm 2) with the decay groups of the contract and a state of zeros."""
-    optimizer = adamw(parameters, optim)
-    for parameter in parameters.values():
-        # torch makes it at the first step; a checkpoint has something to fill before that.
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
-
-
-def adamw(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with the decay groups of the contract."""
-    decayed, undecayed = decay_split(parameters)
-    groups = [
-        {"params": [parameters[name] for name in decayed], "weight_decay": optim.weight_decay},
-        {"params": [parameters[name] for name in undecayed], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+@contextmanager
+def added_at_once(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    kept = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+        pairs = [(grad, parameter.grad) for parameter, grad in kept if parameter.grad is not None]
+        if pairs:
+            torch._foreach_add_(*zip(*pairs, strict=True))
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
 
 
 def choose_device(kind: DeviceKind, local_rank: int) -> torch.device:
@@ -263,8 +276,3 @@ def has_compiler() -> bool:
     """Whether there is a C++ compiler on the path."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return any(shutil.which(name) for name in names)
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """The part of a gradient that this rank has, as a view."""
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient

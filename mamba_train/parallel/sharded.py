@@ -7,7 +7,7 @@ that of one device under autocast.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -16,7 +16,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from mamba_train.checkpoint.pieces import Piece
 from mamba_train.config import EngineConfig, Precision, Recompute
 from mamba_train.model.language_model import MambaLM
+from mamba_train.parallel.graphed import Arguments, Variant
 from mamba_train.parallel.native import NativeEngine
+from mamba_train.parallel.optimizer import adamw, local_part
 from mamba_train.ranks import Ranks, lone_group
 
 LEAST_UNITS = 8
@@ -26,8 +28,9 @@ UNIT_PARAMETERS = 2**27
 class ShardedEngine(NativeEngine):
     """`fully_shard` over all ranks, or over `world_size / engine.replicas` of them."""
 
-    may_record = False  # a unit's weights are gathered to other memory each time
     casts_once = False  # what is gathered is cast already
+    _on_parts: torch.optim.AdamW | None = None
+    _cut_short = False  # the last pass
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
@@ -38,12 +41,15 @@ class ShardedEngine(NativeEngine):
         lone_group()
         self._mesh = _mesh(self.device.type, config.replicas, ranks.world_size)
 
+    def _records(self) -> bool:
+        return super()._records() and self.config.cuda_graphs is True
+
     def _shard(self, model: MambaLM) -> None:
         reduce_dtype = torch.bfloat16 if self.config.reduce_precision is Precision.bf16 else torch.float32
         # Inputs are never cast: the residual stream is fp32, and autocast does the rest.
         in_fp32 = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
         in_compute_dtype = MixedPrecisionPolicy(self.compute_dtype, reduce_dtype, cast_forward_inputs=False)
-        reshard = self.config.reshard_after_forward
+        reshard = self.config.reshard_after_forward is not False
         blocks = model.blocks()
         largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
         n = layers_per_unit(self.config, len(blocks), largest)
@@ -61,11 +67,52 @@ class ShardedEngine(NativeEngine):
 
     def _before_micro_batch(self, *, is_last: bool) -> None:
         assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_gradient_sync(is_last or self.config.reduce_each_micro_batch)
-        self.model.set_is_last_backward(is_last)
+        # A graph leaves nothing to the next one but what this rank keeps: its part of the sums.
+        alone = self._graphed is not None
+        self.model.set_requires_gradient_sync(is_last or self.config.reduce_each_micro_batch or alone)
+        self.model.set_is_last_backward(is_last or alone)
+
+    def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
+        if self._graphed is not None:
+            self._release()  # a graph gathers for itself, and what an evaluation has gathered is old by the next one
+        return super().accumulate(inputs, targets, seq_idx, n_targets)
+
+    def _pass_over(self, *arguments: *Arguments, variant: Variant) -> Tensor:
+        if self._cut_short:  # FSDP2 takes weights for gathered that were not, as nothing runs while a graph is recorded
+            raise RuntimeError("engine.cuda_graphs=true: the log says why a step cannot be recorded; use false")
+        self._cut_short = True
+        loss = super()._pass_over(*arguments, variant=variant)
+        self._cut_short = False
+        return loss
+
+    def _update(self) -> None:
+        if self._fused_adamw is not None:
+            super()._update()
+            return
+        # The GPU waits for this launch, and an operation on some hundred DTensors takes Python ten times as long.
+        if self._on_parts is None:  # not before a forward pass: the first one gives uneven parts their place
+            self._on_parts = self._optimizer_on_parts()
+        parts = (part for group in self._on_parts.param_groups for part in group["params"])
+        wholes = (whole for group in self._optimizer.param_groups for whole in group["params"])
+        for part, whole in zip(parts, wholes, strict=True):
+            part.grad = None if whole.grad is None else local_part(whole.grad)
+        self._apply(self._on_parts)
+        self._on_parts.zero_grad(set_to_none=True)  # nothing but the parameters holds gradients
+
+    def _optimizer_on_parts(self) -> torch.optim.AdamW:
+        """The optimizer once more, for what this rank has of each tensor, in the same memory."""
+        parts = {name: nn.Parameter(local_part(whole)) for name, whole in self._parameters.items()}
+        optimizer = adamw(parts, self._optim)
+        for name, part in parts.items():
+            state = self._optimizer.state[self._parameters[name]]
+            optimizer.state[part] = {key: local_part(value) for key, value in state.items()}
+        return optimizer
 
     def pieces_changed(self) -> None:
-        # What a forward pass left gathered is out of date: the root, and all with engine.reshard_after_forward=false.
+        self._release()
+
+    def _release(self) -> None:
+        """Drop what a forward pass has left gathered: the root, and all with engine.reshard_after_forward=false."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

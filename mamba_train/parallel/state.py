@@ -1,6 +1,10 @@
 """Initial values, whole tensors and copies of what the ranks of an engine hold, whatever cuts it."""
 
+import math
+import os
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +15,35 @@ from mamba_train.model.initialise import draw
 from mamba_train.parallel.engine import Engine
 from mamba_train.ranks import Ranks
 
+DRAWING_THREADS = 8
 
-@torch.no_grad()
+
 def draw_pieces(pieces: Mapping[str, Piece], config: ModelConfig, seed: int) -> None:
-    """Fill parts of parameters with their initial values: each parameter is drawn whole, one at a time, then cut.
+    """Fill parts of parameters with their initial values: each parameter is drawn whole, then cut.
 
-    So no rank ever holds more than its part and one whole parameter (contract C2).
+    Several at once, as one thread draws a billion numbers in some ten seconds; but no more of them than are as large as
+    the largest one. So no rank ever holds more than its part and what one whole parameter needs (contract C2).
     """
-    for name, piece in pieces.items():
-        piece.values.copy_(piece.of(draw(name, torch.Size(piece.shape), config, seed)))
+    sizes = {name: math.prod(piece.shape) for name, piece in pieces.items()}
+    free = max(sizes.values())
+    changed = threading.Condition()
+
+    @torch.no_grad()  # a thread has a mode of its own
+    def fill(name: str) -> None:
+        nonlocal free
+        with changed:
+            changed.wait_for(lambda: free >= sizes[name])
+            free -= sizes[name]
+        try:
+            piece = pieces[name]
+            piece.values.copy_(piece.of(draw(name, torch.Size(piece.shape), config, seed)))
+        finally:
+            with changed:
+                free += sizes[name]
+                changed.notify_all()
+
+    with ThreadPoolExecutor(min(DRAWING_THREADS, os.cpu_count() or 1)) as threads:
+        list(threads.map(fill, pieces))
 
 
 def check_drawable(model: nn.Module) -> None:

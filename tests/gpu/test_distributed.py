@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.conftest import common, runs, texts  # noqa: F401  fixtures
-from tests.distributed.launch import TOPOLOGIES, drive, losses, notes
+from tests.distributed.launch import TOPOLOGIES, drive, losses, metric, notes
 from tests.distributed.test_parity import skip_without
 
 pytestmark = [
@@ -42,3 +42,25 @@ def test_each_engine_trains_and_resumes_what_one_gpu_wrote(one: Path, texts: Pat
     assert result.returncode == 0, result.stderr[-4000:]
     found = losses(tmp_path / "half")
     assert max(abs(a - b) for a, b in zip(expected[15:], found, strict=True)) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("fsdp x 2", ()), ("fsdp x 2", ("engine.reshard_after_forward=false",)), ("ddp x 2", ())],
+    ids=["fsdp", "fsdp, kept", "ddp"],
+)
+def test_a_recorded_run_is_that_of_one_gpu(
+    one: Path,
+    texts: Path,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+    more: tuple[str, ...],
+) -> None:
+    """Graphs hold the collectives of four micro-batches; validations between them see the weights of now."""
+    result = drive(TOPOLOGIES[name], texts, tmp_path / "run", *ON_GPUS, "engine.cuda_graphs=true", *more)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "cannot be recorded" not in result.stdout + result.stderr
+    for key in ("loss", "validation/loss"):
+        expected, found = metric(one, key), metric(tmp_path / "run", key)
+        assert len(found) > 1
+        assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) < 2e-2, key

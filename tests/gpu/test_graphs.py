@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba_train.config import EngineConfig, EngineKind, ModelConfig, OptimConfig, Precision, Recompute
+from mamba_train.config import EngineConfig, ModelConfig, OptimConfig, Precision, Recompute
 from mamba_train.model.language_model import resolve_model_config
 from mamba_train.parallel.graphed import GraphedPasses
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.parallel.replicated import ReplicatedEngine
+from mamba_train.parallel.sharded import ShardedEngine
 from mamba_train.parallel.state import whole_state
 from mamba_train.ranks import join
 from tests.helpers import metrics, train
@@ -62,14 +63,24 @@ def test_the_same_bits(name: str, settings: dict[str, object]) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("settings", [{}, {"reduce_precision": Precision.bf16}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (ReplicatedEngine, {}),
+        (ReplicatedEngine, {"reduce_precision": Precision.bf16}),
+        (ShardedEngine, {}),
+        (ShardedEngine, {"reshard_after_forward": False}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_sums_over_ranks_are_part_of_a_graph(micro_batches: int, settings: dict[str, object]) -> None:
-    """One rank, which speaks with itself: by NCCL all the same."""
+def test_sums_over_ranks_are_part_of_a_graph(
+    micro_batches: int, kind: type[NativeEngine], settings: dict[str, object]
+) -> None:
+    """One rank, which speaks with itself: by NCCL all the same. Between steps the model is evaluated."""
     found = {}
     for recorded in (True, False):
-        config = EngineConfig(name=EngineKind.ddp, cuda_graphs=recorded, **settings)  # type: ignore[arg-type]
-        engine = ReplicatedEngine(config, join())
+        engine = kind(EngineConfig(cuda_graphs=recorded, **settings), join())  # type: ignore[arg-type]
         engine.prepare(resolve_model_config(MODELS["mamba"], tokenizer_vocab_size=97), OptimConfig(lr=1e-2), seed=0)
         generator = torch.Generator().manual_seed(0)
         found[recorded] = []
@@ -78,7 +89,9 @@ def test_sums_over_ranks_are_part_of_a_graph(micro_batches: int, settings: dict[
             n_targets = torch.tensor(192.0 * micro_batches, device="cuda")
             for batch in engine.micro_batches(list(tokens)):
                 loss = engine.accumulate(batch[:, :-1], batch[:, 1:], None, n_targets).item()
-            found[recorded].append((loss, engine.step(1e-2).grad_norm))
+            norm = engine.step(1e-2).grad_norm
+            with torch.no_grad(), engine.compute():
+                found[recorded].append((loss, norm, engine.model(batch[:, :-1], batch[:, 1:]).item()))
         assert (engine._graphed is not None and engine._graphed.has_recorded) == recorded
     assert found[True] == found[False]
     assert found[True][-1][0] < found[True][0][0]

@@ -41,9 +41,10 @@ class CountWaits(Hook):
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_a_step_waits_for_the_gpu_once(tmp_path: Path, corpus: Path, graphs: bool) -> None:
+@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp"])
+def test_a_step_waits_for_the_gpu_once(tmp_path: Path, corpus: Path, engine: str, graphs: bool) -> None:
     data = ("data=local", f"data.path={corpus}", f"data.cache_dir={corpus.parent / 'cache'}")
-    more = ("engine=single", "engine.device=cuda", f"engine.cuda_graphs={graphs}", "training.total_steps=19")
+    more = (f"engine={engine}", "engine.device=cuda", f"engine.cuda_graphs={graphs}", "training.total_steps=19")
     trainer = build_trainer(compose_config([*data, *TINY_RUN, *more, *QUIET, f"run_dir={tmp_path / 'run'}"]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

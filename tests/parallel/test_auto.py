@@ -4,7 +4,7 @@ from mamba_train.composition import compose_config
 from mamba_train.config import EngineKind, Recompute
 from mamba_train.model.language_model import resolve_model_config
 from mamba_train.parallel import auto
-from mamba_train.parallel.auto import USED, choose_engine, layers_to_recompute, resolve_auto
+from mamba_train.parallel.auto import USED, choose_engine, layers_to_recompute, may_keep_gathered, resolve_auto
 from mamba_train.parallel.memory import OVERHEAD_BYTES, memory_per_device
 from mamba_train.ranks import join
 
@@ -56,7 +56,7 @@ def test_as_few_layers_as_fit_compute_their_scan_again() -> None:
     assert layers_to_recompute(config, 1, needs(5) / USED + 1) == 5
     assert layers_to_recompute(config, 1, needs(5) / USED - 2) == 6
     assert layers_to_recompute(config, 1, 1) == 24
-    assert layers_to_recompute(compose_config([*ONE_GPU, "model=mamba2_130m"]), 1, 1) == 0
+    assert layers_to_recompute(compose_config([*ONE_GPU, "model=mamba2_130m"]), 1, 1) == 24
 
 
 def test_what_was_chosen_is_in_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +69,42 @@ def test_what_was_chosen_is_in_the_config(monkeypatch: pytest.MonkeyPatch) -> No
     assert asked.recompute is Recompute.layer
     monkeypatch.setattr(auto, "_device_bytes", lambda config: None)
     assert resolve_auto(compose_config(ONE_GPU), join(), lines.append).recompute is Recompute.none
+
+
+def test_gathered_weights_stay_where_there_is_room_beside_the_layers_that_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    two_gpus = ["engine=fsdp", "model=mamba_1.4b", "model.vocab_size=50280", "data.sequence_length=2048"]
+    config = compose_config([*two_gpus, "training.micro_batch_size=8", "engine.recompute=none"])
+    model = resolve_model_config(config.model, 50280)
+
+    def needed(reshard: bool) -> float:
+        config.engine.reshard_after_forward = reshard
+        return sum(memory_per_device(config, model, 2).values()) + OVERHEAD_BYTES
+
+    freed, kept = needed(True), needed(False)
+    assert kept > freed + GIB
+    config.engine.reshard_after_forward = None
+    assert may_keep_gathered(config, 2, kept / USED + 1)
+    assert not may_keep_gathered(config, 2, kept / USED - 2)
+    assert not may_keep_gathered(config, 2, None)
+    config.engine.recompute = Recompute.keep_scan
+    assert not may_keep_gathered(config, 2, 1e15)
+
+    lines: list[str] = []
+    ranks = join()
+    monkeypatch.setattr(ranks, "world_size", 2)
+    monkeypatch.setattr(ranks, "first", lambda work: work())
+    for recompute, device_bytes, expected in (
+        ("none", kept / USED + 1, False),
+        ("none", freed / USED + 1, True),
+        ("auto", kept / USED + 1, False),
+        ("auto", freed / USED + 1, True),  # not at the cost of a scan
+    ):
+        monkeypatch.setattr(auto, "_device_bytes", lambda config, found=device_bytes: found)
+        config = compose_config([*two_gpus, "training.micro_batch_size=8", f"engine.recompute={recompute}"])
+        chosen = resolve_auto(config, ranks, lines.append)
+        assert (chosen.recompute, chosen.reshard_after_forward) == (Recompute.none, expected)
+        asked = resolve_auto(compose_config([*two_gpus, "engine.reshard_after_forward=true"]), ranks, lines.append)
+        assert asked.reshard_after_forward is True
+    assert [line for line in lines if "gathered weights stay" in line] == 2 * [lines[0]]

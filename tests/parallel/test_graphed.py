@@ -1,11 +1,16 @@
+import atexit
+import gc
 import logging
+import os
+import threading
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mamba_train.parallel.graphed import GraphedPasses
+from mamba_train import ranks
+from mamba_train.parallel.graphed import GraphedPasses, record
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine that cannot record a graph")
@@ -75,3 +80,40 @@ def test_what_is_recorded_has_the_strides_of_what_was_compiled(monkeypatch: pyte
         weight.grad.zero_()
     assert calls == [((6, 1),) * 3] * len(calls)
     assert gradients[1] is gradients[2] is gradients[3]
+
+
+def test_a_process_that_leaves_ends_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would wait for them for ever."""
+    ended = []
+
+    class Graph:
+        def reset(self) -> None:
+            ended.append("graph")
+
+    for name, fake in (
+        ("CUDAGraph", Graph),
+        ("graph", lambda *_, **__: nullcontext()),
+        ("stream", lambda _: nullcontext()),
+        ("current_stream", lambda: None),
+        ("synchronize", lambda: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    kept, gone = record(lambda: None, "kept"), record(lambda: None, "gone")
+    assert kept is not None
+    assert gone is not None
+    del gone
+    gc.collect()
+
+    class OfTwo:
+        world_size = 2
+
+        def any(self, flag: bool) -> None:
+            ended.append("agreed")
+
+    monkeypatch.setattr(ranks, "_joined", OfTwo())
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append("groups"))
+    for place, name in ((threading, "_shutdown"), (atexit, "_run_exitfuncs")):
+        monkeypatch.setattr(place, name, lambda: None)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    ranks.leave()
+    assert ended == ["graph", "agreed", "groups"]

@@ -56,10 +56,12 @@ def test_what_accumulation_under_fsdp_costs() -> None:
     without, model = planned("engine=fsdp", "training.micro_batch_size=4")
     accumulating, _ = planned("engine=fsdp", "training.micro_batch_size=1")
     summing_each, _ = planned("engine=fsdp", "training.micro_batch_size=1", "engine.reduce_each_micro_batch=true")
+    recorded, _ = planned("engine=fsdp", "training.micro_batch_size=1", "engine.cuda_graphs=true")
     key = "whole gradients of accumulation (fp32)"
     assert key not in memory_per_device(without, model, 2)
     assert memory_per_device(accumulating, model, 2)[key] == 4 * N_130M
     assert key not in memory_per_device(summing_each, model, 2)
+    assert memory_per_device(recorded, model, 2) == memory_per_device(summing_each, model, 2)
 
 
 def total(*overrides: str, world_size: int = 2) -> int:
