@@ -3,8 +3,8 @@
     python -m benchmarks.causal_conv1d [--quick | --sweep]
 
 One process, one GPU: each row times the same inputs, channel last, bf16, with bias and SiLU. GPU times are medians over
-replays of a CUDA graph of several calls, with the middle half's spread; eager times are what a user sees who calls it
-from Python. The package causal-conv1d may be absent; its column is then empty.
+replays of CUDA graphs of several calls, which take turns, with the middle half's spread; eager times are what a user
+sees who calls it from Python. The package causal-conv1d may be absent; its column is then empty.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.selective_scan import Time, ask_device, calls, copy_bytes_per_second, eager_time, graph_time
+from benchmarks.selective_scan import (
+    Time,
+    ask_device,
+    calls,
+    copy_bytes_per_second,
+    eager_time,
+    graph_time,
+    graph_times,
+)
 from kernels.causal_conv1d import causal_conv1d, launch
 
 ROWS = [(8, 2048, 5120), (1, 131072, 5376), (8, 2048, 5376), (8, 2048, 1536), (8, 2048, 4096), (1, 2048, 5120)]
@@ -59,9 +67,11 @@ def row(batch: int, length: int, channels: int, peers: list[Callable[..., Tensor
     floors = [1e3 * count * x.nbytes / copy_rate for count in (FORWARD_TENSORS, BOTH_TENSORS)]
     text = f"{batch:3d} {length:6d} {channels:5d}"
     for part, floor in enumerate(floors):
-        times = [None if pair is None else graph_time(pair[part]) for pair in both]
+        found = iter(graph_times([pair[part] for pair in both if pair is not None]))
+        times = [None if pair is None else next(found) for pair in both]
         assert times[0] is not None
-        text += f" | {' '.join(shown(time) for time in times)} {floor:6.3f} {times[0].median / floor:5.2f}x"
+        ratio = "     -" if times[1] is None else f"{times[1].median / times[0].median:5.2f}x"
+        text += f" | {' '.join(shown(time) for time in times)} {ratio} {floor:6.3f} {times[0].median / floor:5.2f}x"
     eager = [None if pair is None else eager_time(pair[1]) for pair in both]
     return text + " | " + " ".join("       -" if time is None else f"{time:8.3f}" for time in eager)
 
@@ -102,7 +112,8 @@ def main() -> None:
     peers, rate = [official(), pytorch], copy_bytes_per_second()
     print(f"torch {torch.__version__}; bf16, width {WIDTH}, bias and SiLU, channel last; official: causal-conv1d")
     print(f"copy {rate / 1e12:.2f} TB/s; times in ms; floor: every activation and gradient once at that rate")
-    print("forward, then forward + backward: ours, official, PyTorch, floor, ours / floor; then eager f+b of the three")
+    print("forward, then forward + backward: ours, official, PyTorch, official / ours, floor, ours / floor;")
+    print("then eager forward + backward of the three")
     print("  b      l     d")
     rows = list(ROWS)
     if not quick:

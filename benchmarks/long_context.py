@@ -161,15 +161,32 @@ def fastest_attention(times: dict[str, dict[int, float]]) -> dict[str, dict[int,
 
 
 def report(records: list[Record]) -> None:
-    """Where attention begins to take longer than the others."""
-    for title, value in (("forward", "forward_ms"), ("forward + backward", "both_ms")):
-        times = fastest_attention(table(records, "operators", "operator", value))
-        for name in ("scan", "SSD"):
-            lengths = sorted(times.get(name, {}).keys() & times["attention"].keys())
-            if lengths:
-                rows = [times[kind][n] for kind in (name, "attention") for n in lengths]
-                where = crossover(lengths, rows[: len(lengths)], rows[len(lengths) :])
-                print(f"{title}: attention takes longer than {name} {where}")
+    """All values as tables, and from which length on attention takes longer than the others."""
+    kinds = [
+        ("forward, ms", fastest_attention(table(records, "operators", "operator", "forward_ms")), "attention", 3),
+        (
+            "forward + backward, ms",
+            fastest_attention(table(records, "operators", "operator", "both_ms")),
+            "attention",
+            3,
+        ),
+        ("training, tokens/s", table(records, "training", "model", "tokens_per_second"), "transformerpp_130m", 0),
+        ("training, peak in GiB", table(records, "training", "model", "gib"), "", 1),
+    ]
+    for title, columns, attention, digits in kinds:
+        lengths = sorted({length for column in columns.values() for length in column})
+        if not lengths:
+            continue
+        print(f"\n| {title} | {' | '.join(f'{length:,}' for length in lengths)} |\n|---|{'---|' * len(lengths)}")
+        for name, column in columns.items():
+            cells = (f"{column[length]:,.{digits}f}" if length in column else "" for length in lengths)
+            print(f"| {name} | {' | '.join(cells)} |")
+        for name in columns if attention in columns else ():
+            both = [n for n in lengths if columns[name].get(n) and columns[attention].get(n)]
+            power = 1 if title.endswith("ms") else -1  # of a rate: what a token takes
+            values = [[columns[kind][n] ** power for n in both] for kind in (name, attention)]
+            if both and name != attention:
+                print(f"{attention} takes longer than {name} {crossover(both, *values)}")
 
 
 def draw(records: list[Record], path: Path) -> None:

@@ -4,8 +4,8 @@
 
 "add" is the residual add and norm that open a block (bf16 activations, fp32 residual), against `rms_norm_fn`; "gated"
 is the norm over groups that follows SSD, against `layernorm_gated.rmsnorm_fn`. One process, one GPU: each row times the
-same inputs. GPU times are medians over replays of a CUDA graph of several calls, with the middle half's spread; eager
-times are what a user sees who calls it from Python.
+same inputs. GPU times are medians over replays of CUDA graphs of several calls that take turns, with the spread of the
+middle half; eager times are what a user sees who calls it from Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.selective_scan import ask_device, copy_bytes_per_second, eager_time, graph_time
+from benchmarks.selective_scan import ask_device, copy_bytes_per_second, eager_time, graph_times
 from kernels.rms_norm import add_rms_norm, gated_rms_norm
 
 EPS = 1e-5
@@ -75,7 +75,7 @@ def row(rows: int, channels: int, groups: int, copy_rate: float) -> str:
     forward_bytes, backward_bytes = (6, 10) if groups else (12, 16)
     text = f"{f'gated, {groups}' if groups else 'add':>8} {rows:7d} {channels:5d}"
     for part, count in enumerate((forward_bytes, forward_bytes + backward_bytes)):
-        ours, theirs = (graph_time(pair[part]) for pair in pairs)
+        ours, theirs = graph_times([pair[part] for pair in pairs])
         floor = 1e3 * count * x.numel() / copy_rate
         text += f" | {ours} {theirs} {theirs.median / ours.median:5.2f}x {floor:6.3f} {ours.median / floor:5.2f}x"
     return text + " | " + " ".join(f"{eager_time(pair[1]):8.3f}" for pair in pairs)

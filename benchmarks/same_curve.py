@@ -1,13 +1,15 @@
 """Our model and `mamba_ssm`'s trained alike: the same data, initial weights and hyper-parameters; their curves.
 
-    python -m benchmarks.same_curve [--steps 1000] [--jobs 3] [--plot FILE.png] data=stdlib [KEY=VALUE ...]
+    python -m benchmarks.same_curve [--steps 1000] [--ours 3] [--peers 4] [--jobs 7] [--plot FILE.png] data=stdlib
+                                    [KEY=VALUE ...]
 
 Overrides are those of train.py: any prepared folder (`data=shards data.path=...`), text files (`data=local`) or the
-sources of the standard library. Trains ours once and the peer twice; two runs of the peer differ because its backward
-adds in an order that is not fixed. The peer's passes are replayed as a CUDA graph, without which it takes minutes.
---jobs 3: all at once, and speeds that mean nothing. Prints the mean of the last 100 losses of each, and how far the
-curves lie apart (root mean square of the difference of means of 25 losses). What the runs have is written after every
-100 steps, so that a benchmark cut short still says something (--report).
+sources of the standard library. Two runs of the peer differ because its backward adds in an order that is not fixed.
+Ours would not differ: its run k has a learning rate k millionths higher, which moves roundings and nothing else. The
+peer's passes are replayed as a CUDA graph, without which it takes minutes. --jobs 7: all at once, and speeds that mean
+nothing. Prints the mean of the last 100 losses of each run, the difference of the two kinds with its standard error,
+and what two runs of the peer differ by. What the runs have is written after every 100 steps, so that a benchmark cut
+short still says something (--report).
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ from mamba_train.parallel.native import NativeEngine
 from mamba_train.ranks import join
 from mamba_train.training.schedule import learning_rate
 
-RUNS = ["ours", "mamba_ssm", "mamba_ssm again"]
+KINDS = ["ours", "mamba_ssm"]
 LAST, WINDOW, WRITTEN = 100, 25, 100
-OPTIONS = ["model=mamba_130m", "data.sequence_length=512", "training.global_batch_size=8", "optim.lr=6e-4"]
+OPTIONS = ["model=mamba_130m", "data.sequence_length=256", "training.global_batch_size=8", "optim.lr=6e-4"]
 
 TrainStep = Callable[[Batches, float], Tensor]  # of micro-batches and a learning rate; the mean loss
 
@@ -96,53 +98,89 @@ def load_initial_weights(theirs: nn.Module, model: ModelConfig, seed: int) -> No
 def train(name: str, folder: Path, config: Config) -> None:
     vocabulary = open_data(config.data, print).vocab_size
     model = resolve_model_config(config.model, vocabulary)
-    step = (ours if name == "ours" else peer)(config, model)
+    kind, number = name.split("-")
+    step = (ours if kind == "ours" else peer)(config, model)
+    peak_lr = config.optim.lr * (1 + (1e-6 * int(number) if kind == "ours" else 0.0))
     losses: list[Tensor] = []
-    for number, data in enumerate(batches(config), start=1):
-        lr = learning_rate(number, config.optim.lr, config.schedule, config.training.total_steps)
+    for step_number, data in enumerate(batches(config), start=1):
+        lr = learning_rate(step_number, peak_lr, config.schedule, config.training.total_steps)
         losses.append(step(data, lr))
-        if number % WRITTEN == 0 or number == config.training.total_steps:
+        if step_number % WRITTEN == 0 or step_number == config.training.total_steps:
             (folder / f"{name}.json").write_text(json.dumps(torch.stack(losses).tolist()))
-        if number == config.training.total_steps:
+        if step_number == config.training.total_steps:
             return
 
 
 def report(folder: Path, plot: Path | None) -> None:
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in RUNS}
+    """The runs up to the last step that all of them have."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))}
     n_steps = min(len(losses) for losses in found.values())
     curves = {name: losses[:n_steps] for name, losses in found.items()}
-    means = {name: statistics.mean(losses[-LAST:]) for name, losses in curves.items()}
+    means: dict[str, list[float]] = {kind: [] for kind in KINDS}
     print(f"mean loss of steps {n_steps - LAST + 1} to {n_steps}")
-    for name, mean in means.items():
-        print(f"  {name:16s} {mean:.5f}   (step 1: {curves[name][0]:.5f})")
-    one, other = means["mamba_ssm"], means["mamba_ssm again"]
-    print(f"ours from the mean of the peer's: {means['ours'] - (one + other) / 2:+.5f}, from each ", end="")
-    print(f"{means['ours'] - one:+.5f} and {means['ours'] - other:+.5f}; the peer's from each other {other - one:+.5f}")
-    print(f"root mean square of differences of means of {WINDOW} losses")
-    for a, b in itertools.combinations(RUNS, 2):
-        differences = [x - y for x, y in zip(curves[a], curves[b], strict=True)]
-        parts = [differences[first : first + WINDOW] for first in range(0, n_steps - WINDOW + 1, WINDOW)]
-        squares = [statistics.mean(part) ** 2 for part in parts]
-        print(f"  {a} - {b}: {statistics.mean(squares) ** 0.5:.5f}")
+    for name, losses in curves.items():
+        means[name.split("-")[0]].append(statistics.mean(losses[-LAST:]))
+        print(f"  {name:12s} {statistics.mean(losses[-LAST:]):.5f}   (step 1: {losses[0]:.5f})")
+    mine, theirs = (means[kind] for kind in KINDS)
+    error = sum(statistics.variance(values) / len(values) for values in (mine, theirs)) ** 0.5
+    print(
+        f"ours from the peer's, of the means of the runs: {difference(mine, theirs):+.5f}, standard error {error:.5f}"
+    )
+    apart = [abs(a - b) for a, b in itertools.combinations(theirs, 2)]
+    print(f"two runs of the peer: {root_mean_square(apart):.5f} (root mean square), {max(apart):.5f} at most")
+    print(f"root mean square of differences of means of {WINDOW} losses, over the run and the pairs")
+    for kinds in (KINDS[:1] * 2, KINDS[1:] * 2, KINDS):
+        pairs = {tuple(sorted((a, b))) for a in curves for b in curves if a != b and sorted(kinds) == kinds_of(a, b)}
+        parts = [
+            difference(curves[a][i : i + WINDOW], curves[b][i : i + WINDOW]) for a, b in pairs for i in starts(n_steps)
+        ]
+        print(f"  {' and '.join(kinds)}: {root_mean_square(parts):.5f}")
     if plot is not None:
         draw_curves(curves, plot)
 
 
+def kinds_of(*runs: str) -> list[str]:
+    return sorted(name.split("-")[0] for name in runs)
+
+
+def starts(n_steps: int) -> range:
+    return range(0, n_steps - WINDOW + 1, WINDOW)
+
+
+def difference(one: list[float], other: list[float]) -> float:
+    return statistics.mean(one) - statistics.mean(other)
+
+
+def root_mean_square(values: list[float]) -> float:
+    return statistics.mean(value**2 for value in values) ** 0.5
+
+
 def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
+    """Means of some losses over each other, and below each run's difference from the mean of the peer's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=[2, 1])
-    reference = curves["mamba_ssm"]
-    for name, losses in curves.items():
-        steps = range(1, len(losses) + 1)
-        above.plot(steps, losses, label=name, linewidth=1)
-        below.plot(steps, [a - b for a, b in zip(losses, reference, strict=True)], linewidth=1)
-    above.set_ylabel("loss (nats per token)")
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[2, 1])
+    n_steps = len(next(iter(curves.values())))
+    steps = [start + WINDOW / 2 for start in starts(n_steps)]
+    smooth = {
+        name: [statistics.mean(losses[i : i + WINDOW]) for i in starts(n_steps)] for name, losses in curves.items()
+    }
+    peers = [values for name, values in smooth.items() if name.startswith(KINDS[1])]
+    middle = [statistics.mean(values) for values in zip(*peers, strict=True)]
+    labelled = set()
+    for name, values in smooth.items():
+        kind = name.split("-")[0]
+        label = None if kind in labelled else f"{kind}, {sum(other.startswith(kind) for other in smooth)} runs"
+        labelled.add(kind)
+        style = {"color": "tab:blue" if kind == KINDS[0] else "tab:orange", "linewidth": 1, "alpha": 0.8}
+        above.plot(steps, values, label=label, **style)
+        below.plot(steps, [a - b for a, b in zip(values, middle, strict=True)], **style)
+    above.set_ylabel(f"loss, nats per token\n(means of {WINDOW} steps)")
     above.legend()
-    below.set_ylabel("loss minus that of mamba_ssm")
+    below.set_ylabel("minus the mean\nof mamba_ssm's runs")
     below.set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -151,10 +189,12 @@ def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--ours", type=int, default=3, help="runs")
+    parser.add_argument("--peers", type=int, default=4, help="runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--out", type=Path, default=Path("runs/same_curve"))
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--run", choices=RUNS, help="only this one; nothing is compared")
+    parser.add_argument("--run", metavar="KIND-NUMBER", help="only this one; nothing is compared")
     parser.add_argument("--report", action="store_true", help="only compare what is in --out")
     args, overrides = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -163,9 +203,10 @@ def main() -> None:
         return train(args.run, args.out, config)
     if not args.report:
         open_data(config.data, print)  # prepared once, before the runs look for it
+        names = [f"{kind}-{k}" for kind, n in zip(KINDS, (args.ours, args.peers), strict=True) for k in range(n)]
         command = [sys.executable, "-m", "benchmarks.same_curve", f"--steps={args.steps}", f"--out={args.out}"]
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda name: subprocess.run([*command, "--run", name, *overrides], check=True), RUNS))
+            list(pool.map(lambda name: subprocess.run([*command, "--run", name, *overrides], check=True), names))
     report(args.out, args.plot)
 
 

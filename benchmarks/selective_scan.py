@@ -53,6 +53,18 @@ def summary(samples: list[float]) -> Time:
 
 def graph_time(call: Callable[[], object], replays: int = 9) -> Time:
     """GPU time of a call, from a graph of as many calls as take some 5 ms."""
+    return graph_times([call], replays)[0]
+
+
+def graph_times(calls: list[Callable[[], object]], replays: int = 9) -> list[Time]:
+    """The same of several, whose graphs take turns: what drifts or passes, such as clocks, all of them see alike."""
+    graphs = [record(call) for call in calls]
+    turns = [[once(graph.replay) / count for graph, count in graphs] for _ in range(replays)]
+    return [summary(list(samples)) for samples in zip(*turns, strict=True)]
+
+
+def record(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of some calls, replayed once, and how many they are."""
     torch.cuda.synchronize()  # the other stream does not wait for the inputs
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -66,7 +78,7 @@ def graph_time(call: Callable[[], object], replays: int = 9) -> Time:
         for _ in range(calls):
             call()
     graph.replay()
-    return summary([once(graph.replay) / calls for _ in range(replays)])
+    return graph, calls
 
 
 def once(call: Callable[[], object]) -> float:

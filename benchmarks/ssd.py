@@ -46,6 +46,7 @@ SWEEP = {
         *(S(64, 32, 64, 4, 3), S(64, 64, 128, 8, 3), S(64, 32, 128, 4, 3)),
     ],
     "GRADIENTS": [*(S(64, 128, 128, 8, stages) for stages in (1, 2, 3)), *(S(64, 128, 128, 4, n) for n in (1, 2))],
+    "FLOWS": [S(chunk, 128, 128, warps, stages) for chunk in (64, 128) for warps in (4, 8) for stages in (1, 2)],
 }
 
 

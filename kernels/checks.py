@@ -1,8 +1,29 @@
 """Argument checks shared by the operators: one line that names the argument, its shape, and what was expected."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+KINDS = 1024  # that are remembered
+
+
+def once_for_each_kind(check: Callable[..., None]) -> Callable[..., None]:
+    """Have `check`, of tensors or None, run only for shapes, dtypes and devices that have not passed it."""
+    passed: set[tuple[object, ...]] = set()
+
+    @functools.wraps(check)
+    def checked(*tensors: torch.Tensor | None) -> None:
+        if torch.compiler.is_compiling() or type(tensors[0]) not in PLAIN:  # sizes may be symbols
+            return check(*tensors)
+        kinds = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+        if kinds not in passed:
+            check(*tensors)
+            if len(passed) < KINDS:
+                passed.add(kinds)
+
+    return checked
 
 
 def check_tensor(function: str, name: str, value: torch.Tensor, expected: Sequence[tuple[str, int | None]]) -> None:
@@ -73,3 +94,11 @@ def check_in_place(operator: str, state: torch.Tensor, *arguments: torch.Tensor 
         raise ValueError(
             f"{operator}: state has strides {state.stride()}, expected a contiguous one with in_place=True"
         )
+
+
+def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in another dtype; in fp16 nothing becomes infinite, but the largest number there is."""
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        x = x.clamp(-largest, largest)
+    return x.to(dtype)

@@ -65,11 +65,11 @@ def _device_unsupported(index: int) -> str | None:
 
 def _try(index: int) -> None:
     """Compile and launch a kernel; raises whatever prevents that."""
-    from kernels.sum_parts import sum_parts
+    from kernels.sum_parts import COLUMNS, ROWS, sum_parts
 
     with torch.cuda.device(index):
         ones = torch.ones((2, 8), device=f"cuda:{index}")
-        sum_parts[(1, 1)](ones, ones, None, 2, 8, KINDS=1, ROWS=32, COLUMNS=64)
+        sum_parts[(1, 1)](ones, ones, None, 2, 8, KINDS=1, ROWS=ROWS, COLUMNS=COLUMNS)
 
 
 @functools.cache

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-ROWS = 32
-COLUMNS = 64
+ROWS = 128  # few programs, so many loads at once of each
+COLUMNS = 16
 
 
 @triton.jit

@@ -7,13 +7,19 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on the CPU, where 
 
 
 @triton.jit
+def exp2(x):
+    """2^x of fp32 values in one instruction; below 1e-38 it is 0."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x) of fp32 values in 4 instructions, to some 1e-7 of 1; below 1e-38 it is 0."""
     if INTERPRETED:
         return tl.sigmoid(x)
-    power = tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
-    )
+    power = exp2(x * -1.4426950408889634)
     return tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -40,3 +46,11 @@ def softplus(x):
 def clamp(x, low, high):
     """min(max(x, low), high), where NaN stays NaN: the GPU's min and max return the other number."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """x in another dtype; in fp16 nothing becomes infinite, but the largest number there is."""
+    if dtype == tl.float16:
+        x = clamp(x, -65504.0, 65504.0)
+    return x.to(dtype)

@@ -1,4 +1,4 @@
-"""The causal convolution in Triton: the kernels. `triton.py` launches them, docs/kernels.md explains them.
+"""The causal convolution in Triton: the kernels. `launch.py` launches them, docs/kernels.md explains them.
 
 A thread owns some channels and walks through time with the last inputs in registers: every input is read once, and no
 thread needs anything of another. A program owns BLOCK channels and a stretch of one sequence.

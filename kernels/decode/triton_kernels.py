@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton_math import INTERPRETED, softplus
+from kernels.triton_math import INTERPRETED, narrowed, softplus
 
 
 @triton.jit
@@ -308,7 +308,7 @@ def dt_scan_kernel(
         h = tl.exp(delta[:, None] * rate) * h + (delta * value)[:, None] * read.to(tl.float32)[None, :]
         out = (tl.sum(h * written.to(tl.float32)[None, :], axis=1) + skip * value) * _silu(gate)
         tl.debug_barrier()  # as in conv_ssd_kernel
-        tl.store(place, h.to(state.dtype.element_ty), mask=both)
+        tl.store(place, narrowed(h, state.dtype.element_ty), mask=both)
         tl.store(y + b * channels + channel, out.to(y.dtype.element_ty), mask=row)
 
 
@@ -358,26 +358,21 @@ def conv_ssd_kernel(
     rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
     bias = tl.load(dt_bias + head).to(tl.float32)
     skip = tl.load(D + head).to(tl.float32)
-    of_head = state + (sequence * heads + head) * head_dim * states
+    place = state + (sequence * heads + head) * head_dim * states + in_head[:, None] * states + n[None, :]
+    h = tl.load(place, mask=both, other=0.0)
     if PDL:
-        line: tl.constexpr = 1024 // state.dtype.element_ty.primitive_bitwidth
-        if STATES >= line:  # noqa: SIM300
-            at = tl.minimum(in_head, head_dim - 1)[:, None] * states + tl.arange(0, STATES // line)[None, :] * line
-            prefetch(of_head + at)
         gdc_wait()
-    place = of_head + in_head[:, None] * states + n[None, :]
-    h = tl.load(place, mask=both, other=0.0).to(tl.float32)
     delta = softplus(tl.load(dt + sequence * dt_batch + head).to(tl.float32) + bias)
     x += sequence * x_batch
     conv_state += sequence * (WIDTH - 1) * channels
     value = _convolved(conv_state, x, of_x, row, channels, x_taps, x_bias, WIDTH)
     read = _convolved(conv_state, x, of_B, column, channels, B_taps, B_bias, WIDTH)
     written = _convolved(conv_state, x, of_C, column, channels, C_taps, C_bias, WIDTH)
-    h = tl.exp(delta * rate) * h + (delta * value)[:, None] * read[None, :]
+    h = tl.exp(delta * rate) * h.to(tl.float32) + (delta * value)[:, None] * read[None, :]
     out = tl.sum(h * written[None, :], axis=1) + skip * value
     # A small block is loaded by several warps, of which one may still be on its way when another one stores.
     tl.debug_barrier()
-    tl.store(place, h.to(state.dtype.element_ty), mask=both)
+    tl.store(place, narrowed(h, state.dtype.element_ty), mask=both)
     tl.store(y + sequence * d_inner + of_x, out.to(y.dtype.element_ty), mask=row)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.dispatch import alignment, processors, shared_bytes, triton_unsupported
 
 MAX_SIZE = 16384  # channels that a program holds in registers
-MANY = 2**20  # programs, when each is to do its rows once
+MANY = 2**20  # bytes of shared memory, more than a program uses
 
 
 class Shape(NamedTuple):
@@ -19,18 +19,29 @@ class Shape(NamedTuple):
     rows: int  # that a program has at once
     block: int  # channels of a piece of a row, a power of two
     warps: int
+
+
+class LoopShape(NamedTuple):
+    """The same of a kernel whose programs walk over rows."""
+
+    rows: int
+    block: int
+    warps: int
     programs: int  # of a multiprocessor
     stages: int  # rows that are on their way from memory at once
 
 
-# Milliseconds on an H100, bf16, 16,384 rows, of the best shapes and a few near them; shapes as (block, warps, programs,
-# stages), one row at a time.
+# Milliseconds on an H100, bf16, 16,384 rows or as told, of the best shapes and a few near them; shapes as (block,
+# warps, programs, stages), one row at a time.
 #
-#   add, forward     768  (1024, 2) .0534   (512, 1) .0539   (256, 2) .0551
-#                   2560  (1024, 4) .1719   (512, 4) .1733   (1024, 2) .1738   with 16 programs .1834
-#   gated, forward  5120  (2048, 4) .1668   (512, 8) .1785   (1024, 4) .1808   with 16 programs .1747
-#                   1536  (512, 4) .0534   (2048, 4) .0538   (256, 2) .0541
-#                   4096  (4096, 8) .1350   (2048, 8) .1351   (4096, 4) .1362
+#   add, forward     608  (128, 1) .0184   (256, 1) .0185   2 rows of (256, 2) .0189   (1024, 2) .0189   (7,328 rows)
+#                    768  (256, 2) .0527   (1024, 2) .0528   (256, 1) .0530
+#                   2560  (4096, 8) .1691   (1024, 4) .1698   (512, 4) .1700
+#                   4400  (8192, 8) .1617   (8192, 16) .1623   (2048, 8) .1630   (1024, 8) .1636   (9,108 rows)
+#                   5120  (8192, 16) .3354   (8192, 8) .3358   (2048, 8) .3371
+#   gated, forward  1536  2 rows of (2048, 8) .0520   (2048, 4) .0521   (512, 4) .0523
+#                   4096  (2048, 16) .1335   (1024, 4) .1341   (4096, 8) .1342
+#                   5120  (2048, 16) .1659   (2048, 4) .1661   (1024, 8) .1667
 #   add, backward    768  (1024, 8, 2, 3) .0837   4 rows of (256, 16, 1, 3) .0791
 #                   2560  (1024, 4, 2, 2) .2444   (1024, 4, 1, 3) .2455   (512, 8, 2, 2) .2456
 #   gated, backward 5120  (1024, 8, 1, 3) .3090   (2048, 8, 2, 3) .3104   (1024, 8, 3, 3) .3223
@@ -38,13 +49,15 @@ class Shape(NamedTuple):
 
 def forward_shape(size: int, gated: bool) -> Shape:
     """The forward kernel for groups of `size` channels: each program has its rows once."""
+    if not gated and 1024 < size <= 8192:
+        return Shape(rows=1, block=_power_of_two(size), warps=8)
     block = piece(size)
-    rows = max(1, 512 // block)
+    rows = max(1, 512 // block) if size <= 512 else 1
     each = 32 if gated and size > 4096 else 16  # channels of a thread, about
-    return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each), programs=MANY, stages=1)
+    return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each))
 
 
-def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) -> Shape:
+def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) -> LoopShape:
     """The backward kernel for groups of `size` channels, which reads `row_bytes` for each channel of a row.
 
     shared_bytes: what a program may have of shared memory, where rows wait for their turn.
@@ -56,7 +69,7 @@ def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) ->
     stages = 3 if gated or alone or size <= 1024 else 2
     stages = max(1, min(stages, 1 + shared_bytes // (row * row_bytes)))
     warps = 16 if size > 8192 else min(8, _warps(row // 256))
-    return Shape(rows, block, warps, programs=1 if alone else 2, stages=stages)
+    return LoopShape(rows, block, warps, programs=1 if alone else 2, stages=stages)
 
 
 def piece(size: int) -> int:
@@ -151,14 +164,14 @@ def _forward(
     strides = [0 if t is None else t.stride(0) for t in (x, residual, z)]
     align = _alignment(size, strides, (x, residual, z, total))
     launch = forward_shape(size, z is not None)
-    programs, span = _programs(x, groups, launch)
+    programs = -(-x.shape[0] // launch.rows) * groups
     if programs:
         with torch.cuda.device_of(x):
-            forward_kernel[(programs * groups,)](
+            forward_kernel[(programs,)](
                 *(x, residual, z, weight, y, total, inverse_rms),
                 *(stride // align for stride in strides),
-                *(x.shape[0], size // align, groups, span, eps),
-                *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows, launch.stages),
+                *(x.shape[0], size // align, groups, eps),
+                *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows),
                 num_warps=launch.warps,
             )
     return y, y if total is None else total, inverse_rms
@@ -221,7 +234,7 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _programs(x: Tensor, groups: int, launch: Shape) -> tuple[int, int]:
+def _programs(x: Tensor, groups: int, launch: LoopShape) -> tuple[int, int]:
     """How many programs share the rows of a group, and how many rows each gets: a multiple of what it has at once."""
     rows = x.shape[0]
     most = max(1, (processors(x.device.index) if x.is_cuda else 1) * launch.programs // groups)

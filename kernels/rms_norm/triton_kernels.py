@@ -1,8 +1,8 @@
 """The norms in Triton: the kernels. `launch.py` launches them, docs/kernels.md explains them.
 
 One pair of kernels for all of them: plain, after the residual add, gated, and over groups. A program owns one group of
-channels and a span of rows, so that the weight, and in the backward its gradient, stay in registers. It holds a row in
-pieces: sizes of tensors are powers of two, and 5,120 channels in one of 8,192 would leave three lanes in eight idle.
+channels and some rows, in the backward a span of them, so that the weight's gradient stays in registers. It holds a row
+in pieces: sizes of tensors are powers of two, and 5,120 channels in one of 8,192 would leave three lanes in eight idle.
 """
 
 # Tuples of Triton know "+" and not "*", and grow in its unrolled loops:
@@ -26,7 +26,7 @@ def _store(tensor, row, row_stride, channel, is_inside, values):
     tl.store(tensor + row[:, None] * row_stride + channel, values.to(tensor.dtype.element_ty), mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["x_row", "residual_row", "z_row", "rows", "size", "groups", "span"])
+@triton.jit(do_not_specialize=["x_row", "residual_row", "z_row", "rows", "size", "groups"])
 def forward_kernel(
     x,
     residual,
@@ -41,61 +41,67 @@ def forward_kernel(
     rows,
     size,
     groups,
-    span,
     eps,
     NORM_FIRST: tl.constexpr,
     ALIGN: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """y and 1 / rms of `span` rows of a group of channels; with `total` also the sum x + residual.
+    """y and 1 / rms of ROWS rows of a group of channels; with `total` also the sum x + residual.
 
     size: channels of a group, at most PIECES · BLOCK. It and the strides are given in units of ALIGN, which tells the
-    compiler how wide its loads may be. span: a multiple of ROWS.
+    compiler how wide its loads may be.
     """
     size = size * ALIGN
     group = tl.program_id(0) % groups
-    start = (tl.program_id(0) // groups).to(tl.int64) * span
+    row = (tl.program_id(0) // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     first_channel = group * size
+    x_row, y_row = x_row.to(tl.int64) * ALIGN, groups * size
+    # Everything is read before anything is written: no load may pass a store, which could be to the same address.
+    givens = ()
+    others = ()
     weights = ()
     for piece in tl.static_range(PIECES):
         c = piece * BLOCK + column
+        is_inside = (row < rows)[:, None] & (c < size)
+        channel = first_channel + c
+        givens = givens + (_load(x, row, x_row, channel, is_inside),)
+        if residual is not None:
+            others = others + (_load(residual, row, residual_row.to(tl.int64) * ALIGN, channel, is_inside),)
+        if z is not None:
+            others = others + (_load(z, row, z_row.to(tl.int64) * ALIGN, channel, is_inside),)
+    for piece in tl.static_range(PIECES):
+        c = piece * BLOCK + column
         weights = weights + (tl.load(weight + first_channel + c, mask=c < size, other=0.0).to(tl.float32),)
-    x_row, y_row = x_row.to(tl.int64) * ALIGN, groups * size
-    for first in tl.range(start, min(start + span, rows), ROWS, num_stages=STAGES):
-        row = first + tl.arange(0, ROWS)
-        normed = ()
-        gates = ()
-        squares = tl.zeros([ROWS, BLOCK], tl.float32)
-        for piece in tl.static_range(PIECES):
+    normed = ()
+    gates = ()
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    for piece in tl.static_range(PIECES):
+        values = givens[piece]
+        if residual is not None:
+            values += others[piece]
+        if total is not None:
             c = piece * BLOCK + column
-            is_inside = (row < rows)[:, None] & (c < size)
-            channel = first_channel + c
-            values = _load(x, row, x_row, channel, is_inside)
-            if residual is not None:
-                values += _load(residual, row, residual_row.to(tl.int64) * ALIGN, channel, is_inside)
-            if total is not None:
-                _store(total, row, y_row, channel, is_inside, values)
-            if z is not None:
-                gate = _load(z, row, z_row.to(tl.int64) * ALIGN, channel, is_inside)
-                gate *= sigmoid(gate)
-                if NORM_FIRST:
-                    gates = gates + (gate,)
-                else:
-                    values *= gate
-            squares += values * values
-            normed = normed + (values,)
-        scale = tl.rsqrt(tl.sum(squares, axis=1) / size + eps)
-        tl.store(inverse_rms + row * groups + group, scale, mask=row < rows)
-        for piece in tl.static_range(PIECES):
-            c = piece * BLOCK + column
-            values = normed[piece] * scale[:, None] * weights[piece]
-            if z is not None and NORM_FIRST:
-                values *= gates[piece]
-            _store(y, row, y_row, first_channel + c, (row < rows)[:, None] & (c < size), values)
+            _store(total, row, y_row, first_channel + c, (row < rows)[:, None] & (c < size), values)
+        if z is not None:
+            gate = others[piece]
+            gate *= sigmoid(gate)
+            if NORM_FIRST:
+                gates = gates + (gate,)
+            else:
+                values *= gate
+        squares += values * values
+        normed = normed + (values,)
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / size + eps)
+    tl.store(inverse_rms + row * groups + group, scale, mask=row < rows)
+    for piece in tl.static_range(PIECES):
+        c = piece * BLOCK + column
+        values = normed[piece] * scale[:, None] * weights[piece]
+        if z is not None and NORM_FIRST:
+            values *= gates[piece]
+        _store(y, row, y_row, first_channel + c, (row < rows)[:, None] & (c < size), values)
 
 
 @triton.jit(

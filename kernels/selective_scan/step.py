@@ -12,6 +12,7 @@ from kernels.checks import (
     check_same_device,
     check_tensor,
     compute_dtype,
+    narrowed,
     needs_gradient,
 )
 from kernels.dispatch import on_cuda, triton_unsupported
@@ -100,7 +101,7 @@ def _reference_(
     A_is_log: bool,
 ) -> Tensor:
     y, new_state = _reference(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log)
-    state.copy_(new_state)
+    state.copy_(narrowed(new_state, state.dtype))
     return y
 
 

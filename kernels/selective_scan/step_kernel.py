@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton_math import softplus
+from kernels.triton_math import narrowed, softplus
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def step_kernel(
     h = tl.exp(delta[:, None] * rate) * h + (delta * value)[:, None] * read[None, :]
     tl.store(
         new_state + (sequence * channels + channel[:, None]) * states + n[None, :],
-        h.to(new_state.dtype.element_ty),
+        narrowed(h, new_state.dtype.element_ty),
         mask=both,
     )
     out = tl.sum(h * written[None, :], axis=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from kernels.checks import (
@@ -15,9 +14,11 @@ from kernels.checks import (
     check_seq_idx,
     check_tensor,
     needs_gradient,
+    once_for_each_kind,
 )
 from kernels.ssd import dispatch  # noqa: F401  registers torch.ops.mamba_train.ssd
 from kernels.ssd.arguments import check_groups, check_skip
+from kernels.ssd.reference import ssd_op
 from kernels.ssd.step import ssd_step
 
 __all__ = ["ssd", "ssd_step"]
@@ -97,12 +98,12 @@ def ssd(
     Source: "Transformers are SSMs", arXiv 2405.21060, section 6 (block decomposition) and equation 2.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
-    low, high = dt_limit
+    low, high = (float(limit) for limit in dt_limit)
     if not low <= high:
         raise ValueError(f"ssd: dt_limit is {dt_limit}, expected (low, high) with low <= high")
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size is {chunk_size}, expected at least 1")
-    y, final_state, _, _ = torch.ops.mamba_train.ssd(
+    y, final_state, _, _ = ssd_op(
         x,
         dt,
         A,
@@ -122,6 +123,7 @@ def ssd(
     return (y, final_state) if return_final_state else y
 
 
+@once_for_each_kind
 def _check(
     x: Tensor,
     dt: Tensor,

@@ -1,30 +1,11 @@
-"""The backward of SSD in Triton: all gradients of a chunk but those through Δ, for `delta_kernel` to finish."""
+"""The backward of SSD in Triton: the gradients of x, B and C, and that of a gate."""
 
 import triton
 import triton.language as tl
 
-from kernels.ssd.decay_kernels import decay_planes, sum_planes
+from kernels.ssd.decay_kernels import decay_planes
 from kernels.ssd.forward_kernels import product, tile
-from kernels.triton_math import sigmoid
-
-
-@triton.jit
-def add_two(a, b, other_a, other_b):
-    return a + other_a, b + other_b
-
-
-@triton.jit
-def add_three(a, b, c, other_a, other_b, other_c):
-    return a + other_a, b + other_b, c + other_c
-
-
-@triton.jit
-def row_sums(a, b, c):
-    """The sums of the rows of three matrices, of equal shapes at once: what takes long is that warps wait."""
-    if a.shape[1] == c.shape[1]:
-        return tl.reduce((a, b, c), 1, add_three)
-    sum_a, sum_b = tl.reduce((a, b), 1, add_two)
-    return sum_a, sum_b, tl.sum(c, axis=1)
+from kernels.triton_math import exp2, sigmoid
 
 
 @triton.jit(
@@ -48,9 +29,7 @@ def gradients_kernel(
     x_grad,
     B_grad,
     C_grad,
-    sums,
-    own_products,
-    through,
+    owns,
     D_parts,
     scratch,
     y_grad_batch,
@@ -91,10 +70,8 @@ def gradients_kernel(
 
     starts, end_grads: what `states_kernel` left. x_grad like x, with neighbouring heads; before: that of other states,
     which is added, in fp32, (batch, length, head, head_dim), None for none, may be x_grad itself. Of equal strides,
-    B_grad and C_grad (part, batch, length, group, state);
-    sums (plane, batch, head, padded), own_products (batch, group, padded), through (batch, head, chunk), all fp32, are
-    for `delta_kernel`; D_parts (batch, chunk, head, head_dim) fp32, None unless D is per channel; scratch (program, Q,
-    Q) fp32.
+    B_grad and C_grad (part, batch, length, group, state); owns (batch, head, padded) fp32: y_grad·x; D_parts
+    (batch, chunk, head, head_dim) fp32, None unless D is per channel; scratch (program, Q, Q) fp32.
     Programs: batch x chunks x groups x parts, the last fastest.
     """
     head_dim = head_dim * ALIGN
@@ -120,10 +97,10 @@ def gradients_kernel(
     tl.store(place, product(B_tile, tl.trans(C_tile), None, EXACT))
     tl.debug_barrier()
     products = tl.load(place)
-    is_own, is_later = t[None, :] == s[:, None], t[None, :] > s[:, None]
+    # What a position reads of itself stays in fp32, on its way to x_grad.
+    is_own, is_read = t[None, :] == s[:, None], t[None, :] >= s[:, None]
     own_product = tl.sum(tl.where(is_own, products, 0.0), axis=1)
-    if part == 0:
-        tl.store(own_products + (batch * groups + group) * (chunks.to(tl.int64) * Q) + begin + s, own_product)
+    products = tl.where(is_own, 0.0, products)
 
     first = group * group_heads + part * part_heads
     last = min(first + part_heads, (group + 1) * group_heads)
@@ -135,11 +112,10 @@ def gradients_kernel(
     padded = chunks.to(tl.int64) * Q
     plane = batches * heads * padded
     decays += batch * heads * padded + begin
-    sums += batch * heads * padded + begin
+    owns += batch * heads * padded + begin
     size = head_dim * states
     starts += (batch * chunks + chunk) * heads * size
     end_grads += (batch * chunks + chunk) * heads * size
-    through += batch * heads * chunks + chunk
     state_place = n[:, None] * head_dim + p[None, :]
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     is_x = (s < rows)[:, None] & (p < head_dim)[None, :]
@@ -147,7 +123,6 @@ def gradients_kernel(
     # What the positions wrote.
     B_sum = tl.zeros([Q, N], tl.float32)
     products_grad = tl.zeros([Q, Q], tl.float32)
-    own_product_grad = tl.zeros([Q], tl.float32)
     for head in tl.range(first, last, num_stages=STAGES):
         x_tile = tile(x + x_head.to(tl.int64) * ALIGN * head, s, x_row, rows, p, head_dim, WHOLE)
         grad = tile(y_grad + y_grad_head.to(tl.int64) * ALIGN * head, t, y_grad_row, rows, p, head_dim, WHOLE)
@@ -155,7 +130,7 @@ def gradients_kernel(
             end_grad = tl.load(end_grads + head * size + state_place)
         else:
             end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0)
-        totals, _, deltas, totals_low, _ = decay_planes(decays + head * padded, plane)
+        totals, _, deltas, _, totals_low, _ = decay_planes(decays + head * padded, plane)
         delta = tl.load(deltas + s)
         total_s, total_t = tl.load(totals + s), tl.load(totals + t)
         end = tl.load(totals + Q - 1)
@@ -165,24 +140,17 @@ def gradients_kernel(
             end = tl.load(totals_low + Q - 1)
             power += total_t[None, :] - total_s[:, None]
             to_end += end - total_s
-        to_end = tl.exp2(to_end)
+        to_end = exp2(to_end)
 
-        # Inside of the chunk. What a position reads of itself does not decay and is left out of `decay`.
-        decay = tl.exp2(tl.where(is_later, power, float("-inf")))
-        grads = product(x_tile, tl.trans(grad), None, EXACT)
-        own_grads = tl.where(is_own, grads, 0.0)
-        grads *= decay
-        products_grad += grads * delta[:, None]
-        pairs = grads * products
-        read = tl.sum(pairs * delta[:, None], axis=0)
+        # Inside of the chunk.
+        decay = exp2(tl.where(is_read, power, float("-inf")))
+        products_grad += product(x_tile, tl.trans(grad), None, EXACT) * decay * delta[:, None]
         mixing = (products * decay).to(x_tile.dtype)
         written_grad = product(mixing, grad, None, EXACT)
 
         # By way of the state after the chunk.
         by_state = product(B_tile, end_grad, None, EXACT) * to_end[:, None]
         x_wide = x_tile.to(tl.float32)
-        delta_grad, own, by_state_sum = row_sums(pairs, own_grads, by_state * x_wide)
-        own_product_grad += own * delta
         weighted = (x_wide * (delta * to_end)[:, None]).to(x_tile.dtype)
         B_sum = product(weighted, tl.trans(end_grad), B_sum, EXACT)
 
@@ -190,6 +158,7 @@ def gradients_kernel(
         found = written_grad * delta[:, None] + by_state * delta[:, None]
         own_factor = own_product * delta
         grad_wide = grad.to(tl.float32)
+        tl.store(owns + head * padded + s, tl.sum(x_wide * grad_wide, axis=1))
         if D is not None:
             if D_parts is not None:
                 found += (
@@ -206,13 +175,6 @@ def gradients_kernel(
         target = x_grad + head * head_dim + (s[:, None] * x_grad_row + p[None, :])
         tl.store(target, found.to(x_grad.dtype.element_ty), mask=is_x)
 
-        reads, writtens, _, to_states, owns = sum_planes(sums + head * padded, plane)
-        tl.store(reads + t, read)
-        tl.store(writtens + s, delta_grad)
-        tl.store(to_states + s, by_state_sum)
-        tl.store(owns + s, own)
-
-    products_grad += tl.where(is_own, own_product_grad[:, None], 0.0)
     rounded = products_grad.to(B_tile.dtype)
     B_sum = product(rounded, C_tile, B_sum, EXACT)
     BC_grad_row *= ALIGN
@@ -221,28 +183,20 @@ def gradients_kernel(
     mask = (s < rows)[:, None] & (n < states)[None, :]
     tl.store(B_grad + place, B_sum.to(B_grad.dtype.element_ty), mask=mask)
 
-    # What they read of the state before the chunk, and what of it was left after the chunk.
+    # What they read of the state before the chunk.
     C_sum = product(tl.trans(rounded), B_tile, None, EXACT)
     for head in tl.range(first, last, num_stages=STAGES):
         grad = tile(y_grad + y_grad_head.to(tl.int64) * ALIGN * head, t, y_grad_row, rows, p, head_dim, WHOLE)
         if WHOLE:
             start = tl.load(starts + head * size + state_place)
-            end_grad = tl.load(end_grads + head * size + state_place)
         else:
             start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0)
-            end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0)
-        totals, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
-        from_start, end = tl.load(totals + t), tl.load(totals + Q - 1)
+        totals, _, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
+        from_start = tl.load(totals + t)
         if EXACT:
             from_start += tl.load(totals_low + t)
-            end += tl.load(totals_low + Q - 1)
-        weighted_grad = grad.to(tl.float32) * tl.exp2(from_start)[:, None]
-        from_state = tl.sum(product(C_tile, start, None, EXACT) * weighted_grad, axis=1)
-        C_sum = product(weighted_grad.to(grad.dtype), tl.trans(start), C_sum, EXACT)
-        passed = tl.sum(tl.sum(start.to(tl.float32) * end_grad.to(tl.float32), axis=1), axis=0)
-        _, _, from_states, _, _ = sum_planes(sums + head * padded, plane)
-        tl.store(from_states + t, from_state)
-        tl.store(through + head * chunks, passed * tl.exp2(end))
+        weighted_grad = (grad.to(tl.float32) * exp2(from_start)[:, None]).to(grad.dtype)
+        C_sum = product(weighted_grad, tl.trans(start), C_sum, EXACT)
     tl.store(C_grad + place, C_sum.to(C_grad.dtype.element_ty), mask=mask)
 
 
@@ -256,6 +210,7 @@ def gate_backward_kernel(
     ungated,
     z,
     ungated_grad,
+    lost,
     z_grad,
     y_grad_batch,
     y_grad_row,
@@ -268,7 +223,10 @@ def gate_backward_kernel(
     head_dim,
     BLOCK: tl.constexpr,
 ):
-    """The gradients of y before the gate and of z. Programs: (batch x length, heads x head_dim / BLOCK)."""
+    """The gradients of y before the gate, what that loses in its dtype, None where it is fp32, and that of z.
+
+    Programs: (batch x length, heads x head_dim / BLOCK).
+    """
     row = tl.program_id(0).to(tl.int64)
     batch, t = row // length, row % length
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -280,5 +238,9 @@ def gate_backward_kernel(
     before = tl.load(ungated + target, mask=mask, other=0.0).to(tl.float32)
     gate, grad = sigmoid(value), grad.to(tl.float32)
     slope = gate * (1.0 + value * (1.0 - gate))
-    tl.store(ungated_grad + target, (grad * value * gate).to(ungated_grad.dtype.element_ty), mask=mask)
+    exact = grad * value * gate
+    rounded = exact.to(ungated_grad.dtype.element_ty)
+    tl.store(ungated_grad + target, rounded, mask=mask)
+    if lost is not None:
+        tl.store(lost + target, (exact - rounded.to(tl.float32)).to(lost.dtype.element_ty), mask=mask)
     tl.store(z_grad + target, (grad * before * slope).to(z_grad.dtype.element_ty), mask=mask)

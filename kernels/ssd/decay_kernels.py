@@ -21,14 +21,24 @@ GONE = tl.constexpr(-160.0)  # as a power of 2: fp32 has nothing that small
 # Places, not numbers as constants: Triton compares each global constant of a kernel at every launch.
 @triton.jit
 def decay_planes(decays, plane):
-    """Where the planes of `decays` begin: totals, origins, Δ, what fp32 loses of totals, what it loses of origins."""
-    return decays, decays + plane, decays + 2 * plane, decays + 3 * plane, decays + 4 * plane
+    """Where the planes of `decays` begin: totals, origins, Δ, sums of Δ, what fp32 loses of totals and of origins."""
+    lows = decays + 4 * plane
+    return decays, decays + plane, decays + 2 * plane, decays + 3 * plane, lows, lows + plane
 
 
 @triton.jit
-def sum_planes(sums, plane):
-    """Where the planes of `sums` begin: read, written / Δ, from_state, to_state / Δ, own."""
-    return sums, sums + plane, sums + 2 * plane, sums + 3 * plane, sums + 4 * plane
+def sum_planes(sums, plane, HALVES: tl.constexpr):
+    """Where the planes of `sums` begin.
+
+    What is read of earlier positions of a block, and of the block before; what is written for later ones, / Δ, and for
+    the next block, and the first of these times the sum of Δ in between, each by the chunk that reads it; what is read
+    and what is written, / Δ, by way of states.
+    """
+    writtens = sums + 2 * plane
+    near_writtens = writtens + HALVES * plane
+    ages = near_writtens + HALVES * plane
+    from_states = ages + HALVES * plane
+    return sums, sums + plane, writtens, near_writtens, ages, from_states, from_states + plane
 
 
 @triton.jit(
@@ -82,12 +92,13 @@ def decays_kernel(
     origin = total - tl.log2(delta.to(tl.float64))
     padded = chunks.to(tl.int64) * Q
     plane = tl.num_programs(0) // chunks * heads * padded
-    totals, origins, deltas, totals_low, origins_low = decay_planes(decays, plane)
+    totals, origins, deltas, ages, totals_low, origins_low = decay_planes(decays, plane)
     place = (batch * heads + head)[None, :] * padded + t[:, None]
     is_head = (head < heads)[None, :]
     tl.store(totals + place, total.to(tl.float32), mask=is_head)
     tl.store(origins + place, origin.to(tl.float32), mask=is_head)
     tl.store(deltas + place, delta, mask=is_head)
+    tl.store(ages + place, tl.cumsum(delta.to(tl.float64), axis=0).to(tl.float32), mask=is_head)
     if EXACT:
         tl.store(totals_low + place, rounded_off(total), mask=is_head)
         tl.store(origins_low + place, rounded_off(origin), mask=is_head)
@@ -121,7 +132,7 @@ def begins_document(seq_idx, t, seq_row, length):
 @triton.jit(
     do_not_specialize=[
         *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head"),
-        *("dt_min", "dt_max", "length", "heads", "group_heads", "chunks"),
+        *("dt_min", "dt_max", "length", "heads", "group_heads", "blocks"),
     ]
 )
 def delta_kernel(
@@ -132,6 +143,7 @@ def delta_kernel(
     sums,
     own_products,
     through,
+    owns,
     dt_grad,
     parts,
     dt_grad_batch,
@@ -144,48 +156,70 @@ def delta_kernel(
     length,
     heads,
     group_heads,
-    chunks,
+    blocks,
     SOFTPLUS: tl.constexpr,
-    Q: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HALVES: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The gradient of dt of one chunk, and the chunk's parts of those of A, dt_bias and a D of one number per head.
+    """The gradient of dt of one block, and the block's parts of those of A, dt_bias and a D of one number per head.
 
     The gradient of a decay's logarithm is what all products that the decay is part of add to the loss: those that
     begin before it and are read at it or later. What position s wrote adds to the gradient of Δ[s] by way of later
-    positions of the chunk (written), the state (to_state), and itself (own). parts: (batch x chunks, 3, head) fp32.
-    Programs: (batch x chunks, heads / HEADS).
+    positions of its block (written), of later blocks (to_later), and itself (own). For the gradient of A the pairs in
+    a block come with the sum of Δ in between: among sums of them large numbers would cancel. sums, own_products,
+    through: what `flows_kernel` left; owns (batch, head, padded): y_grad·x; parts: (batch x blocks, 3, head) fp32.
+    Programs: (batch x blocks, heads / HEADS).
     """
-    batch = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
-    t = chunk * Q + tl.arange(0, Q)
+    Q: tl.constexpr = HALVES * CHUNK
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    t = block * Q + tl.arange(0, Q)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_head = (head < heads)[None, :]
     mask = (t < length)[:, None] & is_head
-    padded = chunks.to(tl.int64) * Q
-    plane = tl.num_programs(0) // chunks * heads * padded
+    padded = blocks.to(tl.int64) * Q
+    plane = tl.num_programs(0) // blocks * heads * padded
     place = (batch * heads + head)[None, :] * padded + t[:, None]
-    _, _, deltas, _, _ = decay_planes(decays, plane)
-    reads, writtens, from_states, to_states, owns = sum_planes(sums, plane)
-    delta = tl.load(deltas + place, mask=is_head, other=0.0)
-    written = tl.load(writtens + place, mask=is_head, other=0.0)
-    to_state = tl.load(to_states + place, mask=is_head, other=0.0)
-    own = tl.load(owns + place, mask=is_head, other=0.0)
+    _, _, deltas, ages, _, _ = decay_planes(decays, plane)
+    reads, near_reads, writtens, near_writtens, written_ages, from_states, to_states = sum_planes(sums, plane, HALVES)
+    delta = tl.load(deltas + place, mask=mask, other=0.0)
+    written = tl.load(writtens + place, mask=mask, other=0.0)
+    to_later = tl.load(to_states + place, mask=mask, other=0.0)
+    aged = tl.load(written_ages + place, mask=mask, other=0.0)
+    is_near = mask & (block < blocks - 1)
+    to_later += tl.load(near_writtens + place, mask=is_near, other=0.0)
+    if HALVES == 2:
+        written += tl.load(writtens + plane + place, mask=mask, other=0.0)
+        to_later += tl.load(near_writtens + plane + place, mask=is_near, other=0.0)
+        first_end = tl.load(
+            ages + (batch * heads + head) * padded + block * Q + CHUNK - 1, mask=head < heads, other=0.0
+        )
+        aged += tl.load(written_ages + plane + place, mask=mask, other=0.0)
+    own = tl.load(owns + place, mask=mask, other=0.0)
     groups = heads // group_heads
     own_place = (batch * groups + head // group_heads)[None, :] * padded + t[:, None]
-    own_product = tl.load(own_products + own_place, mask=is_head, other=0.0)
-    delta_grad = written + to_state + own * own_product
-    read = tl.load(reads + place, mask=is_head, other=0.0).to(tl.float64) - (delta * written).to(tl.float64)
-    read += tl.load(from_states + place, mask=is_head, other=0.0).to(tl.float64)
-    to_state = (delta * to_state).to(tl.float64)
-    passed = tl.load(through + (batch * heads + head) * chunks + chunk, mask=head < heads, other=0.0)
+    own_product = tl.load(own_products + own_place, mask=mask, other=0.0)
+    delta_grad = written + to_later + own * own_product
 
-    from_here = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
-    until_here = tl.cumsum(to_state, axis=0) - to_state
-    power_grad = (from_here + until_here + passed.to(tl.float64)[None, :]).to(tl.float32)
+    wide = delta.to(tl.float64)
+    in_pairs = tl.load(reads + place, mask=mask, other=0.0).to(tl.float64) - wide * written.to(tl.float64)
+    in_block = tl.sum(in_pairs, axis=0)[None, :] - tl.cumsum(in_pairs, axis=0) + in_pairs
+    read = tl.load(near_reads + place, mask=mask & (block > 0), other=0.0).to(tl.float64)
+    read += tl.load(from_states + place, mask=mask, other=0.0).to(tl.float64)
+    to_later = wide * to_later.to(tl.float64)
+    passed = tl.load(through + (batch * heads + head) * blocks + block, mask=head < heads, other=0.0).to(tl.float64)
+    beyond = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
+    beyond += tl.cumsum(to_later, axis=0) - to_later + passed[None, :]
     rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32)
+    # What fp32 lost of the sums of Δ that pairs were multiplied with the differences of.
+    lost = tl.cumsum(wide, axis=0) - tl.load(ages + place, mask=mask, other=0.0).to(tl.float64)
+    if HALVES == 2:
+        lost -= tl.where(t[:, None] % Q >= CHUNK, first_end.to(tl.float64)[None, :], 0.0)
+    A_grad = tl.sum(wide * (aged.to(tl.float64) + beyond) + lost * in_pairs, axis=0)
+
     raw = raw_delta(dt + batch * dt_batch, dt_bias, t, head, mask, dt_row, dt_head)
-    grad = delta_grad + power_grad * rate[None, :]
+    grad = delta_grad + (in_block + beyond).to(tl.float32) * rate[None, :]
     free = raw
     if SOFTPLUS:
         free = softplus(raw)
@@ -195,7 +229,7 @@ def delta_kernel(
     tl.store(target, grad.to(dt_grad.dtype.element_ty), mask=mask)
 
     parts += tl.program_id(0).to(tl.int64) * 3 * heads + head
-    tl.store(parts, tl.sum(power_grad * delta, axis=0), mask=head < heads)
+    tl.store(parts, A_grad.to(tl.float32), mask=head < heads)
     tl.store(parts + heads, tl.sum(grad, axis=0), mask=head < heads)
     tl.store(parts + 2 * heads, tl.sum(own, axis=0), mask=head < heads)
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.ssd.decay_kernels import decay_planes
-from kernels.triton_math import INTERPRETED, sigmoid
+from kernels.triton_math import INTERPRETED, exp2, sigmoid
 
 
 @triton.jit
@@ -43,6 +43,7 @@ def forward_kernel(
     y,
     ungated,
     final_state,
+    carried,
     x_batch,
     x_row,
     x_head,
@@ -75,8 +76,9 @@ def forward_kernel(
     """y of one head (of P of its channels) in a segment of the sequence, chunk after chunk, the state in registers.
 
     starts (batch, segment, head, head_dim, state) fp32: the states before the segments, or None where there is one
-    segment that starts from 0. before: y of other states in fp32, which is added, None for none; may be y itself. The
-    strides of x, B, C, z and head_dim and states are given in units of ALIGN, which tells the compiler how wide its
+    segment that starts from 0. before: y of other states in fp32, which is added, None for none; may be y itself.
+    carried (batch, chunk, head, state, head_dim), or None: gets the states before chunks, as from `states_kernel`.
+    The strides of x, B, C, z and head_dim and states are given in units of ALIGN, which tells the compiler how wide its
     loads may be.
     Programs: batch x segments x heads x (head_dim / P), the last fastest.
     """
@@ -104,7 +106,7 @@ def forward_kernel(
         ungated += batch * length * y_row + head * head_dim
     padded = chunks.to(tl.int64) * Q
     plane = tl.num_programs(0) // (parts * segments) * padded
-    totals, origins, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
+    totals, origins, _, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     state_place = p[None, :] * states + n[:, None]
@@ -120,9 +122,19 @@ def forward_kernel(
     is_before = q[:, None] >= q[None, :]
 
     first = segment * segment_chunks
+    if carried is not None:
+        size = head_dim * states
+        carried += ((batch * chunks + first) * heads + head) * size
     begin = first.to(tl.int64) * Q
     for chunk in tl.range(first, min(first + segment_chunks, chunks), num_stages=STAGES):
         rows = length - chunk * Q
+        if carried is not None:
+            place = carried + (n[:, None] * head_dim + p[None, :])
+            if WHOLE:
+                tl.store(place, state.to(carried.dtype.element_ty))
+            else:
+                tl.store(place, state.to(carried.dtype.element_ty), mask=is_state)
+            carried += heads.to(tl.int64) * size
         C_tile = tile(C + begin * C_row, q, C_row, rows, n, states, WHOLE)
         B_tile = tile(B + begin * B_row, q, B_row, rows, n, states, WHOLE)
         x_tile = tile(x + begin * x_row, q, x_row, rows, p, head_dim, WHOLE)
@@ -135,13 +147,13 @@ def forward_kernel(
             power += total[:, None] - origin[None, :]
             from_start, to_end, through = from_start + total, to_end + (end - origin), through + end
 
-        decay = tl.exp2(tl.where(is_before, power, float("-inf")))
+        decay = exp2(tl.where(is_before, power, float("-inf")))
         scores = product(C_tile, tl.trans(B_tile), None, EXACT) * decay
-        out = product(C_tile, state.to(x_tile.dtype), None, EXACT) * tl.exp2(from_start)[:, None]
+        out = product(C_tile, state.to(x_tile.dtype), None, EXACT) * exp2(from_start)[:, None]
         out = product(scores.to(x_tile.dtype), x_tile, out, EXACT)
 
-        written = (x_tile.to(tl.float32) * tl.exp2(to_end)[:, None]).to(x_tile.dtype)
-        state = product(tl.trans(B_tile), written, state * tl.exp2(through), EXACT)
+        written = (x_tile.to(tl.float32) * exp2(to_end)[:, None]).to(x_tile.dtype)
+        state = product(tl.trans(B_tile), written, state * exp2(through), EXACT)
 
         if D is not None:
             out += skip * x_tile.to(tl.float32)
@@ -204,6 +216,7 @@ def states_kernel(
     segments,
     segment_chunks,
     BOTH: tl.constexpr,
+    BACK: tl.constexpr,
     WHOLE: tl.constexpr,
     EXACT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -216,11 +229,12 @@ def states_kernel(
 
     BOTH: half of the programs walk forward, from x, B and `first` (None for 0) to `starts`; the others back, from
     y_grad, C and `last_grad` (None for 0) to `end_grads` and `ends`, the gradient of `first`. starts, end_grads:
-    (batch, chunk, head, state, head_dim); first, last_grad, ends: (batch, head, head_dim, state) fp32.
+    (batch, chunk, head, state, head_dim); first, last_grad, ends: (batch, head, head_dim, state) fp32. With BACK, too,
+    all walk back.
     Otherwise all walk forward, each through a segment of the sequence, from 0: `ends` (batch, segment, head, head_dim,
     state) are the states there, powers (batch, segment, head) the logarithms of the segments' decays.
     Strides, head_dim and states in units of ALIGN.
-    Programs: (2 if BOTH) x batch x segments x heads x (states / N) x (head_dim / P), the last fastest.
+    Programs: (2 if BOTH and not BACK) x batch x segments x heads x (states / N) x (head_dim / P), the last fastest.
     """
     head_dim = head_dim * ALIGN
     states = states * ALIGN
@@ -229,8 +243,11 @@ def states_kernel(
     rows, columns, outputs = x, B, starts
     pid, is_back = tl.program_id(0), False
     if BOTH:
-        programs = programs // 2
-        is_back, pid = pid >= programs, pid % programs
+        if BACK:
+            is_back = pid >= 0
+        else:
+            programs = programs // 2
+            is_back, pid = pid >= programs, pid % programs
         rows, columns, outputs = (
             tl.where(is_back, y_grad, x),
             tl.where(is_back, C, B),
@@ -251,7 +268,7 @@ def states_kernel(
     x_row, B_row = x_row * ALIGN, B_row * ALIGN
     padded = chunks.to(tl.int64) * Q
     plane = programs // (p_parts * n_parts * segments) * padded
-    totals, origins, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
+    totals, origins, _, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     size = head_dim * states
@@ -295,8 +312,8 @@ def states_kernel(
             target += target_step
         else:
             all_power += end
-        weighted = (rows_tile.to(tl.float32) * tl.exp2(power)[:, None]).to(rows_tile.dtype)
-        carry = product(tl.trans(columns_tile), weighted, carry * tl.exp2(end), EXACT)
+        weighted = (rows_tile.to(tl.float32) * exp2(power)[:, None]).to(rows_tile.dtype)
+        carry = product(tl.trans(columns_tile), weighted, carry * exp2(end), EXACT)
         begin += Q * step
     if BOTH:
         tl.store(ends + walk * size + state_place, carry, mask=is_state & is_back)
@@ -322,4 +339,4 @@ def segments_kernel(ends, first_carry, powers, heads, size, segments, BLOCK: tl.
         walk = (batch * segments + segment) * heads + head
         power, end = tl.load(powers + walk), tl.load(ends + walk * size + element, mask=mask, other=0.0)
         tl.store(ends + walk * size + element, carry, mask=mask)
-        carry = carry * tl.exp2(power) + end
+        carry = carry * exp2(power) + end

@@ -6,13 +6,15 @@ states: y, and the gradients of x and dt, are sums over states.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, has_large_shared_memory, processors, triton_unsupported
-from kernels.launcher import launch
+from kernels.launcher import Launch, remembered
+from kernels.ssd import kept
 
 MAX_HEAD_DIM = 128
 MAX_ROW_STRIDE = 2**24
@@ -34,11 +36,13 @@ class Shape(NamedTuple):
     stages: int  # of what a loop reads, on their way from memory
 
 
-# For activations of 16 bits; see `shapes` for others. The chunk of STATES is that of GRADIENTS.
+# For activations of 16 bits; see `shapes` for others. The chunk of STATES is that of GRADIENTS, that of FLOWS one or
+# two of them.
 FORWARD = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=2)
 STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
 GRADIENTS = Shape(chunk=64, head_dim=128, states=128, warps=8, stages=3)
-MAX_GRADIENTS_STATE = 64 * 128  # numbers of a head's state in a program of `gradients_kernel`
+FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=4, stages=2)
+MAX_GRADIENTS_STATE = 64 * 128  # numbers of a head's state in a program of the backward
 
 
 class Shapes(NamedTuple):
@@ -47,22 +51,41 @@ class Shapes(NamedTuple):
     forward: Shape
     states: Shape
     gradients: Shape
+    flows: Shape
 
 
 def shapes(x: Tensor, B: Tensor) -> Shapes:
     """Smaller tiles and fewer stages where those of the table would not fit into shared memory."""
-    forward, states, gradients, large = FORWARD, STATES, GRADIENTS, has_large_shared_memory(x.device.index)
-    wide = block(x.shape[3]) > 64
-    gradients = gradients._replace(states=min(gradients.states, MAX_GRADIENTS_STATE // block(x.shape[3])))
+    large = has_large_shared_memory(x.device.index)
+    return _shapes(FORWARD, STATES, GRADIENTS, FLOWS, large, int(x.shape[3]), int(B.shape[3]), x.dtype)
+
+
+@functools.cache
+def _shapes(
+    forward: Shape,
+    states: Shape,
+    gradients: Shape,
+    flows: Shape,
+    large: bool,
+    head_dim: int,
+    n_states: int,
+    dtype: torch.dtype,
+) -> Shapes:
+    wide = block(head_dim) > 64
+    gradients = gradients._replace(states=min(gradients.states, MAX_GRADIENTS_STATE // block(head_dim)))
     if wide or not large:
         gradients = gradients._replace(stages=min(2, gradients.stages))
-    if not large and (wide or B.shape[3] > gradients.states):
+        flows = flows._replace(stages=1)
+    if not large:
+        flows = flows._replace(chunk=gradients.chunk)
+    if not large and (wide or n_states > gradients.states):
         gradients = gradients._replace(stages=1)
-    if x.dtype == torch.float32:
+    if dtype == torch.float32:
         forward = forward._replace(chunk=min(32, forward.chunk), head_dim=32, stages=1)
         states = states._replace(states=64, stages=1)
         gradients = gradients._replace(chunk=min(16 if wide else 32, gradients.chunk), stages=1)
-    return Shapes(forward, states, gradients)
+        flows = flows._replace(chunk=gradients.chunk, stages=1)
+    return Shapes(forward, states, gradients, flows)
 
 
 def unsupported(x: Tensor, dt_min: float) -> str | None:
@@ -79,12 +102,11 @@ def fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `forward` returns, without values."""
     state = (x.shape[0], x.shape[2], x.shape[3], B.shape[3])
-    starts = (1, *state) if for_backward and initial_state is not None else (0,)
     ungated = x.new_empty(x.shape if for_backward and z is not None else (0,))
     return (
         x.new_empty(x.shape),
         x.new_empty(state, dtype=torch.float32),
-        x.new_empty(starts, dtype=torch.float32),
+        x.new_empty(kept.numbers(x, B, initial_state, shapes(x, B)) if for_backward else 0, dtype=torch.float32),
         ungated,
     )
 
@@ -106,7 +128,7 @@ def forward(
     initial_state: Tensor | None,
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator's forward: y, the final state, the initial one if the backward needs it, y before the gate.
+    """The operator's forward: y, the final state, what else the backward needs, y before the gate.
 
     `chunk_size` is what the reference works with; here the kernels have their own.
     """
@@ -115,22 +137,27 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ungated = torch.empty_like(y) if for_backward and z is not None else None
     initial = None if initial_state is None else initial_state.float()
-    shape = shapes(x, B).forward
+    shape, found = shapes(x, B).forward, shapes(x, B)
+    n_kept = kept.numbers(x, B, initial, found) if for_backward else 0
+    keeps = torch.empty(n_kept, dtype=torch.float32, device=x.device)
+    decays, carried, kept_initial = kept.cut(x, B, keeps, found)
+    if kept_initial is not None and initial is not None:
+        kept_initial.copy_(initial)
     with torch.cuda.device_of(x):
-        decays = make_decays(dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, x.dtype)
+        if decays is None:
+            decays = torch.empty(kept.decays_shape(x, shape.chunk, found), dtype=torch.float32, device=x.device)
+        fill_decays(decays, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk)
         blocks = state_blocks(B.shape[3], shape.states)
         before: Tensor | None = None
         ends: list[Tensor] = []
         for states in blocks[:-1]:
             before = torch.empty(x.shape, dtype=torch.float32, device=x.device) if before is None else before
             part = of_states(x, B, C, initial, states)
-            ends.append(_run(*part, None, None, decays, before if ends else None, before, None, shape))
+            ends.append(_run(*part, None, None, decays, before if ends else None, before, None, None, shape))
         part = of_states(x, B, C, initial, blocks[-1])
-        ends.append(_run(*part, D, z, decays, before, y, ungated, shape))
+        ends.append(_run(*part, D, z, decays, before, y, ungated, carried, shape))
     final_state = ends[0] if len(ends) == 1 else torch.cat(ends, dim=3)
-    keep_initial = for_backward and initial is not None
-    kept = initial.unsqueeze(0).clone() if keep_initial else final_state.new_empty((0,))  # type: ignore[union-attr]
-    return y, final_state, kept, x.new_empty((0,)) if ungated is None else ungated
+    return y, final_state, keeps, x.new_empty((0,)) if ungated is None else ungated
 
 
 def _run(
@@ -144,32 +171,49 @@ def _run(
     before: Tensor | None,
     y: Tensor,
     ungated: Tensor | None,
+    carried: Tensor | None,
     shape: Shape,
 ) -> Tensor:
-    """Fill y, and `ungated` where it is given, by one block of states; return their final values."""
-    from kernels.ssd.forward_kernels import forward_kernel
-
-    (batch, length, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
-    p, n = min(shape.head_dim, block(head_dim)), block(states)
+    """Fill y, and `ungated` and `carried` where given, by one block of states; return their final values."""
+    (batch, _, heads, head_dim), states = x.shape, B.shape[3]
     chunks = decays.shape[3] // shape.chunk
     segments = _segments(batch * heads, chunks, x.device)
-    segment_chunks = -(-chunks // segments)
     starts = _segment_starts(x, B, decays, initial, shape.chunk, segments)
     final_state = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
-    align = alignment(head_dim, states, *(s for t in (x, B, C, z) if t is not None for s in t.stride()[:3]))
-    strides = [s // align for t in (x, B, C) for s in t.stride()[:3]]
-    z_strides = [0, 0, 0] if z is None else [s // align for s in z.stride()[:3]]
-    sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks, segments, segment_chunks)
-    whole, exact = head_dim % p == 0 and states == n, x.dtype == torch.float32
-    launch(
+    strides = (x.stride(), B.stride(), C.stride(), None if z is None else z.stride())
+    wide_skip, exact = D is not None and D.dim() == 2, x.dtype == torch.float32
+    launch = _forward_launch(x.shape, B.shape, strides, segments, chunks, wide_skip, exact, shape)
+    launch(x, B, C, D, z, decays, starts, before, y, ungated, final_state, carried)
+    return final_state
+
+
+@remembered
+def _forward_launch(
+    x_shape: torch.Size,
+    B_shape: torch.Size,
+    strides: tuple[tuple[int, ...] | None, ...],
+    segments: int,
+    chunks: int,
+    wide_skip: bool,
+    exact: bool,
+    shape: Shape,
+) -> Launch:
+    """strides: of x, B, C, and z where there is one."""
+    from kernels.ssd.forward_kernels import forward_kernel
+
+    (batch, length, heads, head_dim), (groups, states) = x_shape, B_shape[2:]
+    p, n = min(shape.head_dim, block(head_dim)), block(states)
+    align = alignment(head_dim, states, *(s for rows in strides if rows is not None for s in rows[:3]))
+    outer = [0 if rows is None else rows[axis] // align for rows in strides for axis in range(3)]
+    sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks)
+    whole = head_dim % p == 0 and states == n
+    return Launch(
         forward_kernel,
         (batch * segments * heads * -(-head_dim // p), 1),
-        (x, B, C, D, z, decays, starts, before, y, ungated, final_state),
-        (*strides, *z_strides, *sizes),
-        (D is not None and D.dim() == 2, whole, exact, align, shape.chunk, p, n, shape.stages),
+        (*outer, *sizes, segments, -(-chunks // segments)),
+        (wide_skip, whole, exact, align, shape.chunk, p, n, shape.stages),
         shape.warps,
     )
-    return final_state
 
 
 def state_blocks(states: int, most: int) -> list[slice]:
@@ -196,18 +240,22 @@ def _segment_starts(
     x: Tensor, B: Tensor, decays: Tensor, first: Tensor | None, chunk: int, segments: int
 ) -> Tensor | None:
     """The states before segments, (batch, segment, head, head_dim, state) fp32, where that of the first is given."""
-    from kernels.ssd.forward_kernels import segments_kernel
-
     if segments == 1:
         return first
     (batch, _, heads, head_dim), states = x.shape, B.shape[3]
     ends = torch.empty((batch, segments, heads, head_dim, states), dtype=torch.float32, device=x.device)
     powers = torch.empty((batch, segments, heads), dtype=torch.float32, device=x.device)
     walk(x, B, decays, None, (None, None), (None, None, ends, powers), chunk)
-    size = head_dim * states
-    grid = (batch * heads, -(-size // SEGMENT_BLOCK))
-    launch(segments_kernel, grid, (ends, first, powers), (heads, size, segments), (SEGMENT_BLOCK,), SEGMENT_WARPS)
+    _segments_launch(batch, heads, head_dim * states, segments)(ends, first, powers)
     return ends
+
+
+@remembered
+def _segments_launch(batch: int, heads: int, size: int, segments: int) -> Launch:
+    from kernels.ssd.forward_kernels import segments_kernel
+
+    grid = (batch * heads, -(-size // SEGMENT_BLOCK))
+    return Launch(segments_kernel, grid, (heads, size, segments), (SEGMENT_BLOCK,), SEGMENT_WARPS)
 
 
 def walk(
@@ -218,37 +266,64 @@ def walk(
     states: tuple[Tensor | None, Tensor | None],
     outputs: tuple[Tensor | None, Tensor | None, Tensor, Tensor | None],
     chunk: int,
+    only_back: bool = False,
 ) -> None:
-    """Launch `states_kernel`. back: y_grad, C; states: first, last_grad; outputs: starts, end_grads, ends, powers."""
-    from kernels.ssd.forward_kernels import states_kernel
+    """Launch `states_kernel`. back: y_grad, C; states: first, last_grad; outputs: starts, end_grads, ends, powers.
 
-    (batch, length, heads, head_dim), (groups, n_states) = x.shape, B.shape[2:]
-    shape, chunks = shapes(x, B).states, decays.shape[3] // chunk
+    only_back: `starts` is there already.
+    """
     powers = outputs[3]
     segments = 1 if powers is None else powers.shape[1]
-    p, n = min(shape.head_dim, block(head_dim)), min(shape.states, block(n_states))
-    walks = batch * segments * heads * (1 if back is None else 2)
+    y_grad, C = back or (None, None)
+    of_back = None if y_grad is None or C is None else (y_grad.stride(), C.stride())
     enough = PROGRAMS_PER_PROCESSOR * processors(x.device.index)
+    exact, shape = x.dtype == torch.float32, shapes(x, B).states
+    of_x = (x.stride(), B.stride())
+    chunks = decays.shape[3] // chunk
+    launch = _walk_launch(x.shape, B.shape, of_x, of_back, only_back, segments, enough, exact, chunk, chunks, shape)
+    launch(x, B, y_grad, C, decays, *states, *outputs)
+
+
+@remembered
+def _walk_launch(
+    x_shape: torch.Size,
+    B_shape: torch.Size,
+    forth: tuple[tuple[int, ...], ...],
+    back: tuple[tuple[int, ...], ...] | None,
+    only_back: bool,
+    segments: int,
+    enough: int,
+    exact: bool,
+    chunk: int,
+    chunks: int,
+    shape: Shape,
+) -> Launch:
+    """forth: strides of x and B; back: of y_grad and C; enough: programs."""
+    from kernels.ssd.forward_kernels import states_kernel
+
+    (batch, length, heads, head_dim), (groups, n_states) = x_shape, B_shape[2:]
+    p, n = min(shape.head_dim, block(head_dim)), min(shape.states, block(n_states))
+    walks = batch * segments * heads * (1 if back is None or only_back else 2)
     # A state in several parts: more programs, which read the same rows and columns.
     while n > 64 and walks * -(-n_states // n) * -(-head_dim // p) < enough:
         n //= 2
     while p > 32 and walks * -(-n_states // n) * -(-head_dim // p) < enough:
         p //= 2
-    strides = [s for t in (x, B, *(back or (x, B))) for s in t.stride()[:3]]
+    strides = [stride for rows in (*forth, *(back or forth)) for stride in rows[:3]]
     align = alignment(head_dim, n_states, *strides)
     sizes = (length, heads, heads // groups, head_dim // align, n_states // align, chunks)
-    whole, exact = head_dim % p == 0 and n_states % n == 0, x.dtype == torch.float32
-    launch(
+    whole = head_dim % p == 0 and n_states % n == 0
+    return Launch(
         states_kernel,
         (walks * -(-n_states // n) * -(-head_dim // p), 1),
-        (x, B, *(back or (None, None)), decays, *states, *outputs),
         (*[s // align for s in strides], *sizes, segments, -(-chunks // segments)),
-        (back is not None, whole, exact, align, chunk, p, n, shape.stages),
+        (back is not None, only_back, whole, exact, align, chunk, p, n, shape.stages),
         shape.warps,
     )
 
 
-def make_decays(
+def fill_decays(
+    decays: Tensor,
     dt: Tensor,
     A: Tensor,
     dt_bias: Tensor | None,
@@ -257,27 +332,36 @@ def make_decays(
     dt_max: float,
     seq_idx: Tensor | None,
     chunk: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Δ and the decays' logarithms summed in chunks, (plane, batch, head, length in whole chunks) fp32.
+) -> None:
+    """Δ and the decays' logarithms summed in chunks; decays: (plane, batch, head, chunks x chunk) fp32."""
+    exact, chunks = decays.shape[0] == 6, decays.shape[3] // chunk
+    seq_strides = (0, 0) if seq_idx is None else seq_idx.stride()
+    launch = _decays_launch(dt.shape, dt.stride(), seq_strides, dt_softplus, dt_min, dt_max, exact, chunk, chunks)
+    launch(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays)
 
-    dtype: of the activations, which says how exact they are.
-    """
+
+@remembered
+def _decays_launch(
+    dt_shape: torch.Size,
+    dt_strides: tuple[int, ...],
+    seq_strides: tuple[int, ...],
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    exact: bool,
+    chunk: int,
+    chunks: int,
+) -> Launch:
     from kernels.ssd.decay_kernels import decays_kernel
 
-    exact, (batch, length, heads) = dtype == torch.float32, dt.shape
-    chunks = -(-length // chunk)
-    decays = torch.empty((5 if exact else 3, batch, heads, chunks * chunk), dtype=torch.float32, device=dt.device)
-    seq_strides = (0, 0) if seq_idx is None else seq_idx.stride()
-    launch(
+    batch, length, heads = dt_shape
+    return Launch(
         decays_kernel,
         (batch * chunks, -(-heads // DECAY_HEADS)),
-        (dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays),
-        (*dt.stride(), *seq_strides, dt_min, dt_max, length, heads, chunks),
+        (*dt_strides, *seq_strides, dt_min, dt_max, length, heads, chunks),
         (dt_softplus, exact, chunk, DECAY_HEADS),
         DECAY_WARPS,
     )
-    return decays
 
 
 def unit(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -287,7 +371,8 @@ def unit(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """
     if tensor is None:
         return None
-    tensor = tensor.to(dtype)
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
     return tensor if tensor.stride(3) == 1 and tensor.stride(1) < MAX_ROW_STRIDE else tensor.contiguous()
 
 

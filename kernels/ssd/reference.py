@@ -107,8 +107,14 @@ def ssd_backward_op(
     starts: Tensor,
     ungated: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; empty for an absent argument."""
+    """Return the gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; empty for an absent argument.
+
+    starts: empty where the forward kept nothing, which it may without z and an initial state.
+    """
     dtype = compute_dtype(x)
+    if not starts.numel():
+        options = (dt_softplus, dt_min, dt_max, chunk_size, seq_idx, None, True)
+        starts = ssd_op._init_fn(x, dt, A, B, C, None, None, dt_bias, *options)[2]
     scan = _Scan(x, dt, A, B, C, dt_bias, dt_softplus, (dt_min, dt_max), chunk_size, seq_idx)
     y_grad = x.new_zeros(x.shape, dtype=dtype) if y_grad is None else y_grad.to(dtype)
     z_grad = x.new_empty((0,))
@@ -189,9 +195,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, y_grad, final_state_grad, _starts_grad, _ungated_grad):
     *arguments, seq_idx, starts, ungated = ctx.saved_tensors
-    *grads, state_grad = torch.ops.mamba_train.ssd_backward(
-        y_grad, final_state_grad, *arguments, *ctx.options, seq_idx, starts, ungated
-    )
+    *grads, state_grad = ssd_backward_op(y_grad, final_state_grad, *arguments, *ctx.options, seq_idx, starts, ungated)
     wanted = [None if argument is None else grad for argument, grad in zip(arguments, grads, strict=True)]
     initial = None if ctx.initial_state_dtype is None else state_grad.to(ctx.initial_state_dtype)
     return *wanted, None, None, None, None, None, initial, None

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton_math import clamp, softplus
+from kernels.triton_math import clamp, narrowed, softplus
 
 
 @triton.jit
@@ -91,7 +91,9 @@ def step_kernel(
     first = tl.program_id(0).to(tl.int64) * head_dim
     # A small block is loaded by several warps, of which one may still be on its way when another one stores.
     tl.debug_barrier()
-    tl.store(new_state + (first + row[:, None]) * states + n[None, :], h.to(new_state.dtype.element_ty), mask=both)
+    tl.store(
+        new_state + (first + row[:, None]) * states + n[None, :], narrowed(h, new_state.dtype.element_ty), mask=both
+    )
     out = tl.sum(h * written[None, :], axis=1)
     if D is not None:
         out += skip

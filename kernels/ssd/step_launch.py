@@ -17,7 +17,7 @@ class Launch(NamedTuple):
     warps: int
 
 
-LAUNCH = Launch(elements=1024, warps=4)  # a first guess, compared with no others
+LAUNCH = Launch(elements=4096, warps=4)
 
 
 def step(

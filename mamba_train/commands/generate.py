@@ -30,9 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="of matrices (default: bf16 on a GPU, else fp32)")
     parser.add_argument(
         "--state-precision",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="of what is remembered between tokens; bf16 takes half of the memory and rounds it at each token",
+        choices=["fp32", "fp16", "bf16"],
+        help="of what is remembered between tokens, which is rounded at each (default: fp16 if matrices are bf16)",
     )
     parser.add_argument("--save", action="store_true", help=f"also write the text to RUN/{SAMPLE}")
 
@@ -59,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
     model = inference_model(pretrained.config, pretrained.tensors, torch.device(args.device), dtype)
     if pretrained.step is not None:
         print(f"sample after step {pretrained.step}:", file=sys.stderr)
+    state_dtypes = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     texts = args.prompt or [""]
     alone = len(texts) == 1
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         stop_strings=args.stop,
         on_text=show,
-        state_dtype=torch.bfloat16 if args.state_precision == "bf16" else torch.float32,
+        state_dtype=state_dtypes[args.state_precision],
     )
     whole = [prompt + text for prompt, text in zip(texts, continued, strict=True)]
     if alone:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.checks import narrowed
 from mamba_train.config import MixerKind, layer_mixers
 from mamba_train.inference.fused_step import can_fuse, fused_step
 from mamba_train.model.attention import KVState
@@ -22,8 +23,8 @@ class Decoder:
 
     cuda_graph: replay the step as a CUDA graph instead of launching its kernels one by one, which at small batches
     takes longer than computing them; None: wherever that is possible. state_dtype: in which the state of the scans is
-    kept between two tokens. In bf16, as other implementations have it, it takes half of the memory traffic, which at
-    large batches is most of it; what it remembers is rounded at each token.
+    kept between two tokens, where it is rounded; None: fp16, or fp32 where the weights are. At large batches the state
+    is much of the memory traffic; fp16 rounds it eight times finer than bf16 and ends at 65,504, where it stays.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Decoder:
         model: MambaLM,
         prompts: Sequence[Sequence[int]],
         cuda_graph: bool | None = None,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         """Read the prompts, which may differ in length. Raises ValueError for one without tokens."""
         for number, prompt in enumerate(prompts):
@@ -47,22 +48,23 @@ class Decoder:
         self._step: _GraphedStep | None = None
         tokens, seq_idx = _pad_left(prompts, weight.device)
         self.logits, state = model.prefill(tokens, model.initial_state(len(prompts), weight.dtype), seq_idx)
+        kept = state_dtype or (torch.float32 if weight.dtype == torch.float32 else torch.float16)
         self._state = [
-            SSMState(layer.conv, layer.scan.to(state_dtype)) if isinstance(layer, SSMState) else layer
+            SSMState(layer.conv, narrowed(layer.scan, kept)) if isinstance(layer, SSMState) else layer
             for layer in state
         ]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each text, int64 (rows,); return what comes next as logits (rows, padded vocabulary).
 
-        The logits are overwritten by the next call.
+        A negative one, which stands for none, is taken as 0. The logits are overwritten by the next call.
         """
         if self.replays:
             if self._step is None:
                 self._step = _GraphedStep(self._model, self._state)
             self.logits = self._step(tokens)
         else:
-            self.logits, self._state = _step(self._model, tokens, self._state)
+            self.logits, self._state = _step(self._model, tokens.clamp(min=0), self._state)
         return self.logits
 
 
@@ -84,7 +86,7 @@ class _GraphedStep:
         )
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        self._token.copy_(tokens)
+        torch.clamp(tokens, min=0, out=self._token)
         return self._replay()
 
 

@@ -29,7 +29,7 @@ def generate(
     stop_token: int | None = None,
     on_token: EndsRow = goes_on,
     cuda_graph: bool | None = None,
-    state_dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype | None = None,
 ) -> list[list[int]]:
     """The tokens that continue each of the prompts, up to `max_new_tokens` of them.
 
@@ -46,7 +46,7 @@ def generate(
         chosen = _Reading(tokens)
         is_last = position == max_new_tokens - 1
         # Rows that have ended are carried along: the batch keeps its shape.
-        advance = partial(decoder.step, tokens.clamp(min=0))
+        advance = partial(decoder.step, tokens)
         if tokens.is_cuda and not is_last:
             advance()  # so that the GPU has something to do while the tokens are looked at; at the end in vain
         for row, token in enumerate(chosen.result()):

@@ -90,7 +90,7 @@ def generate_text(
     max_new_tokens: int,
     stop_strings: Sequence[str] = (),
     on_text: Callable[[int, str], None] = lambda row, text: None,
-    state_dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype | None = None,
 ) -> list[str]:
     """The text that continues each of the prompts (tokens); on_text(row, new characters) is called as it grows.
 

@@ -2,7 +2,9 @@
 
 Composed of the same operators as the plain form, it saves passes over memory that autograd cannot: the gradients of
 z, of the convolution's input and of Δ are written as slices of one tensor, that of the projection's output, and those
-of x, B and C as slices of another, where possible of the memory of x, B and C themselves.
+those of x, B and C as slices of another, where possible of the memory of x, B and C themselves.
+
+With `recompute`, what SSD keeps for its backward besides its arguments, states above all, is computed again there.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from mamba_train.model.fused_ssm import last_walk
 
 
 class FusedMamba2(torch.autograd.Function):
-    """The output of `Mamba2SSM.forward` from the projection's, the weights as they are stored, and A."""
+    """The output of `Mamba2SSM.forward` from the projection's, and the weights as they are stored."""
 
     @staticmethod
     def forward(
@@ -28,7 +30,7 @@ class FusedMamba2(torch.autograd.Function):
         projected: Tensor,
         conv_weight: Tensor,
         conv_bias: Tensor,
-        A: Tensor,
+        A_log: Tensor,
         D: Tensor,
         dt_bias: Tensor,
         norm_weight: Tensor,
@@ -37,14 +39,17 @@ class FusedMamba2(torch.autograd.Function):
         groups: int,
         chunk_size: int,
         eps: float,
+        recompute: bool,
     ) -> Tensor:
         """projected (batch, length, z and x, B, C and dt side by side). Returns (batch, length, d_inner)."""
+        # Not `.float()`: that would hide from the audit that A_log arrived rounded.
+        A = -torch.exp(A_log)
         z, xBC, dt = _parts(projected, conv_weight.shape[0], A.shape[0])
         conv, _ = torch.ops.mamba_train.causal_conv1d.default(xBC, conv_weight, conv_bias, True, seq_idx, None)
         x, B, C = _split(conv, z.shape[2], head_dim, groups)
         y, _, starts, _ = torch.ops.mamba_train.ssd.default(
             *(x, dt, A, B, C, D, None, dt_bias, True, 0.0, float("inf")),
-            *(min(chunk_size, x.shape[1]), seq_idx, None, True),
+            *(min(chunk_size, x.shape[1]), seq_idx, None, not recompute),
         )
         y = y.flatten(2)
         out, inverse_rms = torch.ops.mamba_train.gated_rms_norm.default(
@@ -79,8 +84,9 @@ class FusedMamba2(torch.autograd.Function):
             conv_weight_grad, conv_bias_grad = causal_conv1d_backward_into(
                 conv_grad, None, xBC, conv_weight, conv_bias, seq_idx, xBC_grad
             )
-        weights = (conv_weight_grad, conv_bias_grad, A_grad, D_grad, dt_bias_grad, norm_weight_grad)
-        return projected_grad, *weights, None, None, None, None, None
+        A_log_grad = A_grad.mul_(A)
+        weights = (conv_weight_grad, conv_bias_grad, A_log_grad, D_grad, dt_bias_grad, norm_weight_grad)
+        return projected_grad, *weights, None, None, None, None, None, None
 
 
 def _parts(projected: Tensor, conv_channels: int, heads: int) -> Sequence[Tensor]:

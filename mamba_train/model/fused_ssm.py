@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,16 @@ from kernels.selective_scan.backward_into import selective_scan_backward_into
 from mamba_train.model.projection import references, references_alone, weight_gradient
 
 
+class Derived(NamedTuple):
+    """What depends on the weights alone: the projections in the dtype of the activations, and A = -exp(A_log), fp32."""
+
+    x_proj: Tensor
+    dt_proj: Tensor
+    A: Tensor
+
+
 class FusedSSM(torch.autograd.Function):
-    """y of `SelectiveSSM.forward` from xz, the weights as they are stored, and A."""
+    """y of `SelectiveSSM.forward` from xz and the weights as they are stored."""
 
     @staticmethod
     def forward(
@@ -33,37 +41,39 @@ class FusedSSM(torch.autograd.Function):
         conv_bias: Tensor,
         x_proj_weight: Tensor,
         dt_proj_weight: Tensor,
-        A: Tensor,
+        A_log: Tensor,
         D: Tensor,
         dt_bias: Tensor,
         seq_idx: Tensor | None,
         recompute: bool,
+        derived: Derived | None,
     ) -> Tensor:
         """xz (batch, length, 2 · d_inner); the others as `SelectiveSSM` has them. Returns (batch, length, d_inner)."""
+        if derived is None:
+            # Copies: the backward computes again before an engine that frees gathered parameters has them back.
+            dt_proj = dt_proj_weight.to(xz.dtype, copy=recompute)
+            derived = Derived(x_proj_weight.to(xz.dtype), dt_proj, -torch.exp(A_log))
+        x_proj, dt_proj, A = derived
         x_given, _ = xz.chunk(2, dim=-1)
         x, _ = torch.ops.mamba_train.causal_conv1d.default(x_given, conv_weight, conv_bias, True, seq_idx, None)
-        projected = F.linear(x, x_proj_weight.to(x.dtype))
-        # Copies: the backward computes again before an engine that frees gathered parameters has them back.
-        dt_proj = dt_proj_weight.to(x.dtype, copy=recompute)
-        if recompute:
+        projected = F.linear(x, x_proj)
+        if recompute:  # copies, as above
             D, dt_bias = D.clone(), dt_bias.clone()
         y, dt, starts, ungated = _scan(xz, x, projected, dt_proj, A, D, dt_bias, seq_idx, for_backward=not recompute)
         again = () if recompute else (dt, starts, ungated)
         ctx.save_for_backward(
-            *(xz, conv_weight, conv_bias, x_proj_weight, dt_proj, A, D, dt_bias, seq_idx, x, projected, *again)
+            *(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, seq_idx, x, projected, *again)
         )
         ctx.recompute = recompute
         ctx.computed_again = None
         ctx.wide_grad = None  # left by `Projection`: its second half is the gradient of y
         ctx.alone = None if torch.compiler.is_compiling() else references_alone()
-        ctx.dt_proj_dtype = dt_proj_weight.dtype
+        ctx.dtype = dt_proj_weight.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, ...]:
-        xz, conv_weight, conv_bias, x_proj_weight, dt_proj, A, D, dt_bias, seq_idx, x, projected, *saved = (
-            ctx.saved_tensors
-        )
+        xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, seq_idx, x, projected, *saved = ctx.saved_tensors
         if ctx.recompute:
             dt, starts, ungated = ctx.computed_again or _compute_again(ctx)[1:]
             ctx.computed_again = None
@@ -87,10 +97,10 @@ class FusedSSM(torch.autograd.Function):
                 *(y_grad, x, dt, A, B, C, D, z, dt_bias, seq_idx, starts, ungated, x_grad, dt_grad, z_grad)
             )
             projected_grad = torch.cat((dt_grad @ dt_proj, B_grad, C_grad), dim=-1)
-            dt_proj_grad = weight_gradient(dt_grad, dt_low, ctx.dt_proj_dtype)
-            x_proj_grad = weight_gradient(projected_grad, x, x_proj_weight.dtype)
+            dt_proj_grad = weight_gradient(dt_grad, dt_low, ctx.dtype)
+            x_proj_grad = weight_gradient(projected_grad, x, ctx.dtype)
             through_x_proj = dt_grad  # no longer needed, and of the same size
-            through_x_proj.flatten(0, 1).addmm_(projected_grad.flatten(0, 1), x_proj_weight.to(x.dtype), beta=0)
+            through_x_proj.flatten(0, 1).addmm_(projected_grad.flatten(0, 1), x_proj, beta=0)
             conv_weight_grad, conv_bias_grad = causal_conv1d_backward_into(
                 x_grad, through_x_proj, x_given, conv_weight, conv_bias, seq_idx, x_given_grad
             )
@@ -100,9 +110,10 @@ class FusedSSM(torch.autograd.Function):
             conv_bias_grad,
             x_proj_grad,
             dt_proj_grad,
-            A_grad,
+            A_grad.mul_(A),  # of A_log
             D_grad,
             dt_bias_grad,
+            None,
             None,
             None,
         )

@@ -32,6 +32,7 @@ class Mamba2SSM(nn.Module):
         self.group_shape = (config.n_groups, config.d_state)
         self.split_sizes = [d_inner, config.n_groups * config.d_state, config.n_groups * config.d_state]
         self.chunk_size, self.norm_eps = config.chunk_size, config.norm_eps
+        self.recompute_scan = False  # less memory between forward and backward
         self.conv_weight = nn.Parameter(torch.empty(sum(self.split_sizes), config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(sum(self.split_sizes)))
         self.dt_bias = nn.Parameter(torch.empty(n_heads, dtype=torch.float32))
@@ -47,9 +48,9 @@ class Mamba2SSM(nn.Module):
         # No autocast: it would round what must stay fp32.
         with torch.autocast(projected.device.type, enabled=False):
             if torch.is_grad_enabled():
-                weights = (self.conv_weight, self.conv_bias, self._A(), self.D, self.dt_bias, self.norm_weight)
+                weights = (self.conv_weight, self.conv_bias, self.A_log, self.D, self.dt_bias, self.norm_weight)
                 sizes = (self.head_shape[1], self.group_shape[0], self.chunk_size, self.norm_eps)
-                return FusedMamba2.apply(projected, *weights, seq_idx, *sizes)
+                return FusedMamba2.apply(projected, *weights, seq_idx, *sizes, self.recompute_scan)
             z, xBC, dt = self.parts(projected)
             xBC = causal_conv1d(xBC, self.conv_weight, self.conv_bias, activation="silu", seq_idx=seq_idx)
             x, B, C = self._split(xBC)

@@ -67,8 +67,8 @@ class Mamba2Mixer(nn.Module):
         d_inner = config.expand * config.d_model
         self.ssm = Mamba2SSM(config)
         width = d_inner + sum(self.ssm.split_sizes) + self.ssm.head_shape[0]
-        self.in_proj = nn.Linear(config.d_model, width, bias=False)
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+        self.in_proj = Projection(config.d_model, width)
+        self.out_proj = Projection(d_inner, config.d_model)
 
     def forward(self, hidden: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         return self.out_proj(self.ssm(self.in_proj(hidden), seq_idx))

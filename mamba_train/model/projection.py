@@ -7,6 +7,7 @@ product in fp32 where that is not slower; PyTorch's own under autocast is rounde
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from typing import Any
 
@@ -14,9 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.dispatch import processors
+
 # Elements of a gradient up to which its product is not slower in fp32 than in bf16 with a conversion. On an H100, for
 # 16,384 tokens: 3072 x 768 0.106 and 0.110 ms, 2560 x 5120 0.629 and 0.627, 10240 x 2560 1.165 and 1.124.
 LARGEST_IN_FP32 = 2**23
+# Numbers of a result that a multiprocessor computes at once; what cuBLAS takes for large products, or as much.
+TILE = (256, 128)
 
 
 class Projection(nn.Linear):
@@ -65,10 +70,30 @@ class MixedProduct(torch.autograd.Function):
 def weight_gradient(y_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient (columns of y_grad, columns of x) of the weight in x · weightᵀ, summed in fp32, in `dtype`."""
     left, right = y_grad.flatten(0, -2).t(), x.flatten(0, -2)
+    rows, columns = left.shape[0], right.shape[1]
     is_mixed = x.is_cuda and x.dtype != dtype and not torch.compiler.is_compiling()
-    if is_mixed and left.shape[0] * right.shape[1] <= LARGEST_IN_FP32:
+    if is_mixed and rows * columns <= LARGEST_IN_FP32:
         return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype)
+    first = rows_at_once(rows, columns, processors(x.device.index)) if is_mixed else rows
+    if first == rows:
+        return torch.mm(left, right).to(dtype)
+    grad = x.new_empty((rows, columns))
+    torch.mm(left[:first], right, out=grad[:first])
+    torch.mm(left[first:], right, out=grad[first:])
+    return grad.to(dtype)
+
+
+def rows_at_once(rows: int, columns: int, n_processors: int) -> int:
+    """All rows of a product, or without the last few where these, a tile in part, would cost a round of all processors.
+
+    On an H100, for 16,384 tokens: 8512 x 2048 0.801 ms, 8448 x 2048 and 64 x 2048 0.711 ms together.
+    """
+
+    def rounds(rows: int) -> int:
+        return math.ceil(math.ceil(rows / TILE[0]) * math.ceil(columns / TILE[1]) / n_processors)
+
+    whole = rows // TILE[0] * TILE[0]
+    return whole if whole and rounds(whole) < rounds(rows) else rows
 
 
 def input_gradient(y_grad: Tensor, weight: Tensor, origin: Any) -> Tensor:

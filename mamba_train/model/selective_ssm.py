@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from kernels.selective_scan import selective_scan, selective_scan_step
 from mamba_train.config import ModelConfig
-from mamba_train.model.fused_ssm import FusedSSM
+from mamba_train.model.fused_ssm import Derived, FusedSSM
 
 
 @dataclass
@@ -39,6 +39,7 @@ class SelectiveSSM(nn.Module):
         assert config.dt_rank is not None, "resolve the model config first"
         self.time_invariant = config.time_invariant
         self.recompute_scan = False  # less memory between forward and backward
+        self.derived: Derived | None = None  # kept up to date by an engine, which has to compute it once in a step
         self.split_sizes = [config.dt_rank, config.d_state, config.d_state]
         self.conv_weight = nn.Parameter(torch.empty(d_inner, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(d_inner))
@@ -56,8 +57,9 @@ class SelectiveSSM(nn.Module):
         # No autocast: it would round what must stay fp32.
         with torch.autocast(xz.device.type, enabled=False):
             if torch.is_grad_enabled() and not self.time_invariant:
-                weights = (self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight)
-                return FusedSSM.apply(xz, *weights, self._A(), self.D, self.dt_bias, seq_idx, self.recompute_scan)
+                weights = (self.conv_weight, self.conv_bias, self.x_proj_weight, self.dt_proj_weight, self.A_log)
+                derived = self.derived if self.derived and self.derived.x_proj.dtype == xz.dtype else None
+                return FusedSSM.apply(xz, *weights, self.D, self.dt_bias, seq_idx, self.recompute_scan, derived)
             x, z = xz.chunk(2, dim=-1)
             x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", seq_idx=seq_idx)
             dt, B, C = self._project(x)

@@ -62,7 +62,7 @@ def layers_to_recompute(config: Config, world_size: int, device_bytes: float | N
     device_bytes: what a GPU has, None on the CPU, where nothing is computed again.
     """
     model = resolve_model_config(config.model, probable_vocab_size(config))
-    if device_bytes is None or MixerKind.mamba1 not in layer_mixers(model):
+    if device_bytes is None or all(mixer is MixerKind.attention for mixer in layer_mixers(model)):
         return 0
     limit = USED * device_bytes
 

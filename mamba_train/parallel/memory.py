@@ -164,20 +164,24 @@ def activation_bytes(
     """
     d, e, n = model.d_model, model.expand * model.d_model, model.d_state
     kept = activation_bytes_per_token(model, value_bytes)
-    # The backward of SSD computes the states before all chunks, and their gradients: those of one layer.
-    carried = 2 * value_bytes * e * n // SSD_GRADIENTS.chunk if MixerKind.mamba2 in layer_mixers(model) else 0
+    # The backward of SSD computes the gradients of the states before all chunks: those of one layer.
+    carried = value_bytes * e * n // SSD_GRADIENTS.chunk if MixerKind.mamba2 in layer_mixers(model) else 0
     whole = kept + carried
     if recompute is Recompute.none:
         return whole * n_tokens
     states = 4 * e * n // GPU_CHUNK if model.mixer is MixerKind.mamba1 else 0
     if recompute in (Recompute.scan, Recompute.auto):
-        # Δ, y before and after the gate, and the states: in the backward pass those of one layer.
-        n_mamba1 = sum(mixer is MixerKind.mamba1 for mixer in layer_mixers(model)[:layers])
-        return (whole - max(0, n_mamba1 - 1) * (3 * value_bytes * e + states)) * n_tokens
+        # Mamba-1: Δ, y before and after the gate, and the states; Mamba-2: decays and states. The backward pass has
+        # those of one layer.
+        mixers = layer_mixers(model)[:layers]
+        again = {MixerKind.mamba1: 3 * value_bytes * e + states, MixerKind.mamba2: _ssd_keeps(model, value_bytes)}
+        less = sum(max(0, mixers.count(kind) - 1) * n_bytes for kind, n_bytes in again.items())
+        return (whole - less) * n_tokens
     inputs = (4 + value_bytes) * d * model.n_layer  # hidden and residual of each layer
     if recompute is Recompute.keep_scan:
         n_ssm = sum(mixer is not MixerKind.attention for mixer in layer_mixers(model))
         inputs += n_ssm * (2 * value_bytes * e + states)
+        inputs += layer_mixers(model).count(MixerKind.mamba2) * _ssd_keeps(model, value_bytes)
     return (inputs + kept // model.n_layer + carried) * n_tokens
 
 
@@ -188,7 +192,8 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
     f = d_intermediate, q = width of queries, k = width of keys, and values of `value_bytes`: the residual in fp32
     (4 d), the normed input (d), and of the mixer
         Mamba-1    6 e + r + 2 n (x, z, the convolution's output, Δ, y before and after the gate)
-        Mamba-2    5 e + 4 g n + h (z, x B C before and after the convolution, y before and after the gated norm)
+        Mamba-2    5 e + 4 g n + h (z, x B C before and after the convolution, y before and after the gated norm), the
+                   states before chunks, e n / 64, and Δ and decays of the heads, 3 h in fp32
         attention  3 q + 4 k (queries, keys, values; queries and keys rotated; the output)
     besides the fp32 states that the scan of Mamba-1 goes back to, one every 16 tokens. An MLP adds
     a residual and a norm of its own and 4 f. After the layers: the last residual, the normed hidden state and its
@@ -201,13 +206,20 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
     k = (model.attention_kv_heads or model.attention_heads or 0) * head_width
     of_mixer = {
         MixerKind.mamba1: value_bytes * (6 * e + model.dt_rank + 2 * n) + 4 * e * n // GPU_CHUNK,
-        MixerKind.mamba2: value_bytes * (5 * e + 4 * model.n_groups * n + e // model.head_dim),
+        MixerKind.mamba2: value_bytes * (5 * e + 4 * model.n_groups * n + e // model.head_dim)
+        + _ssd_keeps(model, value_bytes),
         MixerKind.attention: value_bytes * (3 * q + 4 * k),
     }
     norm = (4 + value_bytes) * d
     mlp = norm + value_bytes * 4 * model.d_intermediate if model.d_intermediate else 0
     layers = sum(norm + of_mixer[mixer] + mlp for mixer in layer_mixers(model))
     return layers + norm + value_bytes * d
+
+
+def _ssd_keeps(model: ModelConfig, value_bytes: int) -> int:
+    """Bytes of a token that the SSD of a layer keeps besides its arguments."""
+    e = model.expand * model.d_model
+    return value_bytes * e * model.d_state // SSD_GRADIENTS.chunk + 4 * 3 * e // model.head_dim
 
 
 def _logits(model: ModelConfig, n_tokens: int) -> int:

@@ -7,20 +7,21 @@ Masters, gradients and moments are fp32. A bf16 run computes its matrix products
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from kernels.adamw import FusedAdamW
 from mamba_train.checkpoint.pieces import Piece, Pieces
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
-from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.parallel.cast_once import CastOnce
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
 from mamba_train.parallel.graphed import Arguments, GraphedPasses, GraphedUpdate, Variant
+from mamba_train.parallel.optimizer import fused_adamw, local_part, make_optimizer
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks
@@ -69,7 +70,7 @@ class NativeEngine:
         self._graphed = GraphedPasses(self._pass_over) if self._records() else None
         if self._graphed is not None:
             self._graphed.may_record = False
-        self._graphed_updates = {clips: GraphedUpdate(partial(self._update, clips=clips)) for clips in (False, True)}
+        self._graphed_update = GraphedUpdate(self._update)
         # What an update reads besides: in memory, as a graph has to read it there.
         self._lr, self._divisor = torch.zeros((), device=self.device), torch.ones((), device=self.device)
 
@@ -105,8 +106,18 @@ class NativeEngine:
             self._begin_gradients()
         if self._casts is not None:
             self._casts.first = self._is_first
-        loss.backward()
+        with self._added_at_once():
+            loss.backward()
         self._is_first = False
+
+    def _added_at_once(self) -> AbstractContextManager[object]:
+        """Gradients that a pass makes anew are added to those that there are in a few launches, not one for each.
+
+        Without `CastOnce`, whose linear layers add theirs in the product, as they come: all at once would be as much
+        memory again.
+        """
+        others = [] if self._casts is None else [p for p in self._parameters.values() if p not in self._casts.linears]
+        return added_at_once(others)
 
     def _pass_over(self, *arguments: *Arguments, variant: Variant) -> Tensor:
         """What a graph holds; also what is left when recording it has failed, whatever that has changed."""
@@ -132,12 +143,11 @@ class NativeEngine:
         by_layer = self._layer_norms() if self.config.layer_grad_norms or judgement.skip else {}
         if not judgement.skip:
             self._lr.fill_(lr)
-            self._divisor.fill_((judgement.grad_norm + 1e-6) / self._optim.max_grad_norm)
-            clips = judgement.grad_norm > self._optim.max_grad_norm
+            self._divisor.fill_(max(1.0, (judgement.grad_norm + 1e-6) / self._optim.max_grad_norm))
             if self._graphed is not None and self._graphed.has_recorded:
-                self._graphed_updates[clips]()
+                self._graphed_update()
             else:
-                self._update(clips=clips)
+                self._update()
         self._forget_gradients()
         self._is_first = True
         if self._graphed is not None:
@@ -145,17 +155,26 @@ class NativeEngine:
         return StepResult(judgement.grad_norm, judgement.skip, by_layer)
 
     @torch.no_grad()
-    def _update(self, *, clips: bool) -> None:
+    def _update(self) -> None:
         """All that follows the decision to apply a step."""
-        self._apply(self._optimizer, clips=clips)
+        if self._fused_adamw is not None:
+            gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"]]
+            self._fused_adamw([local_part(g) for g in gradients], self._lr, self._divisor)
+        else:
+            self._apply(self._optimizer)
         if self._casts is not None:
-            self._casts.refresh(all_of_them=True)
+            self._casts.updated(with_copies=self._fused_adamw is not None)
 
-    def _apply(self, optimizer: torch.optim.Optimizer, *, clips: bool) -> None:
+    @cached_property
+    def _fused_adamw(self) -> FusedAdamW | None:
+        """Made at the first update: FSDP2 may move its shards at the first forward pass."""
+        return fused_adamw(self._optimizer, self._optim, {} if self._casts is None else self._casts.copies)
+
+    def _apply(self, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             group["lr"] = self._lr
             group["capturable"] = self._is_recording()  # torch records only what says so
-        optimizer.grad_scale = self._divisor if clips else None  # type: ignore[attr-defined]
+        optimizer.grad_scale = self._divisor  # type: ignore[attr-defined]
         optimizer.step()  # on gradients divided by that
 
     def _is_recording(self) -> bool:
@@ -215,27 +234,19 @@ class NativeEngine:
         pass  # the pieces are the parameters themselves
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101, algorithm 2) with the decay groups of the contract and a state of zeros."""
-    optimizer = adamw(parameters, optim)
-    for parameter in parameters.values():
-        # torch makes it at the first step; a checkpoint has something to fill before that.
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
-
-
-def adamw(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with the decay groups of the contract."""
-    decayed, undecayed = decay_split(parameters)
-    groups = [
-        {"params": [parameters[name] for name in decayed], "weight_decay": optim.weight_decay},
-        {"params": [parameters[name] for name in undecayed], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+@contextmanager
+def added_at_once(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    kept = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+        pairs = [(grad, parameter.grad) for parameter, grad in kept if parameter.grad is not None]
+        if pairs:
+            torch._foreach_add_(*zip(*pairs, strict=True))
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
 
 
 def choose_device(kind: DeviceKind, local_rank: int) -> torch.device:
@@ -265,9 +276,3 @@ def has_compiler() -> bool:
     """Whether there is a C++ compiler on the path."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return any(shutil.which(name) for name in names)
-
-
-@torch.no_grad()
-def local_part(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank has, in the same memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mamba_train.config import Recompute
 from mamba_train.model.language_model import MambaLM
+from mamba_train.model.mamba2_ssm import Mamba2SSM
 from mamba_train.model.observe import SCAN_OPERATORS
 from mamba_train.model.selective_ssm import SelectiveSSM
 
@@ -16,7 +17,8 @@ def recompute_activations(model: MambaLM, policy: Recompute, device: torch.devic
     """Make the layers of `model` compute their activations again in the backward pass, as `policy` says.
 
     layer: only the inputs of a layer are kept. keep_scan: also what the scans return, which are the dearest to
-    compute again. scan: all is kept but what the scans of Mamba-1 return and the Δ they read, which are the largest; in
+    compute again. scan: all is kept but what the scans of Mamba-1 return and the Δ they read, which are the largest,
+    and the states of Mamba-2; in
     the first `layers` layers, or in all.
     The names of parameters stay as they are.
     """
@@ -27,7 +29,7 @@ def recompute_activations(model: MambaLM, policy: Recompute, device: torch.devic
     if policy is Recompute.scan:
         for block in model.blocks()[:layers]:
             for module in block.modules():
-                if isinstance(module, SelectiveSSM):
+                if isinstance(module, SelectiveSSM | Mamba2SSM):
                     module.recompute_scan = True
         return
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random

@@ -1,5 +1,7 @@
 """Data parallelism: every rank has the whole model and works on its part of the batch."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,9 @@ class ReplicatedEngine(NativeEngine):
 
     def _begin_gradients(self) -> None:
         self._buckets.clear()
+
+    def _added_at_once(self) -> AbstractContextManager[object]:
+        return nullcontext()  # each is waited for as it comes
 
     def _forget_gradients(self) -> None:
         pass  # they are always there

@@ -17,7 +17,8 @@ from mamba_train.checkpoint.pieces import Piece
 from mamba_train.config import EngineConfig, Precision, Recompute
 from mamba_train.model.language_model import MambaLM
 from mamba_train.parallel.graphed import Arguments, Variant
-from mamba_train.parallel.native import NativeEngine, adamw, local_part
+from mamba_train.parallel.native import NativeEngine
+from mamba_train.parallel.optimizer import adamw, local_part
 from mamba_train.ranks import Ranks, lone_group
 
 LEAST_UNITS = 8
@@ -84,7 +85,10 @@ class ShardedEngine(NativeEngine):
         self._cut_short = False
         return loss
 
-    def _update(self, *, clips: bool) -> None:
+    def _update(self) -> None:
+        if self._fused_adamw is not None:
+            super()._update()
+            return
         # The GPU waits for this launch, and an operation on some hundred DTensors takes Python ten times as long.
         if self._on_parts is None:  # not before a forward pass: the first one gives uneven parts their place
             self._on_parts = self._optimizer_on_parts()
@@ -92,7 +96,7 @@ class ShardedEngine(NativeEngine):
         wholes = (whole for group in self._optimizer.param_groups for whole in group["params"])
         for part, whole in zip(parts, wholes, strict=True):
             part.grad = None if whole.grad is None else local_part(whole.grad)
-        self._apply(self._on_parts, clips=clips)
+        self._apply(self._on_parts)
         self._on_parts.zero_grad(set_to_none=True)  # nothing but the parameters holds gradients
 
     def _optimizer_on_parts(self) -> torch.optim.AdamW:

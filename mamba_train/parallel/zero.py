@@ -23,7 +23,8 @@ from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.model.projection import Projection
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
-from mamba_train.parallel.native import adamw, choose_device, choose_dtype
+from mamba_train.parallel.native import choose_device, choose_dtype
+from mamba_train.parallel.optimizer import adamw
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks, lone_group

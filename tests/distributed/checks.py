@@ -23,7 +23,7 @@ from mamba_train.model import selective_ssm
 from mamba_train.model.contract import decay_split
 from mamba_train.model.language_model import resolve_model_config
 from mamba_train.model.observe import observe_scans
-from mamba_train.parallel import native, sharded
+from mamba_train.parallel import optimizer, sharded
 from mamba_train.parallel.build import build_engine
 from mamba_train.parallel.engine import Engine, Judge, Judgement
 from mamba_train.parallel.state import whole, whole_state
@@ -355,7 +355,7 @@ def main() -> None:
 
         with replaced(sharded, "MixedPrecisionPolicy", bf16):
             found["rounded"]["policy"] = verdict(make(mixed, group), fresh=True)
-    with replaced(native, "decay_split", misplaced):
+    with replaced(optimizer, "decay_split", misplaced):
         found["misplaced"] = verdict(make(mixed, group), fresh=True)
     clipped = OptimConfig(lr=1e-2, beta1=0.9, max_grad_norm=0.5)
     engine = build_engine(exact.engine, group)

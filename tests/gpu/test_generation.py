@@ -24,7 +24,7 @@ def test_graph_and_plain_step_give_the_same_tokens(family: str, dtype: torch.dty
     trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cuda"), dtype)
     for sampling in (Sampling(temperature=0), Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=1)):
-        for state_dtype in (torch.float32, torch.bfloat16):
+        for state_dtype in (torch.float32, torch.float16, torch.bfloat16):
             plain, graphed = (
                 generate(
                     *(model, PROMPTS, sampling),
@@ -51,18 +51,20 @@ def test_greedy_tokens_are_those_of_the_parallel_form(family: str, batch: int) -
         assert picked[len(prompt) - 1 : -1].tolist() == tokens
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(1, torch.float32), (2, torch.float32), (1, torch.bfloat16), (2, torch.bfloat16), (40, torch.bfloat16)],
+)
 @pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2_groups", "mamba1_mlp"])
 @torch.no_grad()
 def test_fused_steps_are_those_of_the_model(family: str, batch: int, dtype: torch.dtype) -> None:
     trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cuda"), dtype)
     assert can_fuse(model, batch)
-    prompts = PROMPTS[:batch]
+    prompts = (14 * PROMPTS)[:batch]
     plain, fused = (Decoder(model, prompts, cuda_graph=False) for _ in range(2))
     for number in range(10):
-        token = torch.arange(batch, device="cuda") + 3 * number
+        token = (torch.arange(batch, device="cuda") + 3 * number) % 53
         wanted, plain._state = model.step(token, plain._state, in_place=True)
         found = fused_step(model, token, fused._state)
         tolerance = 1e-4 if dtype == torch.float32 else 0.05

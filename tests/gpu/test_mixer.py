@@ -1,11 +1,11 @@
-"""The fused Mamba-1 mixer on a GPU: against fp64, run twice, in a CUDA graph, compiled."""
+"""The fused mixers on a GPU: against fp64, run twice, in a CUDA graph, compiled."""
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_train.config import ModelConfig
-from mamba_train.model.mixers import Mamba1Mixer
+from mamba_train.model.mixers import Mamba1Mixer, Mamba2Mixer
 from tests.gpu.errors import poisoned  # noqa: F401
 from tests.model.families import perturbed, small_config
 from tests.model.test_fused_ssm import gradients, plain
@@ -31,12 +31,12 @@ def make_hidden() -> tuple[Tensor, Tensor]:
     return hidden.cuda().requires_grad_(), (torch.arange(333, dtype=torch.int32).cuda() // 70).expand(3, -1)
 
 
-def forward(mixer: Mamba1Mixer, hidden: Tensor, seq_idx: Tensor) -> Tensor:
+def forward(mixer: nn.Module, hidden: Tensor, seq_idx: Tensor) -> Tensor:
     with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
         return mixer(hidden, seq_idx)
 
 
-def on_gpu(mixer: Mamba1Mixer, hidden: Tensor, y: Tensor) -> dict[str, Tensor]:
+def on_gpu(mixer: nn.Module, hidden: Tensor, y: Tensor) -> dict[str, Tensor]:
     weights = dict(mixer.named_parameters())
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
     return dict(zip(["hidden", *weights], torch.autograd.grad(y, [hidden, *weights.values()], direction), strict=True))
@@ -66,6 +66,22 @@ def test_both_policies_give_the_same_bits() -> None:
     hidden, seq_idx = make_hidden()
     found = [on_gpu(m, hidden, forward(m, hidden, seq_idx)) for m in (make_mixer(False), make_mixer(True))]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_both_policies_give_mamba2_the_same_bits() -> None:
+    """The states that the forward keeps are those that the backward computes again."""
+    torch.manual_seed(0)
+    mixer = Mamba2Mixer(ModelConfig(d_model=96, n_layer=1, head_dim=64, d_state=128)).cuda()
+    for parameter in mixer.parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter)
+    (hidden, seq_idx), found = make_hidden(), []
+    for recompute in (False, True):
+        mixer.ssm.recompute_scan = recompute
+        found.append(on_gpu(mixer, hidden, forward(mixer, hidden, seq_idx)))
+    for name, grad in found[0].items():
+        assert grad.isfinite().all(), name
+        assert torch.equal(grad, found[1][name]), name
 
 
 @pytest.mark.parametrize("recompute", [False, True])

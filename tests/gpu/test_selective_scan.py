@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.selective_scan import selective_scan
-from kernels.selective_scan.cuda import scan, variants
+from kernels.selective_scan.cuda import device, scan, variants
 
 pytestmark = [
     pytest.mark.gpu,
@@ -238,9 +238,51 @@ def test_lengths_and_channels_side_by_side(
     check(make_inputs(2, length, channels, 16, torch.bfloat16, packed=length < 1000, initial=True, strided=count == 3))
 
 
+def chained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward whose warps take turns in time, whatever the sizes would choose."""
+    monkeypatch.setattr(variants, "CHAINED", variants.Chained(0, 10**9, 1))
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("without", [(), ("z",), ("z", "D", "dt_bias")])
+@pytest.mark.parametrize("strided", [False, True])
+def test_chained_options(
+    dtype: torch.dtype, without: tuple[str, ...], strided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chained(monkeypatch)
+    inputs = make_inputs(2, 453, 72, 16, dtype, without, packed=strided, initial=not strided, strided=strided)
+    if "dt_bias" in without:
+        inputs["dt"] = F.softplus(inputs["dt"].detach()).requires_grad_()
+    check(inputs, dt_softplus="dt_bias" not in without)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 127, 128, 130, 1501])
+@pytest.mark.parametrize(("channels", "states"), [(1, 16), (50, 9), (320, 16), (4000, 16)])
+def test_chained_lengths_and_channels(length: int, channels: int, states: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 4000 channels blocks share units: each begins where another has left off."""
+    chained(monkeypatch)
+    if length * channels < 10**6:
+        check(make_inputs(2, length, channels, states, torch.bfloat16, packed=length < 1000, initial=True))
+
+
+def test_chained_results_depend_on_no_one_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many blocks share the chunks changes no bit."""
+    chained(monkeypatch)
+    inputs = make_inputs(1, 700, 2048, 16, torch.bfloat16, initial=True)
+    results = []
+    for processors in (1, 3, 7, 100, 132, 1000):
+        monkeypatch.setattr(device, "processors", lambda index, count=processors: count)
+        with torch.no_grad():
+            results.append(selective_scan(**inputs, return_final_state=True))  # type: ignore[arg-type]
+    for y, state in results[1:]:
+        assert torch.equal(y, results[0][0])
+        assert torch.equal(state, results[0][1])
+
+
 def test_a_long_sequence_of_few_channels() -> None:
     """The sizes themselves choose segments side by side."""
-    assert all(plan(16, 1, 2050, 200, 132)[1] > 3 for plan in (variants.forward_plan, variants.backward_plan))
+    assert variants.forward_plan(16, 1, 2050, 200, 132)[1] > 3
+    assert variants.backward_plan(16, 1, 2050, 200, 132)[1] > 3
     check(make_inputs(1, 2050, 200, 16, torch.bfloat16, initial=True))
 
 
@@ -283,10 +325,12 @@ def test_reference_runs_what_the_kernel_cannot() -> None:
     torch.testing.assert_close(y, recurrence(inputs, True)[0])
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_more_than_2_to_the_31_elements(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [1, 3, "chained"])
+def test_more_than_2_to_the_31_elements(count: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole equals its parts, whose offsets fit in 32 bits: rows, batches, saved states, and parts of dB and dC."""
-    side_by_side(monkeypatch, count)
+    if isinstance(count, str):
+        chained(monkeypatch)
+    side_by_side(monkeypatch, 3 if isinstance(count, str) else count)
     batch, length, channels, states, width = 3, 2**18 + 17, 4160, 16, 64
     if torch.cuda.get_device_properties(0).total_memory < 75 * 2**30:
         pytest.skip("needs 75 GiB of GPU memory")
@@ -341,9 +385,10 @@ narrow = variants.forward_variant, variants.backward_variant
 wide = tuple(lambda states, *sizes, choose=choose: choose(states, 10_000, 64, 132) for choose in narrow)
 in_turn = ((16, 72, narrow, 1), (16, 72, wide, 1), (16, 67, wide, 1), (64, 20, narrow, 1), (256, 5, narrow, 1))
 beside = ((16, 72, wide, 3), (16, 67, wide, 3), (64, 20, narrow, 3))
-for states, channels, kernels, count in in_turn + beside:
+for states, channels, kernels, count in in_turn + beside + ((16, 72, wide, 0), (16, 67, wide, 0)):
+    variants.CHAINED = variants.Chained(0 if count == 0 else 10**9, 10**9, 1)
     variants.forward_variant, variants.backward_variant = kernels
-    variants._side_by_side = lambda *arguments: count
+    variants._side_by_side = lambda *arguments: max(1, count)
     inputs = make_inputs(2, 51, channels, states, torch.bfloat16, packed=True, initial=True, strided=channels % 8 > 0)
     y, state = selective_scan(**inputs, return_final_state=True)
     torch.autograd.grad(y.float().sum() + state.sum(), [v for v in inputs.values() if v.requires_grad])

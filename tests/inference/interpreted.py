@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from kernels.decode import greedy, launch
+from kernels.decode import greedy, launch, product_in_parts
 from mamba_train.inference.decoder import Decoder
 from mamba_train.inference.fused_step import fused_step
 from mamba_train.inference.load import inference_model
@@ -34,6 +34,32 @@ def test_steps_are_those_of_the_model(family: str, batch: int) -> None:
         torch.testing.assert_close(layer.scan, expected.scan, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "mamba2_groups", "mamba1_mlp"])
+@torch.no_grad()
+def test_steps_of_many_sequences(family: str) -> None:
+    trained = lively(family)
+    model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
+    prompts = [[row % 50, 2 * row % 50] for row in range(18)]
+    wanted, fused = Decoder(model, prompts), Decoder(model, prompts)
+    for number in range(2):
+        token = torch.arange(18) + number
+        torch.testing.assert_close(fused_step(model, token, fused._state), wanted.step(token), rtol=1e-4, atol=1e-4)
+    for layer, expected in zip(fused._state, wanted._state, strict=True):
+        assert isinstance(layer, SSMState)
+        assert isinstance(expected, SSMState)
+        torch.testing.assert_close(layer.conv, expected.conv, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.scan, expected.scan, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(3, 1), (18, 2), (70, 4)])
+def test_products_of_many_sequences(rows: int, parts: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, weight = (torch.randn(n, 520, generator=generator)[:, :512] for n in (rows, 70))
+    found = product_in_parts(x, weight.contiguous(), parts)
+    assert found.shape == (parts, rows, 70)
+    torch.testing.assert_close(found.sum(0), x @ weight.T, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
@@ -46,20 +72,30 @@ def test_steps_are_those_of_the_model(family: str, batch: int) -> None:
 def test_other_sizes(family: str, sizes: dict[str, int]) -> None:
     trained = perturbed(small_config(family, n_layer=1, **sizes))
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
-    wanted, fused = (Decoder(model, PROMPTS[:2]) for _ in range(2))
-    for token in torch.tensor([[3, 1], [0, 5]]):
-        torch.testing.assert_close(fused_step(model, token, fused._state), wanted.step(token), rtol=1e-4, atol=1e-4)
+    for rows in (2, 3):
+        wanted, fused = (Decoder(model, PROMPTS[:rows]) for _ in range(2))
+        for token in torch.tensor([[3, 1, 4], [0, 5, 6]])[:, :rows]:
+            found = fused_step(model, token, fused._state)
+            torch.testing.assert_close(found, wanted.step(token), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("family", "rows"), [("mamba1", 1), ("mamba1", 3), ("mamba2", 1), ("mamba2", 3)])
 @torch.no_grad()
-def test_a_narrower_state_is_rounded_at_each_step() -> None:
-    trained = lively("mamba2")
+def test_a_narrower_state_is_rounded_at_each_step(family: str, rows: int, dtype: torch.dtype) -> None:
+    trained = lively(family)
     model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), torch.float32)
-    decoders = [Decoder(model, PROMPTS[:1], state_dtype=torch.bfloat16) for _ in range(2)]
-    token = torch.tensor([3])
-    torch.testing.assert_close(
-        fused_step(model, token, decoders[0]._state), decoders[1].step(token), rtol=1e-4, atol=1e-4
-    )
+    wanted, fused = (Decoder(model, PROMPTS[:rows], state_dtype=dtype) for _ in range(2))
+    token = torch.arange(3, 3 + rows)
+    torch.testing.assert_close(fused_step(model, token, fused._state), wanted.step(token), rtol=1e-4, atol=1e-4)
+    if dtype == torch.bfloat16:
+        return
+    model.layers[0].mixer.ssm.dt_bias += 1e7  # type: ignore[union-attr,operator]
+    fused_step(model, token, fused._state)
+    wanted.step(token)
+    found, expected = (decoder._state[0].scan for decoder in (fused, wanted))  # type: ignore[union-attr]
+    assert (found.abs() == 65504).any()
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -32,7 +32,10 @@ def test_which_models_take_the_fused_step(monkeypatch: pytest.MonkeyPatch) -> No
         assert not fuses("mamba1", batch, expand=3)
         assert not fuses("mamba1_mlp", batch, d_intermediate=44)
         assert fuses("mamba2", batch, d_model=48, head_dim=16)
-    assert not fuses("mamba1", 3), "products of more rows are cuBLAS's"
+    assert fuses("mamba1", 64)
+    assert fuses("mamba1", 64, d_model=44), "rows in pieces are for few sequences"
+    assert not fuses("hybrid", 64)
+    assert not fuses("mamba1", 64, torch.float32), "tensor cores would round its products"
     assert not fuses("mamba2_groups", 1, d_model=176, n_groups=4, head_dim=22, d_state=6)
 
 

@@ -5,8 +5,10 @@ import torch
 
 from mamba_train.inference.decoder import Decoder
 from mamba_train.inference.generate import generate
+from mamba_train.inference.load import inference_model
 from mamba_train.inference.sampling import Sampling
 from mamba_train.model.language_model import MambaLM
+from mamba_train.model.selective_ssm import SSMState
 from tests.model.families import FAMILIES, lively
 
 VOCAB = 53
@@ -97,6 +99,19 @@ def test_a_state_kept_in_bf16_is_rounded_and_no_more(family: str) -> None:
     expected = torch.stack([exact.step(tokens).clone() for _ in range(20)])
     error = (found - expected).norm() / expected.norm()
     assert 0 < error < 0.02
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize("family", ["mamba1", "mamba2", "hybrid"])
+@torch.no_grad()
+def test_in_which_dtype_a_state_is_kept(family: str, dtype: torch.dtype, kept: torch.dtype) -> None:
+    trained = lively(family)
+    model = inference_model(trained.config, dict(trained.named_parameters()), torch.device("cpu"), dtype)
+    default, asked = Decoder(model, RAGGED), Decoder(model, RAGGED, state_dtype=kept)
+    tokens = torch.tensor([1, 2, 3, 4])
+    for _ in range(3):
+        assert torch.equal(default.step(tokens), asked.step(tokens))
+    assert {layer.scan.dtype for layer in default._state if isinstance(layer, SSMState)} == {kept}
 
 
 def test_wrong_prompts_and_broken_weights_are_said(model: MambaLM) -> None:

@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from kernels import launcher
+from kernels.launcher import Launch
+
+NAMES = ("first", "second", "number", "constant")
+STREAM = 77
 
 
 class Kernel:
@@ -29,23 +33,45 @@ class Kernel:
 
 
 class Compiled:
+    """With the attributes of Triton's."""
+
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        assert len(grid) == 3
-        return lambda *arguments: self.kernel.launched.append((grid, arguments))
+        return lambda *arguments: self.run(*grid, STREAM, "function", "metadata", None, None, None, *arguments)
+
+    def run(self, x: int, y: int, z: int, stream: int, function: str, metadata: str, *arguments: Any) -> None:
+        assert (stream, function, metadata) == (STREAM, "function", "metadata")
+        assert arguments[:3] == (None, None, None)  # hooks and what they get
+        addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments[3:]]
+        self.kernel.launched.append(((x, y, z), *addresses))
 
 
-NAMES = ("first", "second", "number", "constant")
+@pytest.fixture(autouse=True)
+def stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+
+
+def test_a_launch_again() -> None:
+    kernel, x = Kernel(), torch.zeros(16)
+    again = Launch(kernel, (3, 1), (1,), (64,), 4)
+    for tensor in (x, x, torch.ones(16)):
+        again(tensor, None)
+    assert kernel.compiled == [((3, 1), (x, None, 1, 64), 4)]
+    assert [launched[0] for launched in kernel.launched] == [(3, 1, 1)] * 2
+    assert kernel.launched[0][1:] == (x.data_ptr(), None, 1, 64)
 
 
 def test_equal_launches_share_a_kernel() -> None:
     kernel, x = Kernel(), torch.zeros(16)
     for number, grid in ((1, (3, 1)), (16, (4, 2)), (2**31 - 1, (5, 1))):
-        launcher.launch(kernel, grid, (x, None), (number,), (64,), 4)
+        Launch(kernel, grid, (number,), (64,), 4)(x, None)
     assert kernel.compiled == [((3, 1), (x, None, 1, 64), 4)]
-    assert kernel.launched == [((4, 2, 1), (x, None, 16, 64)), ((5, 1, 1), (x, None, 2**31 - 1, 64))]
+    address = x.data_ptr()
+    assert kernel.launched == [((4, 2, 1), address, None, 16, 64), ((5, 1, 1), address, None, 2**31 - 1, 64)]
 
 
 @pytest.mark.parametrize(
@@ -63,13 +89,31 @@ def test_equal_launches_share_a_kernel() -> None:
 def test_what_another_kernel_is_compiled_for(other: dict[str, Any]) -> None:
     usual = {"tensors": (torch.zeros(16), None), "numbers": (1,), "constants": (64,), "warps": 4}
     kernel = Kernel()
-    for _ in range(2):
+    launches = {}
+    for _ in range(3):
         for arguments in (usual, usual | other):
-            launcher.launch(kernel, (1, 1), **arguments)
+            made = tuple(arguments[name] for name in ("numbers", "constants", "warps"))
+            launch = launches.setdefault(made, Launch(kernel, (1, 1), *made))
+            launch(*arguments["tensors"])
     assert len(kernel.compiled) == 2
-    assert len(kernel.launched) == 2
+    assert len(kernel.launched) == 4
+
+
+def test_what_is_interpreted_is_launched_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel()
+    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *a, num_warps: self.compiled.append(a))
+    launch = Launch(kernel, (1, 1), (1,), (64,), 4)
+    for _ in range(2):
+        launch(torch.zeros(16), None)
+    assert len(kernel.compiled) == 2
 
 
 def test_a_kernel_that_specialises_on_numbers_is_refused() -> None:
     with pytest.raises(AssertionError, match="kernel specialises on number"):
-        launcher.launch(Kernel(specialises=True), (1, 1), (torch.zeros(1), None), (1,), (64,), 4)
+        Launch(Kernel(specialises=True), (1, 1), (1,), (64,), 4)(torch.zeros(1), None)
+
+
+def test_launches_are_remembered_by_what_they_depend_on() -> None:
+    made = launcher.remembered(lambda *sizes: Launch(Kernel(), (1, 1), sizes, (64,), 4))
+    assert made(1, 2) is made(1, 2)
+    assert made(1, 2) is not made(1, 3)

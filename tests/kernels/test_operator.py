@@ -1,11 +1,12 @@
 """An operator registered by this package behaves as one of `torch.library.custom_op`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.operator import Operator, operator
 
@@ -48,13 +49,71 @@ def test_gradients(op: Operator) -> None:
     assert op(x.detach(), None, 3.0).grad_fn is None
 
 
-def test_compiled_as_one_node(op: Operator) -> None:
+@pytest.mark.parametrize("by_name", [False, True])
+def test_compiled_as_one_node(op: Operator, by_name: bool) -> None:
+    call = op._opoverload if by_name else op
+    nodes = []
+
+    def backend(graph, inputs):  # type: ignore[no-untyped-def]
+        nodes.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
     x = torch.randn(4, requires_grad=True)
-    compiled = torch.compile(
-        lambda x: torch.ops.mamba_train_test.scaled(x, None, 3.0) + 1, fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda x: call(x, None, 3.0), fullgraph=True, backend=backend)
     (grad,) = torch.autograd.grad(compiled(x).sum(), x)
     assert torch.equal(grad, torch.full((4,), 3.0))
+    assert [str(node) for node in nodes] == ["mamba_train_test.scaled.default"]
+
+
+def test_nobody_watches_and_the_dispatcher_is_not_asked(op: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_opoverload", lambda *arguments: pytest.fail("the dispatcher was asked"))
+    x, weight = torch.randn(3, requires_grad=True), torch.nn.Parameter(torch.randn(3))
+    grads = torch.autograd.grad(op(x, weight, 2.0).sum(), (x, weight))
+    assert torch.equal(torch.stack(grads), 2 * torch.stack((weight, x)))
+    with torch.no_grad():
+        assert torch.equal(op(x, None, 2.0), 2 * x)
+
+
+class Special(Tensor):
+    """A tensor that somebody has made something else of."""
+
+
+def in_a_dispatch_mode(call: Callable[[Tensor], object]) -> None:
+    with FlopCounterMode(display=False):
+        call(torch.ones(3))
+
+
+def in_a_function_mode(call: Callable[[Tensor], object]) -> None:
+    with torch.device("cpu"):
+        call(torch.ones(3))
+
+
+def in_a_transform(call: Callable[[Tensor], object]) -> None:
+    torch.func.vjp(call, torch.ones(3))
+
+
+def traced(call: Callable[[Tensor], object]) -> None:
+    torch.jit.trace(call, torch.ones(3))
+
+
+def of_a_subclass(call: Callable[[Tensor], object]) -> None:
+    call(torch.ones(3).as_subclass(Special))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("watched", [in_a_dispatch_mode, in_a_function_mode, in_a_transform, traced, of_a_subclass])
+def test_who_watches_sees_the_operator(
+    op: Operator, watched: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def named(x: Tensor, *_: object) -> Tensor:
+        seen.append(x)
+        return x + 1
+
+    monkeypatch.setattr(op, "_opoverload", named)
+    watched(lambda x: op(x, None, 2.0))
+    assert seen
 
 
 def test_a_mode_sees_it_below_autograd(op: Operator) -> None:
@@ -91,4 +150,17 @@ def test_what_it_writes_into_is_known_to_the_compiler() -> None:
 
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+    made._library._destroy()
+
+
+def test_what_it_writes_into_has_another_version() -> None:
+    def fill(x: Tensor, into: Tensor) -> Tensor:
+        into.copy_(x)
+        return x.sum()
+
+    made = operator("mamba_train_test::fill_again", mutates_args=("into",))(fill)
+    into = torch.zeros(3)
+    before = into._version
+    made(torch.ones(3), into)
+    assert into._version > before
     made._library._destroy()

@@ -83,6 +83,17 @@ def test_a_state_of_another_dtype_is_rounded_once_a_step(step: Step, draw: Calla
 
 
 @pytest.mark.parametrize(("step", "draw"), STEPS[1:])
+def test_a_state_in_fp16_stays_at_the_largest_number(step: Step, draw: Callable[[], dict[str, Tensor]]) -> None:
+    inputs = draw()
+    inputs["state"] = (1e4 * inputs["state"]).half()
+    inputs["x"][0] *= 1e6
+    _, new_state = step(**inputs)
+    _, state = step(**inputs, in_place=True)
+    assert (new_state.abs() > 65504).any()
+    assert torch.equal(state, new_state.clamp(-65504, 65504).half())
+
+
+@pytest.mark.parametrize(("step", "draw"), STEPS[1:])
 def test_the_logarithm_of_the_rates(step: Step, draw: Callable[[], dict[str, Tensor]]) -> None:
     inputs = draw()
     expected = step(**inputs)

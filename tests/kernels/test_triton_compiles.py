@@ -1,5 +1,6 @@
 """The Triton kernels compile for every architecture without a GPU, with wide accesses and few spilled registers."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from kernels.causal_conv1d import launch as conv
 from kernels.causal_conv1d import triton_kernels as conv_kernels
 from kernels.rms_norm import launch as norm
 from kernels.rms_norm import triton_kernels as norm_kernels
-from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
+from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel, compiled_for
 
 SPILLED_BYTES = 160  # the gated backward of 5,120 channels
 SIZES = [768, 5120]
@@ -49,21 +50,22 @@ def conv_resources(
     return compile_kernel(kernel, arguments, capability, shape.warps, folder)
 
 
-def norm_resources(
+def norm_arguments(
     kernel: Any,
     size: int,
     gated: bool,
-    folder: Path,
     capability: int = 90,
     before: bool = False,
     align: int = 4,
     activations: str = "*bf16",
-) -> Resources:
+) -> tuple[dict[str, Any], int]:
+    """And the number of warps."""
     is_forward = kernel is norm_kernels.forward_kernel
     value_bytes = 4 if activations == "*fp32" else 2
     row_bytes = 3 * value_bytes if gated else value_bytes + 8
     shared = SHARED_BYTES[capability] - 8192
-    shape = norm.forward_shape(size, gated) if is_forward else norm.backward_shape(size, gated, row_bytes, shared)
+    loop = norm.backward_shape(size, gated, row_bytes, shared)
+    shape = norm.forward_shape(size, gated) if is_forward else loop
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("x", "y", "y_grad", "x_grad"), activations)
     arguments |= dict.fromkeys(("weight", "inverse_rms", "parts"), "*fp32")
@@ -71,9 +73,17 @@ def norm_resources(
     arguments |= dict.fromkeys(("residual", "total", "through", "total_grad"), None if gated else "*fp32")
     if not (gated or is_forward):
         arguments["x"] = "*fp32"
-    constants = {"NORM_FIRST": before, "ALIGN": align, "ROWS": shape.rows, "STAGES": shape.stages}
+    constants = {"NORM_FIRST": before, "ALIGN": align, "ROWS": shape.rows}
+    constants |= {} if is_forward else {"STAGES": loop.stages}
     constants |= {"PIECES": -(-size // shape.block), "BLOCK": shape.block}
-    return compile_kernel(kernel, arguments | {"eps": "fp32"} | constants, capability, shape.warps, folder)
+    return arguments | {"eps": "fp32"} | constants, shape.warps
+
+
+def norm_resources(
+    kernel: Any, size: int, gated: bool, folder: Path, capability: int = 90, **options: Any
+) -> Resources:
+    arguments, warps = norm_arguments(kernel, size, gated, capability, **options)
+    return compile_kernel(kernel, arguments, capability, warps, folder)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -104,6 +114,17 @@ def test_norms(gated: bool, capability: int, tmp_path: Path) -> None:
             print(kernel.__name__, size, f"sm_{capability}", found)
             assert found.stack <= SPILLED_BYTES
             assert found.widest_store >= 8
+
+
+@pytest.mark.parametrize("size", [608, 10240])
+def test_norms_read_all_before_they_write(size: int) -> None:
+    """A load behind a store waits for it, and for what that store waits for."""
+    kernel = norm_kernels.forward_kernel
+    arguments, warps = norm_arguments(kernel, size, gated=False)
+    ptx = compiled_for(kernel, arguments, 90, warps).asm["ptx"]
+    accesses = re.findall(r"(?:ld|st)\.global", ptx)
+    assert arguments["PIECES"] > 1
+    assert accesses == sorted(accesses)
 
 
 @pytest.mark.parametrize("size", [1, norm.MAX_SIZE])

@@ -40,10 +40,12 @@ def gradients(mixer: Mamba2Mixer, hidden: Tensor, y: Tensor, keep: bool = False)
     return dict(zip(["hidden", *weights], grads, strict=True))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_are_those_of_the_plain_operators(packed: bool, groups: int) -> None:
+def test_gradients_are_those_of_the_plain_operators(packed: bool, groups: int, recompute: bool) -> None:
     mixer = make_mixer(groups)
+    mixer.ssm.recompute_scan = recompute
     hidden = torch.randn(2, 19, 12, dtype=torch.float64, requires_grad=True)
     seq_idx = torch.tensor([[0] * 4 + [1] * 15, [3] * 19], dtype=torch.int32) if packed else None
     ours, expected = mixer(hidden, seq_idx), plain(mixer, hidden, seq_idx)
@@ -54,6 +56,24 @@ def test_gradients_are_those_of_the_plain_operators(packed: bool, groups: int) -
     for name, grad in gradients(mixer, hidden, expected).items():
         torch.testing.assert_close(actual[name], grad, msg=lambda text, name=name: f"{name}: {text}")
         assert grad.abs().max() > 1e-3, "the comparison would see no error"
+
+
+def test_computing_again_keeps_less() -> None:
+    mixer, sizes = make_mixer(1), []
+    hidden = torch.randn(1, 64, 12, dtype=torch.float64, requires_grad=True)
+    for recompute in (False, True):
+        mixer.ssm.recompute_scan = recompute
+        kept: list[int] = []
+
+        def pack(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            mixer(hidden)
+        sizes.append(sum(kept))
+    states = 64 // 8 * 6 * 4 * 5  # chunks x heads x head_dim x states
+    assert sizes[0] - sizes[1] == states
 
 
 def test_a_kept_graph_is_walked_twice() -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba_train.model.projection import MixedProduct, Projection
+from mamba_train.model import projection
+from mamba_train.model.projection import MixedProduct, Projection, rows_at_once, weight_gradient
 from tests.model.test_fused_ssm import D_MODEL, fused_node, gradients, make_mixer, plain
 
 
@@ -26,6 +27,38 @@ def test_the_gradient_of_a_weight_has_its_dtype() -> None:
     assert torch.equal(y, x @ weight.bfloat16().t())
     (found,) = torch.autograd.grad(y, [weight], y_grad)
     assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("sizes", "first"),
+    [
+        ((8512, 2048), 8448),  # 34 x 16 tiles are 16 more than four rounds of 132
+        ((8448, 2048), 8448),
+        ((8192, 2048), 8192),
+        ((10240, 2560), 10240),
+        ((10576, 2560), 10576),  # a round is not saved
+        ((3352, 768), 3352),
+        ((192, 5120), 192),  # less than a tile
+    ],
+    ids=str,
+)
+def test_a_tile_in_part_costs_no_round(sizes: tuple[int, int], first: int) -> None:
+    assert rows_at_once(*sizes, 132) == first
+
+
+def test_a_gradient_in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y_grad = torch.randn(3, 50, 8).bfloat16(), torch.randn(3, 50, 5).bfloat16()
+    expected = weight_gradient(y_grad, x, torch.float32)
+
+    class OnGPU(Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(projection, "LARGEST_IN_FP32", 0)
+    monkeypatch.setattr(projection, "processors", lambda index: 132)
+    monkeypatch.setattr(projection, "rows_at_once", lambda *sizes: 3)
+    found = weight_gradient(y_grad, x.as_subclass(OnGPU), torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.usefixtures("always_mixed")

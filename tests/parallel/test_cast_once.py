@@ -1,9 +1,12 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
 from mamba_train.model.language_model import resolve_model_config
+from mamba_train.model.mixers import Mamba1Mixer
 from mamba_train.parallel.cast_once import CastOnce
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.ranks import join
@@ -74,14 +77,59 @@ def test_an_engine_casts_once_in_a_step_and_never_computes_with_an_old_copy(monk
         for _ in range(4):
             engine.accumulate(tokens[:, :-1], tokens[:, 1:], None, n_targets)
         engine.step(1e-2)
-    n_matrices = 2 * MODEL.n_layer
-    assert copied == 4 * [n_matrices]  # at the first pass, and after each update
-    in_proj = engine._bare_model.blocks()[0].mixer.in_proj
+    n_matrices = 4 * MODEL.n_layer
+    assert copied == 4 * [n_matrices, MODEL.n_layer]  # matrices and A, at the first pass, and after each update
+    mixer = engine._bare_model.blocks()[0].mixer
+    assert isinstance(mixer, Mamba1Mixer)
+    in_proj, ssm = mixer.in_proj, mixer.ssm
     x = torch.randn(1, MODEL.d_model)
-    with engine.compute():
-        assert torch.equal(in_proj(x), x.bfloat16() @ in_proj.weight.bfloat16().t())
-    with torch.no_grad():
-        for piece in engine.pieces().model.values():
-            piece.values.mul_(2)
-    with engine.compute():
-        assert torch.equal(in_proj(x), x.bfloat16() @ in_proj.weight.bfloat16().t())
+    for _ in range(2):
+        with engine.compute():
+            assert torch.equal(in_proj(x), x.bfloat16() @ in_proj.weight.bfloat16().t())
+        assert ssm.derived is not None
+        assert torch.equal(ssm.derived.x_proj, ssm.x_proj_weight.bfloat16())
+        assert torch.equal(ssm.derived.dt_proj, ssm.dt_proj_weight.bfloat16())
+        assert torch.equal(ssm.derived.A, -ssm.A_log.exp())
+        with torch.no_grad():
+            for piece in engine.pieces().model.values():
+                piece.values.mul_(2)
+
+
+def test_gradients_are_added_in_one_launch_and_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for at_once in (True, False):
+        engine = NativeEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.bf16), join())
+        engine.prepare(MODEL, OptimConfig(lr=1e-2), seed=0)
+        if not at_once:
+            monkeypatch.setattr(engine, "_added_at_once", nullcontext)
+        tokens = torch.randint(0, 31, (3, 2, 13), generator=torch.Generator().manual_seed(0))
+        places = []
+        for batch in tokens:
+            engine.accumulate(batch[:, :-1], batch[:, 1:], None, torch.tensor(72.0))
+            places.append([p.grad for p in engine.model.parameters()])
+        assert all(a is b is c for a, b, c in zip(*places, strict=True))
+        if at_once:
+            before = [grad.clone() for grad in places[0]]
+            with pytest.raises(RuntimeError, match="on purpose"), engine._added_at_once():
+                raise RuntimeError("on purpose")
+            assert all(p.grad is kept for p, kept in zip(engine.model.parameters(), places[0], strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(before, places[0], strict=True))
+        found.append([p.grad for p in engine.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_an_ssm_computes_the_same_with_what_it_is_given() -> None:
+    found = []
+    for given in (True, False):
+        engine = NativeEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.bf16), join())
+        engine.prepare(MODEL, OptimConfig(lr=1e-2), seed=0)
+        if not given:
+            for block in engine._bare_model.blocks():
+                assert isinstance(block.mixer, Mamba1Mixer)
+                block.mixer.ssm.derived = None
+        tokens = torch.randint(0, 31, (2, 13), generator=torch.Generator().manual_seed(0))
+        for _ in range(3):
+            for _ in range(2):
+                loss = engine.accumulate(tokens[:, :-1], tokens[:, 1:], None, torch.tensor(48.0))
+            found.append((loss.item(), engine.step(1e-2).grad_norm))
+    assert found[:3] == found[3:]

@@ -277,8 +277,9 @@ template <int COUNT, int MASK, int LIMIT> __device__ __forceinline__ Spread spre
 __device__ constexpr int at_least_one(int x) { return x < 1 ? 1 : x; }
 
 // For document boundaries: what is added to the exponent of each step of the tile that starts at `start`.
+template <int LANES = THREADS>
 __device__ __forceinline__ void load_resets(float* to, const int* seq_idx, i64 stride, int start, int rows) {
-    for (int t = threadIdx.x; t < TILE; t += THREADS) {
+    for (int t = threadIdx.x % LANES; t < TILE; t += LANES) {
         i64 at = start + t;
         bool begins = t < rows && at > 0 && seq_idx[at * stride] != seq_idx[(at - 1) * stride];
         to[t] = begins ? FORGET : 0.f;

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.util
-import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.selective_scan.cuda import variants
-from kernels.selective_scan.cuda.compile import compile_kernel, compiler_version
-from kernels.selective_scan.cuda.variants import Variant
-
-_log = logging.getLogger(__name__)
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_MIN_CAPABILITY = (8, 0)
+from kernels.selective_scan.cuda import device, variants
+from kernels.selective_scan.cuda.device import unsupported as unsupported
 
 
 class Outputs(NamedTuple):
@@ -27,63 +17,6 @@ class Outputs(NamedTuple):
     x: Tensor
     dt: Tensor
     z: Tensor
-
-
-class Kernel(NamedTuple):
-    """A kernel of one device, ready to be launched."""
-
-    function: Any  # driver.CUfunction
-    shared_bytes: int
-    at_once: int  # blocks that fit on a multiprocessor
-    code: Any  # keeps it loaded
-
-
-def unsupported(x: Tensor, states: int) -> str | None:
-    """Why these inputs cannot run here, None when they can. Reads only the device, dtypes and sizes."""
-    if x.dtype not in _DTYPES:
-        reason: str | None = f"the CUDA kernels do not compute in {x.dtype}"
-    elif states > variants.MAX_STATES:
-        reason = f"{states} states are more than {variants.MAX_STATES}"
-    else:
-        reason = device_unsupported(x.device.index or 0)
-    if reason is not None:
-        _warn(reason)
-    return reason
-
-
-@functools.cache
-def _warn(reason: str) -> None:
-    """Once for each reason."""
-    _log.warning("selective_scan runs in plain PyTorch, much slower: %s", reason)
-
-
-@functools.cache
-def device_unsupported(index: int) -> str | None:
-    """Why no kernel can run on this device, None when one can."""
-    reason = None
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        reason = "no NVIDIA GPU"
-    elif torch.cuda.get_device_capability(index) < _MIN_CAPABILITY:
-        reason = f"the GPU has compute capability {torch.cuda.get_device_capability(index)}, 8.0 is needed"
-    elif importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
-        reason = "cuda-core is not installed (pip install cuda-core)"
-    else:
-        try:
-            compiler_version()
-        except Exception as error:  # of the loader: which one depends on what is missing
-            cuda = (torch.version.cuda or "").split(".")[0]
-            return f'NVRTC can\'t be loaded ({error}); pip install "cuda-core[cu{cuda}]"'
-        try:
-            _try(index)
-        except Exception as error:  # an NVRTC that does not know the GPU, a driver that does not take its code
-            reason = f"a kernel can't be compiled or loaded for this GPU ({error})"
-    return reason
-
-
-def _try(index: int) -> None:
-    """Compile and load a kernel; raises whatever prevents that."""
-    smallest = variants.forward_variant(16, 1, 1, 1000)
-    _kernel("scan_forward", index, smallest, _DTYPES[torch.float32], False, False, False)
 
 
 def starts_shape(x: Tensor, states: int) -> tuple[int, int, int, int]:
@@ -98,76 +31,6 @@ def fake(x: Tensor, states: int, gated: bool, for_backward: bool) -> tuple[Tenso
     starts = x.new_empty(starts_shape(x, states) if for_backward else (0,), dtype=torch.float32)
     ungated = x.new_empty(x.shape if for_backward and gated else (0,))
     return x.new_empty(x.shape), final_state, starts, ungated
-
-
-@functools.cache
-def _kernel(name: str, index: int, variant: Variant, dtype: int, gated: bool, packed: bool, aligned: bool) -> Kernel:
-    from cuda.bindings import driver
-    from cuda.core import Device, ObjectCode
-
-    Device(index).set_current()
-    major, minor = torch.cuda.get_device_capability(index)
-    macros = variant.macros(dtype, gated, packed, aligned)
-    code = ObjectCode.from_cubin(compile_kernel(variant.source, f"sm_{major}{minor}", macros))
-    handle, shared_bytes = int(code.get_kernel(name).handle), macros["SHARED_BYTES"]
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    function = driver.CUfunction(handle)
-    (error,) = driver.cuKernelSetAttribute(attribute, shared_bytes, driver.CUkernel(handle), driver.CUdevice(index))
-    if error == driver.CUresult.CUDA_SUCCESS:
-        count = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
-        error, at_once = count(function, variant.threads, shared_bytes)
-    if error != driver.CUresult.CUDA_SUCCESS or at_once == 0:
-        raise RuntimeError(f"{name} asks for {shared_bytes} bytes of shared memory, which this GPU refuses: {error}")
-    return Kernel(function, shared_bytes, at_once, code)
-
-
-@functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _launch(
-    kernel: Kernel, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Tensor | int | None]
-) -> None:
-    """Launch on the current stream; all parameters of the kernels are 8 bytes wide."""
-    from cuda.bindings import driver
-    from cuda.core import Device
-
-    # Autograd runs the backward in a thread of its own, where no context need be current yet.
-    error, context = driver.cuCtxGetCurrent()
-    if error != driver.CUresult.CUDA_SUCCESS or int(context) == 0:
-        Device(torch.cuda.current_device()).set_current()
-    values = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else int(a) for a in arguments]
-    packed = (ctypes.c_int64 * len(values))(*values)
-    first = ctypes.addressof(packed)
-    pointers = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
-    stream = torch.cuda.current_stream().cuda_stream
-    (error,) = driver.cuLaunchKernel(
-        kernel.function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
-    )
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the selective scan did not start: {error}")
-
-
-def _strided(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
-    if tensor is None:
-        return None, 0, 0
-    strides = tensor.stride()
-    return tensor, strides[0], strides[1]
-
-
-def _aligned(channels: int, vectors: tuple[int, int], tensors: Sequence[Tensor | None]) -> bool:
-    """Whether rows can be copied in vectors: see `Variant.vectors`."""
-    size, step = vectors
-    if channels % step:
-        return False
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        batch, strides = tensor.shape[0], tensor.stride()
-        if tensor.data_ptr() % size or strides[1] % step or (batch > 1 and strides[0] % step):
-            return False
-    return True
 
 
 # These test before they call: a call of PyTorch that does nothing still takes a microsecond or two.
@@ -217,38 +80,33 @@ def forward(
 
     index = x.device.index
     with torch.cuda.device(index):
-        variant, segments = variants.forward_plan(states, batch, length, channels, _processors(index))
-        dtype, gated, packed = _DTYPES[x.dtype], z is not None, seq_idx is not None
-        ends, decays = _ends(False, segments, x, dt, None, B, A, dt_bias, dt_softplus, seq_idx)
-        aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z))
-        kernel = _kernel("scan_forward", index, variant, dtype, gated, packed, aligned)
-        groups = variant.groups(channels)
-        _launch(
-            kernel,
-            batch * segments * groups,
-            variant.threads,
-            kernel.shared_bytes,
-            (
-                *(argument for tensor in (x, dt, z, B, C) for argument in _strided(tensor)),
-                A,
-                D,
-                dt_bias,
-                *_strided(seq_idx),
-                initial_state,
-                ends,
-                decays,
-                y,
-                ungated if ungated.numel() else None,
-                final_state,
-                starts if for_backward else None,
-                length,
-                channels,
-                states,
-                groups,
-                segments,
-                dt_softplus,
-            ),
+        dtype, processors = device.DTYPES[x.dtype], device.processors(index)
+        variant, segments = variants.forward_plan(states, batch, length, channels, processors)
+        chained = variant.source == "chained"
+        aligned = device.aligned(channels, variant.vectors(dtype), (x, dt, z))
+        if chained:
+            aligned = aligned and device.aligned(states, variant.state_vectors(dtype), (B, C))
+        kernel = device.kernel(
+            f"scan_{variant.source}", index, variant, dtype, z is not None, seq_idx is not None, aligned
         )
+        groups = variant.groups(channels)
+        inputs = (
+            *(argument for tensor in (x, dt, z, B, C) for argument in device.strided(tensor)),
+            *(A, D, dt_bias, *device.strided(seq_idx), initial_state),
+        )
+        outputs = y, ungated if ungated.numel() else None, final_state, starts if for_backward else None
+        sizes = length, channels, states, groups
+        if chained:
+            units = batch * groups
+            blocks = min(units, processors * kernel.at_once)
+            # Whether a ring has left the state in which one of the next block goes on, where they share a unit.
+            ready = torch.zeros(blocks * variant.rings, dtype=torch.int32, device=x.device) if blocks < units else None
+            own: tuple[Tensor | int | None, ...] = (*outputs, ready, *sizes, units, blocks, dt_softplus)
+        else:
+            blocks = batch * segments * groups
+            ends, decays = _ends(False, segments, x, dt, None, B, A, dt_bias, dt_softplus, seq_idx)
+            own = (ends, decays, *outputs, *sizes, segments, dt_softplus)
+        device.launch(kernel, blocks, variant.threads, kernel.shared_bytes, (*inputs, *own))
     return _as(y, y_dtype), final_state, starts, _as(ungated, y_dtype)
 
 
@@ -273,16 +131,16 @@ def _ends(
         return None, None
     (batch, length, channels), states = x.shape, A.shape[1]
     variant = variants.ends_variant(states, reverse)
-    index, dtype = x.device.index, _DTYPES[x.dtype]
-    aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z))
-    kernel = _kernel("scan_ends", index, variant, dtype, z is not None, seq_idx is not None, aligned)
+    index, dtype = x.device.index, device.DTYPES[x.dtype]
+    aligned = device.aligned(channels, variant.vectors(dtype), (x, dt, z))
+    kernel = device.kernel("scan_ends", index, variant, dtype, z is not None, seq_idx is not None, aligned)
     groups = variant.groups(channels)
     shape = (batch, segments - 1, channels, variant.padded_states)
     ends, decays = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    activations = (argument for tensor in (x, dt, z, B) for argument in _strided(tensor))
+    activations = (argument for tensor in (x, dt, z, B) for argument in device.strided(tensor))
     sizes = (length, channels, states, groups, segments, dt_softplus)
-    arguments = (*activations, A, dt_bias, *_strided(seq_idx), ends, decays, *sizes)
-    _launch(kernel, batch * (segments - 1) * groups, variant.threads, kernel.shared_bytes, arguments)
+    arguments = (*activations, A, dt_bias, *device.strided(seq_idx), ends, decays, *sizes)
+    device.launch(kernel, batch * (segments - 1) * groups, variant.threads, kernel.shared_bytes, arguments)
     return ends, decays
 
 
@@ -330,16 +188,16 @@ def backward(
 
     index = x.device.index
     with torch.cuda.device(index):
-        processors = _processors(index)
+        processors = device.processors(index)
         variant, apart = variants.backward_plan(states, batch, length, channels, processors)
         ends, decays = _ends(True, apart, y_grad, dt, z, C, A, dt_bias, dt_softplus, seq_idx)  # type: ignore[arg-type]
         time_parts = batch * apart  # of the sums over time
         A_parts = x.new_empty((time_parts, channels, states), dtype=torch.float32)
         D_parts, bias_parts = (x.new_empty((time_parts, channels), dtype=torch.float32) for _ in range(2))
-        dtype, gated, packed = _DTYPES[x.dtype], z is not None, seq_idx is not None
-        aligned = _aligned(channels, variant.vectors(dtype), (x, dt, z, y_grad, saved, dz))
+        dtype, gated, packed = device.DTYPES[x.dtype], z is not None, seq_idx is not None
+        aligned = device.aligned(channels, variant.vectors(dtype), (x, dt, z, y_grad, saved, dz))
         key = (index, variant, dtype, gated, packed, aligned)
-        kernel = _kernel("scan_backward", *key)
+        kernel = device.kernel("scan_backward", *key)
 
         groups = variant.groups(channels)
         part_bytes = batch * length * 2 * variant.padded_states * 4
@@ -351,24 +209,24 @@ def backward(
         in_turn = 1 if apart > 1 else variants.segments(units, length, states, processors, at_once)
         parts = x.new_empty((batch, workers, length, 2 * variant.padded_states), dtype=torch.float32)
         queue = torch.zeros(2 + units * (group_items * in_turn - 1), dtype=torch.int32, device=x.device)
-        _launch(
+        device.launch(
             kernel,
             min(units * in_turn, processors * at_once),
             variant.threads,
             kernel.shared_bytes,
             (
-                *(argument for tensor in (x, dt, z, B, C) for argument in _strided(tensor)),
+                *(argument for tensor in (x, dt, z, B, C) for argument in device.strided(tensor)),
                 A,
                 D,
                 dt_bias,
-                *_strided(seq_idx),
-                *_strided(y_grad),
+                *device.strided(seq_idx),
+                *device.strided(y_grad),
                 final_state_grad,
                 starts,
                 saved,
                 dx,
                 ddt,
-                *_strided(dz),
+                *device.strided(dz),
                 parts,
                 A_parts,
                 D_parts,
@@ -388,8 +246,8 @@ def backward(
             ),
         )
         sums = batch * length * 2 * variant.padded_states + channels * (states + 2)
-        _launch(
-            _kernel("sum_parts", *key),
+        device.launch(
+            device.kernel("sum_parts", *key),
             -(-sums // 256),
             256,
             0,

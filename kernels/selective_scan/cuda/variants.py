@@ -27,11 +27,22 @@ FORWARD = SideBySide(least_fill=9, least_segments=4, rounds=2)
 BACKWARD = SideBySide(least_fill=3, least_segments=2, rounds=6)
 
 
+class Chained(NamedTuple):
+    """When the warps of a forward take turns in time: rings (16 channels) for each multiprocessor, steps."""
+
+    least: float
+    most: float
+    steps: int
+
+
+CHAINED = Chained(least=0.7, most=2.5, steps=512)
+
+
 @dataclass(frozen=True)
 class Variant:
     """How a block divides its work; common.cuh names the fields."""
 
-    source: str  # forward, backward or ends
+    source: str  # forward, chained, backward or ends
     padded_states: int
     per_lane: int
     channels: int
@@ -40,6 +51,7 @@ class Variant:
     min_blocks: int
     chunk: int = 0  # backward only: steps whose states are in registers at once
     reverse: bool = False  # ends only
+    rings: int = 1  # chained only: groups of channels, each with its share of the warps
 
     @property
     def threads(self) -> int:
@@ -51,13 +63,19 @@ class Variant:
 
     @property
     def block_channels(self) -> int:
-        return self.warps * self.warp_channels
+        """Warps of `chained` have the same channels as the others of their ring."""
+        return self.warp_channels * (self.rings if self.source == "chained" else self.warps)
 
     def vectors(self, dtype: int) -> tuple[int, int]:
         """What the start of a row must be a multiple of to be copied in vectors (COPY_BYTES): bytes, elements."""
         row = self.warp_channels * SCALAR_BYTES[dtype]
         size = next(size for size in (16, 8, 4) if row % size == 0)
         return size, max(size // SCALAR_BYTES[dtype], min(4, self.warp_channels))
+
+    def state_vectors(self, dtype: int) -> tuple[int, int]:
+        """The same for the rows of B and C, where these are copied in vectors."""
+        size = min(16, self.padded_states * SCALAR_BYTES[dtype])
+        return size, size // SCALAR_BYTES[dtype]
 
     def groups(self, channels: int) -> int:
         """Blocks that one sequence needs."""
@@ -67,12 +85,17 @@ class Variant:
     def shared_bytes(self, dtype: int, gated: bool) -> int:
         """The size of `struct Shared` in the source."""
         block = self.tile * self.block_channels
+        warp = self.tile * self.warp_channels
         scalars = SCALAR_BYTES[dtype]
         gate = block if gated else 1
         sizes = [4 * self.block_channels] * 2
         if self.source == "ends":
             sizes = [4 * self.block_channels, 8 * self.tile * self.padded_states, 8 * self.tile]
             sizes += [2 * block * scalars, 2 * block * scalars, 2 * gate * scalars, 4 * block, 4 * block]
+        elif self.source == "chained":
+            lane = self.channels * self.per_lane
+            sizes = [2 * (4 + gated) * warp * scalars, 4 * 4 * warp, 8 * self.tile, 4 * lane * 32]
+            return self.warps * sum(-(-size // 16) * 16 for size in sizes)
         elif self.source == "backward":
             chunks = max(1, self.tile // self.chunk - 1)
             vector = min(4, self.warp_channels)
@@ -101,7 +124,11 @@ class Variant:
             "ALIGNED": int(aligned),
             "SHARED_BYTES": self.shared_bytes(dtype, gated),
         }
-        own = {"backward": {"CHUNK": self.chunk}, "ends": {"REVERSE": int(self.reverse)}}
+        own = {
+            "backward": {"CHUNK": self.chunk},
+            "ends": {"REVERSE": int(self.reverse)},
+            "chained": {"SAVE_EVERY": tile_steps(self.padded_states) // self.tile, "RINGS": self.rings},
+        }
         return macros | own.get(self.source, {})
 
 
@@ -204,9 +231,24 @@ def _wide_backward(states: int) -> Variant:
     return _variant("backward", states, 2, min_blocks, chunk)
 
 
+def chained_variant(batch: int, channels: int, processors: int) -> Variant:
+    """The forward kernel for 16 states whose warps take turns in time.
+
+    Two rings of neighbouring channels in one block touch the same 64 bytes of memory at about the same time; one where
+    two would leave multiprocessors without a block.
+    """
+    kinds = [
+        Variant("chained", 16, per_lane=4, channels=2, warps=12, tile=8, min_blocks=1, rings=rings) for rings in (2, 1)
+    ]
+    return next((v for v in kinds if batch * v.groups(channels) >= 0.95 * processors), kinds[-1])
+
+
 def forward_plan(states: int, batch: int, length: int, channels: int, processors: int) -> tuple[Variant, int]:
     """The forward kernel for a shape, and into how many segments of time its blocks are cut, done side by side."""
     n = padded(states)
+    rings = batch * math.ceil(channels / 16) / processors
+    if n == 16 and CHAINED.least <= rings <= CHAINED.most and CHAINED.steps <= length < 2**31 // batch:
+        return chained_variant(batch, channels, processors), 1
     beside = Variant("forward", n, min(n, 16), channels=1, warps=4, tile=tile_steps(states), min_blocks=4)
     count = _side_by_side(beside, batch, length, channels, processors, FORWARD)
     return (forward_variant(states, batch, channels, processors), 1) if count == 1 else (beside, count)

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
-from kernels.decode import launch
+from kernels.decode import batch_kernels, batch_launch, launch
 from kernels.decode import triton_kernels as kernels
 from tests.kernels.ahead import CAPABILITIES, compile_kernel
 
@@ -28,6 +28,9 @@ def types(kernel: Any, state: str = "*fp32", **changed: Any) -> dict[str, Any]:
     arguments |= {
         "ahead": "*bf16",
         "ahead_size": 2**23,
+        "later_size": 2**23,
+        "matrix_size": 2**23,
+        "matrix_each": 512,
         "AHEAD": 256,
         "ONCE": False,
         "LINES": 128,
@@ -40,6 +43,28 @@ def types(kernel: Any, state: str = "*fp32", **changed: Any) -> dict[str, Any]:
     arguments |= dict.fromkeys(("x_batch", "z_batch", "dt_batch", "conv_input_batch", "row_stride"), 8192)
     arguments |= {"state": state, "eps": "fp32", "WIDTH": 4, "BATCH": 1, **changed}
     return {name: arguments[name] for name in kernel.arg_names}
+
+
+SHAPE = batch_launch.LAUNCH
+LINEAR = {
+    "SIZE": 4096,
+    "BATCH": 64,
+    "INPUTS": SHAPE.inputs,
+    "STAGES": SHAPE.stages,
+    "THREADS": 32 * SHAPE.product_warps,
+}
+MANY: list[tuple[Any, dict[str, Any], int]] = [
+    (
+        batch_kernels.dt_scan_kernel,
+        {"BATCH": SHAPE.batch, "CHANNELS": SHAPE.scan, "RANK": 128, "STATES": 16},
+        SHAPE.scan_warps,
+    ),
+    (batch_kernels.norm_kernel, {"SPLITS": SHAPE.parts, "SIZE": 2048, "size": 2048}, SHAPE.norm_warps),
+    (batch_kernels.gated_norm_kernel, {"SIZE": 4096, "size": 4096}, SHAPE.gated_norm_warps),
+    (batch_kernels.sum_kernel, {"SPLITS": 32, "BLOCK": 128}, 4),
+    (batch_kernels.linear_kernel, {**LINEAR, "OUTPUTS": SHAPE.tile, "SPLITS": SHAPE.parts}, SHAPE.product_warps),
+    (batch_kernels.linear_kernel, {**LINEAR, "OUTPUTS": SHAPE.tile // 2, "SPLITS": 32}, SHAPE.product_warps),
+]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -73,6 +98,16 @@ def test_a_layer_for_one_sequence(capability: int, tmp_path: Path) -> None:
         (kernels.greedy_kernel, types(kernels.greedy_kernel, logits="*bf16", token="*i64", REFUSED=-1, BLOCK=8192)),
     ):
         warps = 16 if kernel is kernels.greedy_kernel else launch.LAUNCH.warps
+        found = compile_kernel(kernel, arguments, capability, warps, tmp_path)
+        print(kernel.__name__, f"sm_{capability}", found)
+        assert found.stack == 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("state", ["*fp16", "*bf16", "*fp32"])
+def test_a_layer_for_many_sequences(capability: int, state: str, tmp_path: Path) -> None:
+    for kernel, sizes, warps in MANY:
+        arguments = types(kernel, state, **sizes, PDL=capability >= 90)
         found = compile_kernel(kernel, arguments, capability, warps, tmp_path)
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack == 0

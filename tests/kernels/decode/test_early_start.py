@@ -1,4 +1,4 @@
-"""What kernels that start early do before they wait for the kernel before: they read parameters of the model.
+"""What kernels that start early do before they wait for the kernel before: they read parameters and states.
 
 Anything else may not be written yet, or still be read by others, which a GPU shows only now and then. So the compiled
 code is looked at: each access to global memory, by the argument whose address it goes back to.
@@ -15,8 +15,9 @@ pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 from kernels.decode import launch
 from kernels.decode import triton_kernels as kernels
 from tests.kernels.ahead import compiled_for
-from tests.kernels.decode.test_compiles import types
+from tests.kernels.decode.test_compiles import MANY, types
 
+STATES = {"state", "conv_state"}  # last written at the token before, which has ended: its sampling starts no step early
 PARAMETERS = {"weight", "norm_weight", "conv_weight", "conv_bias", "dt_weight", "dt_bias", "A_log", "D"}
 LAUNCH = launch.LAUNCH
 IN_PROJ = {"SIZE": 2048, "PIECE": 2048, "GROUPS": 1, "ROWS": 4, "TILES": 4, "SHIFTED": 1, "outputs": 8192}
@@ -32,9 +33,10 @@ SUMS = {"OUTPUTS": 256, "RANK": 128, "SPLITS": 64}
         (kernels.conv_project_kernel, LAUNCH.warps, {**SUMS, "CHANNELS": LAUNCH.project}),
         (kernels.dt_scan_kernel, LAUNCH.warps, {**SUMS, "CHANNELS": LAUNCH.scan, "STATES": 16}),
         (kernels.conv_ssd_kernel, LAUNCH.warps, {"states": 128, "ROWS": LAUNCH.ssd, "STATES": 128}),
+        *((kernel, warps, sizes) for kernel, sizes, warps in MANY),
     ],
 )
-def test_before_the_wait_parameters_are_read_and_nothing_is_written(
+def test_before_the_wait_nothing_else_is_read_and_nothing_is_written(
     kernel: Any, warps: int, sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
@@ -43,7 +45,8 @@ def test_before_the_wait_parameters_are_read_and_nothing_is_written(
     assert ptx.count("griddepcontrol.wait") == 1
     before, after = accesses(ptx, [name for name in kernel.arg_names if isinstance(arguments[name], str)])
     # The L2 cache, where all writes go, may fetch anything: it is not an old copy of it.
-    assert {(what, name) for what, name in before if what != "prefetch"} <= {("ld", name) for name in PARAMETERS}
+    allowed = {("ld", name) for name in PARAMETERS | STATES}
+    assert {(what, name) for what, name in before if what != "prefetch"} <= allowed
     assert "?" not in {name for _, name in before | after}, "an address that comes from no argument"
     assert {"ld", "st"} <= {what for what, _ in after}
 
@@ -57,7 +60,7 @@ def accesses(ptx: str, names: list[str]) -> tuple[set[tuple[str, str]], set[tupl
         waited |= "griddepcontrol.wait" in line
         if loaded := re.search(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
             argument[loaded[1]] = names[int(loaded[2])]
-        elif access := re.search(r"(ld|st|prefetch)\.global[^\[]*\[ ?(%rd\d+)", line):
+        elif access := re.search(r"(ld|st|prefetch)(?:\.L2)?\.global[^\[]*\[ ?(%rd\d+)", line):
             found[waited].add((access[1], argument.get(access[2], "?")))
         elif access := re.search(r"cp\.async\.c[ag]\.[^\[]*\[[^\]]*\], \[ ?(%rd\d+)", line):
             found[waited].add(("ld", argument.get(access[1], "?")))

@@ -24,9 +24,9 @@ EPS = 1e-3
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that get several rows each, several at once, in pieces, and not the same number."""
-    shape = launch.Shape(rows=2, block=8, warps=1, programs=3, stages=2)
-    monkeypatch.setattr(launch, "forward_shape", lambda size, gated: shape)
-    monkeypatch.setattr(launch, "backward_shape", lambda *_: shape)
+    monkeypatch.setattr(launch, "forward_shape", lambda size, gated: launch.Shape(rows=2, block=8, warps=1))
+    loop = launch.LoopShape(rows=2, block=8, warps=1, programs=3, stages=2)
+    monkeypatch.setattr(launch, "backward_shape", lambda *_: loop)
 
 
 def draw(dtype: torch.dtype, **shapes: tuple[int, ...]) -> Inputs:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.selective_scan.cuda import compile as sources
-from kernels.selective_scan.cuda import scan
+from kernels.selective_scan.cuda import device
 from kernels.selective_scan.cuda.variants import Variant
 
 BODIES = {
@@ -28,6 +28,8 @@ BODIES = {
     "void copy_async(void* to": "if (valid) memcpy(to, from, BYTES); else memset(to, 0, BYTES);",
     "void copies_commit()": "",
     "void copies_wait()": "",
+    "void left_for(int barrier)": "arrive(named_barriers[barrier], 64);",
+    "void wait_for(int barrier)": "await(named_barriers[barrier], 64);",
 }
 LINES = {
     r"extern __shared__ char memory\[\];": "char* memory = block_memory;",
@@ -45,27 +47,27 @@ def compiler() -> str | None:
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path, processors: int = 4) -> list[str]:
     """Make `scan.forward` and `scan.backward` take CPU tensors; returns the list of kernels launched from then on."""
     launched: list[str] = []
-    built: dict[tuple[object, ...], scan.Kernel] = {}
+    built: dict[tuple[object, ...], device.Kernel] = {}
 
-    def kernel(name: str, index: int, variant: Variant, dtype: int, *options: bool) -> scan.Kernel:
+    def kernel(name: str, index: int, variant: Variant, dtype: int, *options: bool) -> device.Kernel:
         assert dtype == FP32
         key = (name, variant, options)
         if key not in built:
             macros = variant.macros(dtype, *options)
             function = build(name, variant.source, macros, folder / f"{len(built)}.so")
-            built[key] = scan.Kernel(function, macros["SHARED_BYTES"], 2, name)
+            built[key] = device.Kernel(function, macros["SHARED_BYTES"], 2, name)
         return built[key]
 
     def launch(
-        kernel: scan.Kernel, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Tensor | int | None]
+        kernel: device.Kernel, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Tensor | int | None]
     ) -> None:
         values = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else int(a) for a in arguments]
         kernel.function(blocks, threads, shared_bytes, (ctypes.c_int64 * len(values))(*values))
         launched.append(kernel.code)
 
-    monkeypatch.setattr(scan, "_kernel", kernel)
-    monkeypatch.setattr(scan, "_launch", launch)
-    monkeypatch.setattr(scan, "_processors", lambda index: processors)
+    monkeypatch.setattr(device, "kernel", kernel)
+    monkeypatch.setattr(device, "launch", launch)
+    monkeypatch.setattr(device, "processors", lambda index: processors)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     return launched
 
@@ -74,7 +76,7 @@ def build(name: str, source: str, macros: dict[str, int], library: Path) -> ctyp
     """A shared library with the kernel, which is called with blocks, threads, shared bytes and the arguments."""
     text = sources._source(source)
     for head, body in BODIES.items():
-        text = with_body(text, head, body)
+        text = with_body(text, head, body) if head in text else text
     for pattern, line in LINES.items():
         text = re.sub(pattern, line, text)
     found = re.search(rf"__global__ void (?:__launch_bounds__\([^)]*\) )?{name}\((.*?)\) \{{", text, re.DOTALL)

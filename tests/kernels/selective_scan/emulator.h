@@ -20,18 +20,21 @@ static Index indices[MAX_THREADS], blockIdx;
 static ucontext_t fibers[MAX_THREADS], scheduler;
 static bool finished[MAX_THREADS];
 static int current, thread_count;
-static Barrier block_barrier, warp_barriers[MAX_THREADS / 32];
+static Barrier block_barrier, warp_barriers[MAX_THREADS / 32], named_barriers[16];
 static float exchanged[MAX_THREADS];
 static char* block_memory;
 static long long* kernel_arguments;
 #define threadIdx (indices[current])
 
-static void await(Barrier& barrier, int threads) {
-    const int round = barrier.round;
+static void arrive(Barrier& barrier, int threads) {
     if (++barrier.waiting == threads) {
         barrier.waiting = 0;
         ++barrier.round;
     }
+}
+static void await(Barrier& barrier, int threads) {
+    const int round = barrier.round;
+    arrive(barrier, threads);
     while (barrier.round == round) swapcontext(&fibers[current], &scheduler);
 }
 static void __syncthreads() { await(block_barrier, thread_count); }
@@ -72,6 +75,7 @@ static void launch_blocks(void (*fiber)(), int blocks, int threads, int shared_b
         memset(memory, 0xff, shared_bytes);  // NaN: what is read before it is written shows
         block_barrier = Barrier{};
         for (Barrier& barrier : warp_barriers) barrier = Barrier{};
+        for (Barrier& barrier : named_barriers) barrier = Barrier{};
         for (int t = 0; t < threads; ++t) {
             finished[t] = false;
             indices[t].x = t;

@@ -18,7 +18,7 @@ from kernels.selective_scan.cuda.variants import Variant
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 REGISTERS = 65536  # of a multiprocessor
 BLOCK_SHARED_BYTES = 99 * 1024  # the least that a block may have on these architectures
-SPILLED_BYTES = {"forward": 32, "backward": 64, "ends": 0}
+SPILLED_BYTES = {"forward": 32, "backward": 64, "ends": 0, "chained": 64}
 BFLOAT16 = 2
 
 
@@ -68,6 +68,13 @@ def test_16_states_stay_within_their_registers(arch: str, batch: int, channels: 
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_chained_warps_stay_within_their_registers(arch: str, tmp_path: Path) -> None:
+    kinds = [variants.chained_variant(1, channels, 132) for channels in (2048, 5120)]
+    assert [kind.rings for kind in kinds] == [1, 2]
+    check_resources(kinds, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_16_states_side_by_side_stay_within_their_registers(arch: str, tmp_path: Path) -> None:
     check_resources(side_by_side(16), arch, tmp_path)
 
@@ -85,7 +92,8 @@ def test_every_padded_state_count_compiles(states: int) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_every_option_compiles(dtype: int, gated: bool, packed: bool, aligned: bool) -> None:
-    for variant in in_turn(16, 8, 5120) + side_by_side(16):
+    for variant in [*in_turn(16, 8, 5120), *side_by_side(16), variants.chained_variant(1, 5120, 132)]:
+        assert variant.shared_bytes(dtype, gated) <= BLOCK_SHARED_BYTES
         compile_kernel(variant.source, "sm_90", variant.macros(dtype, gated, packed, aligned))
 
 

@@ -1,5 +1,6 @@
 """The CUDA scan on the CPU, by an emulation, beside the reference in fp64: all gradients, any number of segments."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,47 @@ def test_against_the_reference(
     names = ["y", "final_state", *(name for name in NAMES if name not in without)]
     for name, a, b in zip(names, results, [*expected[:2], *expected_grads], strict=True):
         assert (a - b).norm() < 2e-6 * b.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rings", "processors", "packed", "padding", "without"),
+    [
+        ((1, 60, 80, 16), 2, 1, True, 0, ()),  # three units for two blocks
+        pytest.param((1, 700, 96, 16), 1, 2, False, 0, ("D",), marks=pytest.mark.slow),
+        pytest.param((1, 163, 70, 13), 2, 1, True, 5, ("z", "dt_bias"), marks=pytest.mark.slow),
+        pytest.param((3, 1, 33, 16), 1, 2, False, 0, (), marks=pytest.mark.slow),
+    ],
+)
+def test_warps_that_take_turns(
+    sizes: tuple[int, int, int, int],
+    rings: int,
+    processors: int,
+    packed: bool,
+    padding: int,
+    without: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The chained forward: also what it saves for the backward."""
+    batch, length, _, states = sizes
+    launched = emulated.install(monkeypatch, tmp_path, processors)
+    torch.manual_seed(0)
+    inputs = make_inputs(*sizes, padding)
+    seq_idx = (torch.rand(batch, length) < 0.05).cumsum(1).int() if packed else None
+    softplus = "dt_bias" not in without
+    if not softplus:
+        inputs["dt"] = 0.3 * inputs["dt"].abs()
+    given = [None if name in without else inputs[name] for name in NAMES]
+    results = []
+    chained = dataclasses.replace(variants.chained_variant(1, 1, 1), rings=rings)
+    for plan in (chained, variants.forward_variant(states, 1, 64, 100)):
+        monkeypatch.setattr(variants, "forward_plan", lambda *_, plan=plan: (plan, 1))
+        results.append(scan.forward(*given[:8], softplus, seq_idx, given[8], True))  # type: ignore[arg-type]
+    assert launched == ["scan_chained", "scan_forward"]
+    exact = [None if value is None else value.double() for value in given]
+    expected = torch.ops.mamba_train.selective_scan(*exact[:8], softplus, seq_idx, exact[8], True)
+    for name, a, b in zip(("y", "final_state"), results[0][:2], expected[:2], strict=True):
+        assert (a - b).norm() < 1e-6 * b.norm(), name
+    for name, a, b in zip(("saved states", "y before the gate"), results[0][2:], results[1][2:], strict=True):
+        assert a.shape == b.shape
+        assert (a - b).norm() <= 1e-6 * b.norm(), name

@@ -32,3 +32,15 @@ def test_shapes_of_an_h100(plan) -> None:
         places = PROCESSORS * variant.min_blocks
         assert 0.75 * places < batch * variant.groups(channels) * count
     assert plan(16, 1, 16, 64, PROCESSORS)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "rings"),
+    [(1, 1536, 1), (1, 2048, 1), (1, 5120, 2), (2, 2048, 2), (4, 2048, 0), (1, 1024, 0), (8, 5120, 0)],
+)
+def test_forwards_whose_warps_take_turns(batch: int, channels: int, rings: int) -> None:
+    variant, count = variants.forward_plan(16, batch, 2048, channels, PROCESSORS)
+    assert (variant.source == "chained") == (rings > 0)
+    if rings:
+        assert (variant.rings, count) == (rings, 1)
+        assert variant.warps // rings >= 2, "a warp hands its state over to another"

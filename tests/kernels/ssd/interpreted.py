@@ -26,10 +26,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks small enough for a few positions to need several."""
     for module in (launch, launch_backward):
         monkeypatch.setattr(module, "processors", lambda index: 1)
-    monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: False)
+    monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: True)
     monkeypatch.setattr(launch, "FORWARD", launch.Shape(chunk=16, head_dim=16, states=128, warps=4, stages=1))
     monkeypatch.setattr(launch, "STATES", launch.Shape(chunk=16, head_dim=16, states=16, warps=4, stages=1))
     monkeypatch.setattr(launch, "GRADIENTS", launch.Shape(chunk=16, head_dim=128, states=128, warps=4, stages=1))
+    monkeypatch.setattr(launch, "FLOWS", launch.Shape(chunk=32, head_dim=128, states=128, warps=4, stages=1))
 
 
 def typed(inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -112,9 +113,33 @@ def test_more_states_than_a_tile_holds(packed: bool, monkeypatch: pytest.MonkeyP
     check({name: value for name, value in inputs.items() if name not in ("z", "initial_state")}, torch.float16)
 
 
+@pytest.mark.parametrize("absent", [(), ("z", "initial_state")], ids=str)
+def test_decays_are_computed_again_for_other_chunks(absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once where the backward has chunks as long as the forward's, which keeps them."""
+    inputs = {name: value for name, value in ssd_inputs(2, 37, packed=True).items() if name not in absent}
+    made, usual = [], launch.fill_decays
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "fill_decays", lambda *a: made.append(1) or usual(*a))
+    for chunk, times in ((16, 1), (32, 2)):
+        made.clear()
+        monkeypatch.setattr(launch, "FORWARD", launch.FORWARD._replace(chunk=chunk))
+        check(inputs)
+        assert len(made) == times
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype: torch.dtype) -> None:
     check(ssd_inputs(2, 37, 4, 16, 2, 16, packed=True), dtype)
+
+
+def test_pairs_of_near_positions_are_not_rounded() -> None:
+    """In two blocks of two chunks each, the gradient of A of 16-bit activations is that of fp32 ones."""
+    given = ssd_inputs(1, 50, 2, 16, 1, 16)
+    low, exact = typed({k: v for k, v in given.items() if k in ("x", "dt", "A", "B", "C")}, torch.bfloat16)
+    grad = torch.randn(low["x"].shape).bfloat16()
+    found = torch.autograd.grad(ssd(**low), low["A"], grad)[0]  # type: ignore[call-overload]
+    expected = torch.autograd.grad(exact_results(exact, True, (0.0, math.inf))[0], exact["A"], grad.double())[0]
+    assert (found - expected).norm() <= 2e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 30.0, 1e30])

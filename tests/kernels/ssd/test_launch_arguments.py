@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from kernels.launcher import Launch
 from kernels.ssd import launch, launch_backward
 from tests.kernels.ssd.loops import ssd_inputs
 
@@ -16,21 +17,22 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 def test_arguments_fit_parameters(absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[str] = set()
 
-    def check(kernel: Any, grid: Any, tensors: Any, numbers: Any, constants: Any, warps: int) -> None:
-        first, second = len(tensors), len(tensors) + len(numbers)
-        assert len(kernel.params) == second + len(constants)
+    def check(self: Launch, *tensors: Any) -> None:
+        kernel: Any = self.kernel
+        first, second = len(tensors), len(tensors) + len(self.numbers)
+        assert len(kernel.params) == second + len(self.constants)
         for parameter, tensor in zip(kernel.params[:first], tensors, strict=True):
             assert not parameter.do_not_specialize, parameter.name
             assert not parameter.is_constexpr, parameter.name
             assert tensor is None or isinstance(tensor, torch.Tensor)
-        for parameter, number in zip(kernel.params[first:second], numbers, strict=True):
+        for parameter, number in zip(kernel.params[first:second], self.numbers, strict=True):
             assert parameter.do_not_specialize, parameter.name
             assert isinstance(number, float) == (parameter.name in ("dt_min", "dt_max")), parameter.name
         assert all(parameter.is_constexpr for parameter in kernel.params[second:])
         seen.add(kernel.__name__)
 
+    monkeypatch.setattr(Launch, "__call__", check)
     for module in (launch, launch_backward):
-        monkeypatch.setattr(module, "launch", check)
         monkeypatch.setattr(module, "processors", lambda index: 64)
     monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: True)
     given = {k: v.detach() for k, v in ssd_inputs(1, 1100, 2, 16, 1, 200, packed=True).items() if k not in absent}
@@ -39,5 +41,5 @@ def test_arguments_fit_parameters(absent: tuple[str, ...], monkeypatch: pytest.M
     y, state, starts, ungated = launch.forward(*arguments, *options, given.get("initial_state"), True)  # type: ignore[arg-type]
     launch_backward.backward(y, state, *arguments, *options, starts, ungated)  # type: ignore[arg-type]
     expected = {"decays_kernel", "states_kernel", "segments_kernel", "forward_kernel", "gradients_kernel"}
-    expected |= {"delta_kernel", "head_sums_kernel"} | (set() if absent else {"gate_backward_kernel"})
+    expected |= {"flows_kernel", "delta_kernel", "head_sums_kernel"} | (set() if absent else {"gate_backward_kernel"})
     assert seen == expected

@@ -10,10 +10,11 @@ pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
 from kernels.ssd import launch
 from kernels.ssd.backward_kernels import gradients_kernel
+from kernels.ssd.flow_kernels import flows_kernel
 from kernels.ssd.forward_kernels import forward_kernel, states_kernel
 from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
 
-SPILLED_BYTES = {"forward_kernel": 600, "states_kernel": 100, "gradients_kernel": 480}
+SPILLED_BYTES = {"forward_kernel": 600, "states_kernel": 100, "gradients_kernel": 480, "flows_kernel": 480}
 FP32 = (
     "decays",
     "before",
@@ -25,6 +26,7 @@ FP32 = (
     "sums",
     "through",
     "own_products",
+    "owns",
     "D_parts",
     "scratch",
     "D",
@@ -43,13 +45,15 @@ def resources(
     """everything: with a gate, states given and wanted, D for each channel."""
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(FP32, "*fp32")
-    arguments |= dict.fromkeys(("x", "B", "C", "y", "y_grad", "end_grads", "x_grad", "B_grad", "C_grad"), "*bf16")
+    activations = ("x", "B", "C", "y", "y_grad", "end_grads", "carried", "x_grad", "B_grad", "C_grad")
+    arguments |= dict.fromkeys(activations, "*bf16")
     arguments |= dict.fromkeys(("z", "ungated"), "*bf16" if everything else None)
     if not everything:
         arguments |= dict.fromkeys(("starts", "before", "first", "last_grad", "D_parts", "powers"))
     if kernel is not forward_kernel:
         arguments["starts"] = "*bf16"
-    arguments |= {"WIDE_SKIP": everything, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
+    arguments |= {"WIDE_SKIP": everything, "BACK": False, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
+    arguments |= {"CHUNK": launch.GRADIENTS.chunk, "HALVES": launch.FLOWS.chunk // launch.GRADIENTS.chunk}
     arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
     arguments |= constants
     arguments = {name: arguments[name] for name in kernel.arg_names}
@@ -63,13 +67,15 @@ def test_table(capability: int, tmp_path: Path) -> None:
     for kernel, shape, constants in (
         (forward_kernel, launch.FORWARD, {}),
         (states_kernel, launch.STATES, {"BOTH": True}),
+        (states_kernel, launch.STATES, {"BOTH": True, "BACK": True}),
         (states_kernel, launch.STATES, {"BOTH": False, "y_grad": None, "C": None, "starts": None, "powers": "*fp32"}),
         (gradients_kernel, launch.GRADIENTS, {}),
+        (flows_kernel, launch.FLOWS, {}),
     ):
         found = resources(kernel, shape, tmp_path, capability, **constants)
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack <= SPILLED_BYTES[kernel.__name__]
-        assert found.widest_store >= 8
+        assert found.widest_store >= (4 if kernel is flows_kernel else 8)  # sums of rows
 
 
 @pytest.mark.slow
@@ -77,11 +83,14 @@ def test_every_option(tmp_path: Path) -> None:
     resources(forward_kernel, launch.FORWARD, tmp_path, everything=True)
     resources(states_kernel, launch.STATES, tmp_path, everything=True, BOTH=True)
     resources(gradients_kernel, launch.GRADIENTS, tmp_path, everything=True)
+    resources(flows_kernel, launch.FLOWS, tmp_path, everything=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("large", "capability", "limit"), [(True, 90, 232_448), (False, 120, 101_376)])
+@pytest.mark.parametrize(
+    ("large", "capability", "limit"), [(True, 90, 232_448), (True, 80, 166_912), (False, 120, 101_376)]
+)
 def test_tiles_fit_into_shared_memory(
     large: bool, capability: int, limit: int, head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,5 +100,6 @@ def test_tiles_fit_into_shared_memory(
     shapes = launch.shapes(x, B)
     constants = {"P": head_dim, "N": shapes.gradients.states}
     assert resources(gradients_kernel, shapes.gradients, tmp_path, capability, True, **constants).shared <= limit
+    assert resources(flows_kernel, shapes.flows, tmp_path, capability, True, **constants).shared <= limit
     assert resources(forward_kernel, shapes.forward, tmp_path, capability, True).shared <= limit
     assert resources(states_kernel, shapes.states, tmp_path, capability, True, BOTH=True).shared <= limit
