@@ -195,11 +195,12 @@ def draw(records: list[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2))
     times = [fastest_attention(table(records, "operators", "operator", value)) for value in ("forward_ms", "both_ms")]
     rates = table(records, "training", "model", "tokens_per_second")
     titles = ["one operator, forward, ms", "one operator, forward + backward, ms", "training steps, 1,000 tokens/s"]
-    for axis, title, curves in zip(axes, titles, [*times, rates], strict=True):
+    panels = [(title, curves) for title, curves in zip(titles, [*times, rates], strict=True) if any(curves.values())]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.7 * len(panels), 4.2), squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels, strict=True):
         for name, values in curves.items():
             lengths = sorted(length for length, value in values.items() if value > 0)
             scale = 1e-3 if curves is rates else 1.0

@@ -1,6 +1,6 @@
 """The norms beside mamba_ssm's, with the floor that bytes set.
 
-    python -m benchmarks.rms_norm [--quick]
+    python -m benchmarks.rms_norm [--quick | --sweep]
 
 "add" is the residual add and norm that open a block (bf16 activations, fp32 residual), against `rms_norm_fn`; "gated"
 is the norm over groups that follows SSD, against `layernorm_gated.rmsnorm_fn`. One process, one GPU: each row times the
@@ -17,11 +17,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.selective_scan import ask_device, copy_bytes_per_second, eager_time, graph_times
-from kernels.rms_norm import add_rms_norm, gated_rms_norm
+from benchmarks.selective_scan import ask_device, copy_bytes_per_second, eager_time, graph_time, graph_times
+from kernels.rms_norm import add_rms_norm, gated_rms_norm, launch
 
 EPS = 1e-5
 ADD = [(16384, 768), (65536, 768), (16384, 1024), (16384, 2048), (16384, 2560), (131072, 2560), (16384, 5120)]
+SWEEP = [(7328, 608), (16384, 768), (14000, 1288), (16384, 2560), (9108, 4400), (16384, 5120)]
+LAUNCHES = [  # of the forward: rows at once, channels of a piece, warps
+    *((2, 256, 2), (1, 128, 1), (1, 256, 1), (1, 512, 2), (1, 512, 4), (1, 1024, 2), (1, 1024, 4), (1, 1024, 8)),
+    *((1, 2048, 8), (1, 2048, 16), (1, 4096, 8), (1, 4096, 16), (1, 8192, 8), (1, 8192, 16)),
+]
 GATED = [(16384, 1536, 1), (16384, 4096, 1), (16384, 5120, 1), (131072, 5120, 1), (16384, 4096, 8)]
 
 
@@ -81,14 +86,40 @@ def row(rows: int, channels: int, groups: int, copy_rate: float) -> str:
     return text + " | " + " ".join(f"{eager_time(pair[1]):8.3f}" for pair in pairs)
 
 
+def sweep(rows: int, channels: int, best: int = 6) -> None:
+    """The forward of the add with other launch shapes, beside mamba_ssm's: microseconds of the best few."""
+    x = torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16)
+    inputs = [x, torch.randn_like(x, dtype=torch.float32), torch.ones(channels, device="cuda")]
+    chosen = launch.forward_shape
+    with torch.no_grad():
+        theirs = graph_time(lambda: official_add(*inputs)).median
+        times = []
+        for shape in (launch.Shape(*numbers) for numbers in LAUNCHES):
+            if shape.block < 2 * channels <= 16 * shape.block:
+                launch.forward_shape = lambda *_, shape=shape: shape
+                times.append((1e3 * graph_time(lambda: add(*inputs), replays=5).median, tuple(shape)))
+    launch.forward_shape = chosen
+    found = "; ".join(f"{time:.2f} {shape}" for time, shape in sorted(times)[:best])
+    print(
+        f"{rows} x {channels}: mamba_ssm {1e3 * theirs:.2f}, chosen {tuple(chosen(channels, False))}; {found}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="only the table's rows")
-    quick = parser.parse_args().quick
+    parser.add_argument("--sweep", action="store_true", help="launch shapes instead")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     import mamba_ssm
 
     print(ask_device("name,driver_version,clocks.max.sm,clocks.max.mem"))
     print(f"torch {torch.__version__}, mamba_ssm {mamba_ssm.__version__}; bf16, weight and residual fp32")
+    if arguments.sweep:
+        for shape in SWEEP:
+            sweep(*shape)
+        return
     rate = copy_bytes_per_second()
     print(f"copy {rate / 1e12:.2f} TB/s; times in ms; floor: every activation and gradient once at that rate")
     print(
@@ -99,8 +130,8 @@ def main() -> None:
     if not quick:
         for number in range(5):
             shapes.append((random.randint(1000, 30000), 8 * random.randint(32, 640), number % 2))
-    for shape in shapes:
-        print(row(*shape, rate), flush=True)
+    for each in shapes:
+        print(row(*each, rate), flush=True)
         torch.cuda.empty_cache()
 
 

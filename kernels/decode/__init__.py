@@ -1,4 +1,4 @@
-"""A decoded token of a few sequences on an NVIDIA GPU: the parts of a layer's step, each one kernel.
+"""A decoded token on an NVIDIA GPU: the parts of a layer's step, in few kernels.
 
 They compute what `rms_norm`, `causal_conv1d_step`, `selective_scan_step` and `ssd_step` do between two matrix products,
 and the products, too; in plain PyTorch that is `MambaLM.step`, against which they are tested. Without gradients, for

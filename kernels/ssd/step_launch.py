@@ -18,6 +18,12 @@ class Launch(NamedTuple):
 
 
 LAUNCH = Launch(elements=4096, warps=4)
+UNALIGNED = Launch(elements=1024, warps=4)
+
+
+def launch_for(*strides: int) -> Launch:
+    """Where rows do not begin at multiples of 16 elements, loads are narrow, and their addresses take the registers."""
+    return LAUNCH if all(stride % 16 == 0 for stride in strides) else UNALIGNED
 
 
 def step(
@@ -83,7 +89,8 @@ def _launch(
     if y.numel() == 0:
         return y
     padded_states = 1 << max(0, states - 1).bit_length()
-    rows = min(max(1, LAUNCH.elements // padded_states), 1 << (head_dim - 1).bit_length())
+    launch = launch_for(*state.stride()[:-1])
+    rows = min(max(1, launch.elements // padded_states), 1 << (head_dim - 1).bit_length())
     A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
     D_strides = (0, 0) if D is None else (*D.stride(), 0)[:2]
     with torch.cuda.device_of(x):
@@ -96,7 +103,7 @@ def _launch(
             A_IS_LOG=A_is_log,
             ROWS=rows,
             STATES=padded_states,
-            num_warps=LAUNCH.warps,
+            num_warps=launch.warps,
             **early_start(x),
         )
     return y

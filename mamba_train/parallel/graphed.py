@@ -5,6 +5,7 @@ them unless the micro-batch is large. The update waits for the host's decision, 
 needs the GPU is idle.
 """
 
+import gc
 import logging
 import weakref
 from collections.abc import Callable
@@ -107,6 +108,10 @@ def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cu
 
     pool: memory of another graph, which never runs at the same time.
     """
+    # An engine of before, with graphs of its own, that were collected in the middle of a recording would break it off.
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
     try:
         graph = torch.cuda.CUDAGraph()
         # A recording that fails would leave its own stream as the current one.
@@ -115,9 +120,13 @@ def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cu
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 result = work()
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        first = error.__context__ or error  # what broke it off comes before what the end of the recording says of it
+        reason = " ".join(str(first).split())[:300]
         _log.warning("engine.cuda_graphs: %s cannot be recorded, it goes on without a graph: %s", name, reason)
         return None
+    finally:
+        if collects:
+            gc.enable()
     _graphs.add(graph)
     return graph, result
 

@@ -193,7 +193,7 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
     (4 d), the normed input (d), and of the mixer
         Mamba-1    6 e + r + 2 n (x, z, the convolution's output, Δ, y before and after the gate)
         Mamba-2    5 e + 4 g n + h (z, x B C before and after the convolution, y before and after the gated norm), the
-                   states before chunks, e n / 64, and Δ and decays of the heads, 3 h in fp32
+                   states before chunks, e n / 64, and Δ and decays of the heads, 4 h in fp32
         attention  3 q + 4 k (queries, keys, values; queries and keys rotated; the output)
     besides the fp32 states that the scan of Mamba-1 goes back to, one every 16 tokens. An MLP adds
     a residual and a norm of its own and 4 f. After the layers: the last residual, the normed hidden state and its
@@ -219,7 +219,7 @@ def activation_bytes_per_token(model: ModelConfig, value_bytes: int) -> int:
 def _ssd_keeps(model: ModelConfig, value_bytes: int) -> int:
     """Bytes of a token that the SSD of a layer keeps besides its arguments."""
     e = model.expand * model.d_model
-    return value_bytes * e * model.d_state // SSD_GRADIENTS.chunk + 4 * 3 * e // model.head_dim
+    return value_bytes * e * model.d_state // SSD_GRADIENTS.chunk + 4 * 4 * e // model.head_dim
 
 
 def _logits(model: ModelConfig, n_tokens: int) -> int:

@@ -89,7 +89,7 @@ class ShardedEngine(NativeEngine):
         if self._fused_adamw is not None:
             super()._update()
             return
-        # The GPU waits for this launch, and an operation on some hundred DTensors takes Python ten times as long.
+        # The GPU waits for this launch, and operations on some hundred DTensors take Python milliseconds more.
         if self._on_parts is None:  # not before a forward pass: the first one gives uneven parts their place
             self._on_parts = self._optimizer_on_parts()
         parts = (part for group in self._on_parts.param_groups for part in group["params"])

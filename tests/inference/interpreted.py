@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from kernels.decode import greedy, launch, product_in_parts
+from kernels.decode import greedy, launch, normed, product_in_parts
+from kernels.rms_norm import add_rms_norm
 from mamba_train.inference.decoder import Decoder
 from mamba_train.inference.fused_step import fused_step
 from mamba_train.inference.load import inference_model
@@ -58,6 +59,18 @@ def test_products_of_many_sequences(rows: int, parts: int) -> None:
     found = product_in_parts(x, weight.contiguous(), parts)
     assert found.shape == (parts, rows, 70)
     torch.testing.assert_close(found.sum(0), x @ weight.T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_a_norm_sums_the_parts_of_a_product(with_residual: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    parts = torch.randn(3, 5, 40, generator=generator)
+    residual = torch.randn(5, 40, generator=generator) if with_residual else None
+    weight = torch.randn(40, generator=generator)
+    found, total = normed(parts, residual, weight, 1e-5)
+    wanted, expected = add_rms_norm(parts.sum(0), residual, weight, 1e-5)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -117,3 +117,38 @@ def test_a_process_that_leaves_ends_its_graphs(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "_exit", lambda code: None)
     ranks.leave()
     assert ended == ["graph", "agreed", "groups"]
+
+
+def test_nothing_is_collected_while_a_graph_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the log has the error that broke a recording off, not what the recording's end makes of it."""
+
+    class Recording:
+        def __enter__(self) -> None: ...
+        def __exit__(self, kind: object, *_: object) -> None:
+            if kind is not None:
+                raise RuntimeError("failed due to a previous error")
+
+    class Graph: ...
+
+    for name, fake in (
+        ("CUDAGraph", Graph),
+        ("graph", lambda *_, **__: Recording()),
+        ("stream", lambda _: nullcontext()),
+        ("current_stream", lambda: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert gc.isenabled()
+    recorded = record(gc.isenabled, "the step")
+    assert recorded is not None
+    assert recorded[1] is False
+    assert gc.isenabled()
+
+    def fails() -> None:
+        raise ValueError("the first error")
+
+    with caplog.at_level(logging.WARNING):
+        assert record(fails, "the step") is None
+    assert gc.isenabled()
+    assert "the first error" in caplog.text

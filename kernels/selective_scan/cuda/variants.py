@@ -179,10 +179,13 @@ def _variant(
 #
 # Segments of 64 steps were 8 to 11% slower than those of 256, of 128 2 to 4%, of 512 within 1.5%, of 1024 up to 6%.
 #
-# Segments side by side, both walks, at (1, 2048, 5120), (1, 32768, 5120) and (1, 131072, 2048); first the number of
-# segments. "Lane" has one channel per lane with all its states; places are 660, 528 and 528, and 396 in the backward.
+# Segments side by side, both walks, and warps that take turns in time ("chained"), at (1, 2048, 5120), (1, 32768, 5120)
+# and (1, 131072, 2048); first the number of segments. "Lane" has one channel per lane with all its states; places are
+# 660, 528 and 528, and 396 in the backward.
 #
-#   forward   wide, 5 at once       1   0.192       1   2.994
+#   forward   chained, 1 ring           0.108           1.512           2.396
+#             the same, saving states   0.127           2.166           2.523
+#             wide, 5 at once       1   0.192       1   2.994
 #             wide, 5 at once       8   0.141       8   2.027      20   3.037
 #             wide, 5 at once      16   0.150      32   1.900      80   3.175
 #             lane, 4 at once      13   0.139      13   1.904      33   3.021

@@ -1,7 +1,8 @@
 """The CUDA sources of the selective scan compiled for the CPU, so that their logic is tested without a GPU.
 
-What is assembly in them is put in plain C++ here, and emulator.h has the rest of CUDA. fp32 only. Blocks run one after
-another and copies take no time: races are a matter of compute-sanitizer (tests/gpu), not of this.
+What is assembly in them is put in plain C++ here, and emulator.h has the rest of CUDA. fp32 only. Threads run from one
+barrier to the next in random order, so that one that is missing shows; but blocks run one after another and copies take
+no time: other races are a matter of compute-sanitizer (tests/gpu).
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 // run until a barrier. What is copied asynchronously is copied at once. See emulated.py.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __global__
@@ -71,6 +74,9 @@ static void launch_blocks(void (*fiber)(), int blocks, int threads, int shared_b
     block_memory = static_cast<char*>(memory);
     kernel_arguments = arguments;
     thread_count = threads;
+    std::vector<int> order(threads);
+    std::iota(order.begin(), order.end(), 0);
+    std::mt19937 random(0);
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
         memset(memory, 0xff, shared_bytes);  // NaN: what is read before it is written shows
         block_barrier = Barrier{};
@@ -87,8 +93,9 @@ static void launch_blocks(void (*fiber)(), int blocks, int threads, int shared_b
         }
         for (bool running = true; running;) {
             running = false;
-            for (current = 0; current < threads; ++current)
-                if (!finished[current]) {
+            std::shuffle(order.begin(), order.end(), random);  // so that a barrier that is missing shows
+            for (int thread : order)
+                if (current = thread; !finished[current]) {
                     running = true;
                     swapcontext(&scheduler, &fibers[current]);
                 }
