@@ -197,6 +197,10 @@ def main() -> None:
     parser.add_argument("--run", metavar="KIND-NUMBER", help="only this one; nothing is compared")
     parser.add_argument("--report", action="store_true", help="only compare what is in --out")
     args, overrides = parser.parse_known_args()
+    if min(args.ours, args.peers) < 2:
+        parser.error("--ours and --peers: two runs at least, whose difference is what the others are judged by")
+    if args.run and args.run.split("-")[0] not in KINDS:
+        parser.error(f"--run: {' or '.join(KINDS)} with a number, such as ours-0; got {args.run}")
     args.out.mkdir(parents=True, exist_ok=True)
     config = composed(overrides, args.steps)
     if args.run:

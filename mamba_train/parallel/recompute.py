@@ -18,8 +18,7 @@ def recompute_activations(model: MambaLM, policy: Recompute, device: torch.devic
 
     layer: only the inputs of a layer are kept. keep_scan: also what the scans return, which are the dearest to
     compute again. scan: all is kept but what the scans of Mamba-1 return and the Δ they read, which are the largest,
-    and the states of Mamba-2; in
-    the first `layers` layers, or in all.
+    and the states of Mamba-2; in the first `layers` layers, or in all.
     The names of parameters stay as they are.
     """
     if policy is Recompute.auto:
