@@ -2,7 +2,7 @@
 
 Composed of the same operators as the plain form, it saves passes over memory that autograd cannot: the gradients of
 z, of the convolution's input and of Δ are written as slices of one tensor, that of the projection's output, and those
-those of x, B and C as slices of another, where possible of the memory of x, B and C themselves.
+of x, B and C as slices of another, where possible of the memory of x, B and C themselves.
 
 With `recompute`, what SSD keeps for its backward besides its arguments, states above all, is computed again there.
 """

@@ -26,7 +26,7 @@ from mamba_train.config import (
 )
 from mamba_train.model.contract import rule_for
 from mamba_train.model.language_model import MambaLM, padded_vocab_size
-from mamba_train.parallel.sharded import layers_per_unit
+from mamba_train.parallel.sharded import layers_per_unit, shards
 from mamba_train.parallel.zero import LIVE_ELEMENTS, PREFETCHED_ELEMENTS, REDUCED_ELEMENTS
 
 MASTER_BYTES = 4  # fp32: weights, gradients, and each of AdamW's two moments
@@ -93,16 +93,16 @@ def _made_at_the_end(engine: EngineConfig, n_micro_batches: int) -> list[str]:
 def _fsdp(
     sizes: Sizes, engine: EngineConfig, world_size: int, value_bytes: int, n_micro_batches: int
 ) -> dict[str, float]:
-    shards = world_size // engine.replicas
+    n_shards = shards(engine, world_size)
     n_layers = (sizes.total - sizes.root) / sizes.layer
     in_unit = layers_per_unit(engine, round(n_layers), sizes.layer)
     unit_bytes = in_unit * (value_bytes * (sizes.layer - sizes.layer_fp32) + 4 * sizes.layer_fp32)
     # The unit at work, the next one on its way, and the buffer that it arrives in; or all of them.
     n_gathered = 3.0 if engine.reshard_after_forward is not False else 1 + n_layers / in_unit
     memory = {
-        "weights (fp32 masters, sharded)": MASTER_BYTES * sizes.total / shards,
-        SHARDED_GRADIENTS: MASTER_BYTES * sizes.total / shards,
-        "AdamW moments (2 x fp32, sharded)": 2 * MASTER_BYTES * sizes.total / shards,
+        "weights (fp32 masters, sharded)": MASTER_BYTES * sizes.total / n_shards,
+        SHARDED_GRADIENTS: MASTER_BYTES * sizes.total / n_shards,
+        "AdamW moments (2 x fp32, sharded)": 2 * MASTER_BYTES * sizes.total / n_shards,
         "gathered weights": 4 * sizes.root + n_gathered * unit_bytes,
         "gradients being summed over the ranks": 8.0 * max(sizes.root, in_unit * sizes.layer),
     }

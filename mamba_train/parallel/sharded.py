@@ -34,10 +34,7 @@ class ShardedEngine(NativeEngine):
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
-        if ranks.world_size % config.replicas:
-            raise ValueError(
-                f"engine.replicas={config.replicas}: expected a divisor of the number of processes ({ranks.world_size})"
-            )
+        shards(config, ranks.world_size)
         lone_group()
         self._mesh = _mesh(self.device.type, config.replicas, ranks.world_size)
 
@@ -130,6 +127,15 @@ class ShardedEngine(NativeEngine):
 
     def _is_first_replica(self) -> bool:
         return self._mesh.ndim == 1 or self._mesh.get_local_rank("replica") == 0
+
+
+def shards(config: EngineConfig, world_size: int) -> int:
+    """Over how many ranks a model is cut; raises ValueError where they cannot form `engine.replicas` groups."""
+    if world_size % config.replicas:
+        raise ValueError(
+            f"engine.replicas={config.replicas}: expected a divisor of the number of processes ({world_size})"
+        )
+    return world_size // config.replicas
 
 
 def layers_per_unit(config: EngineConfig, n_layer: int, layer_parameters: int) -> int:

@@ -108,3 +108,16 @@ def test_gathered_weights_stay_where_there_is_room_beside_the_layers_that_are_ke
         asked = resolve_auto(compose_config([*two_gpus, "engine.reshard_after_forward=true"]), ranks, lines.append)
         assert asked.reshard_after_forward is True
     assert [line for line in lines if "gathered weights stay" in line] == 2 * [lines[0]]
+
+
+@pytest.mark.parametrize("recompute", ["none", "auto"])
+def test_replicas_that_cannot_be_are_refused_before_memory_is_estimated(
+    monkeypatch: pytest.MonkeyPatch, recompute: str
+) -> None:
+    ranks = join()
+    monkeypatch.setattr(ranks, "world_size", 2)
+    monkeypatch.setattr(ranks, "first", lambda work: work())
+    monkeypatch.setattr(auto, "_device_bytes", lambda config: 80 * GIB)
+    config = compose_config(["engine=fsdp", "engine.replicas=4", f"engine.recompute={recompute}", "model=mamba_130m"])
+    with pytest.raises(ValueError, match=r"engine\.replicas=4: expected a divisor of the number of processes \(2\)"):
+        resolve_auto(config, ranks, print)

@@ -1,8 +1,9 @@
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
 from mamba_train.model.language_model import resolve_model_config
@@ -96,6 +97,14 @@ def test_an_engine_casts_once_in_a_step_and_never_computes_with_an_old_copy(monk
 
 
 def test_gradients_are_added_in_one_launch_and_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[int] = []  # how many gradients each adds to
+    add = torch._foreach_add_
+
+    def counted(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        launches.append(len(tensors))
+        add(tensors, others)
+
+    monkeypatch.setattr(torch, "_foreach_add_", counted)
     found = []
     for at_once in (True, False):
         engine = NativeEngine(EngineConfig(device=DeviceKind.cpu, precision=Precision.bf16), join())
@@ -116,6 +125,8 @@ def test_gradients_are_added_in_one_launch_and_stay_where_they_are(monkeypatch: 
             assert all(torch.equal(a, b) for a, b in zip(before, places[0], strict=True))
         found.append([p.grad for p in engine.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert engine._casts is not None
+    assert launches == 2 * [len(found[0]) - len(engine._casts.linears)]  # in the second and third micro-batch
 
 
 def test_an_ssm_computes_the_same_with_what_it_is_given() -> None:
