@@ -16,13 +16,18 @@ from mamba_train.parallel.engine import Engine
 from mamba_train.ranks import Ranks
 
 DRAWING_THREADS = 8
+# Elements of a parameter that is worth a thread. Smaller ones are drawn before, one by one: they take no time, and
+# logarithms are among them. Several threads whose first logarithm it is get one of few digits from MKL now and then
+# (log 3 = 1.09858).
+LEAST_IN_A_THREAD = 2**20
 
 
 def draw_pieces(pieces: Mapping[str, Piece], config: ModelConfig, seed: int) -> None:
     """Fill parts of parameters with their initial values: each parameter is drawn whole, then cut.
 
-    Several at once, as one thread draws a billion numbers in some ten seconds; but no more of them than are as large as
-    the largest one. So no rank ever holds more than its part and what one whole parameter needs (contract C2).
+    Several large ones at once, as one thread draws a billion numbers in some ten seconds; but no more of them than are
+    as large as the largest one. So no rank ever holds more than its part and what one whole parameter needs (contract
+    C2).
     """
     sizes = {name: math.prod(piece.shape) for name, piece in pieces.items()}
     free = max(sizes.values())
@@ -42,8 +47,11 @@ def draw_pieces(pieces: Mapping[str, Piece], config: ModelConfig, seed: int) -> 
                 free += sizes[name]
                 changed.notify_all()
 
+    for name in pieces:
+        if sizes[name] < LEAST_IN_A_THREAD:
+            fill(name)
     with ThreadPoolExecutor(min(DRAWING_THREADS, os.cpu_count() or 1)) as threads:
-        list(threads.map(fill, pieces))
+        list(threads.map(fill, [name for name in pieces if sizes[name] >= LEAST_IN_A_THREAD]))
 
 
 def check_drawable(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mamba_train.checkpoint.pieces import Piece
+from mamba_train.composition import compose_config
 from mamba_train.config import ModelConfig
 from mamba_train.model.initialise import draw
 from mamba_train.model.language_model import MambaLM, resolve_model_config
@@ -25,6 +26,7 @@ def empty_pieces() -> dict[str, Piece]:
 
 def test_no_more_is_drawn_at_once_than_the_largest_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     lock, live, most, together = threading.Lock(), 0, 0, 0
+    monkeypatch.setattr(state, "LEAST_IN_A_THREAD", 300)
 
     def watched(name: str, shape: torch.Size, *rest: Any) -> Tensor:
         nonlocal live, most, together
@@ -48,10 +50,31 @@ def test_no_more_is_drawn_at_once_than_the_largest_parameter(monkeypatch: pytest
         assert torch.equal(piece.values, draw(name, torch.Size(piece.shape), MODEL, 3).view(-1)), name
 
 
+@pytest.mark.parametrize("size", ["mamba_tiny", "mamba_1.4b", "mamba_2.8b", "mamba2_tiny", "mamba2_2.7b"])
+def test_logarithms_are_not_drawn_in_threads(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads whose first logarithm it is get one of few digits from MKL, once in some hundred processes."""
+    config = resolve_model_config(compose_config([f"model={size}", "model.n_layer=1"]).model, 50277)
+    with torch.device("meta"):
+        model = MambaLM(config)
+    pieces = {name: Piece.whole(parameter.data) for name, parameter in model.named_parameters()}
+    here: dict[str, bool] = {}
+
+    def watched(name: str, shape: torch.Size, *rest: Any) -> Tensor:
+        here[name] = threading.current_thread() is threading.main_thread()
+        return torch.empty(shape, device="meta")
+
+    monkeypatch.setattr(state, "draw", watched)
+    state.draw_pieces(pieces, config, seed=0)
+    assert here.keys() == pieces.keys()
+    assert all(alone for name, alone in here.items() if name.endswith(("A_log", "dt_bias")))
+    assert not here["embedding.weight"]
+
+
 def test_what_a_thread_raises_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Tensor:
         raise MemoryError("no room for a parameter")
 
     monkeypatch.setattr(state, "draw", refuse)
+    monkeypatch.setattr(state, "LEAST_IN_A_THREAD", 1)
     with pytest.raises(MemoryError, match="no room"):
         state.draw_pieces(empty_pieces(), MODEL, seed=0)
