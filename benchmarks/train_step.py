@@ -18,7 +18,9 @@ import argparse
 import gc
 import itertools
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -87,14 +89,23 @@ def measure(name: str, step: Step, run: Run, flops: float, peak: float, kernels:
     return median
 
 
-def attempt(name: str, make: Step | None, run: Run, flops: float, peak: float, kernels: bool) -> float | None:
-    """`measure`, or a line that says that memory ran out."""
+def attempt(name: str, make: Callable[[], Step], run: Run, flops: float, peak: float, kernels: bool) -> float | None:
+    """`measure` what `make` returns, or a line that says that memory ran out, be it while that was made."""
     try:
-        assert make is not None
-        return measure(name, make, run, flops, peak, kernels)
+        return measure(name, make(), run, flops, peak, kernels)
     except torch.OutOfMemoryError:
         print(f"  {name:15s} {run.rows:3d} out of memory", end="", flush=True)
         return None
+    finally:
+        clean()
+
+
+def warmed_up_peer(config: ModelConfig, rows: int, length: int) -> Step:
+    """It looks for launch shapes at its first step, which takes memory of its own: half as many sequences."""
+    step = peer(config)
+    step(Run(max(1, rows // 2), 1, length, 1).batches())
+    clean()
+    return step
 
 
 def matrix_flops(config: ModelConfig, length: int) -> float:
@@ -126,23 +137,16 @@ def table(name: str, arguments: argparse.Namespace, peak: float) -> None:
             label = f"ours {settings.recompute}"
             if settings.recompute_layers:
                 label += f" {settings.recompute_layers}/{config.n_layer}"
-            step = ours(config, settings)
-            found = attempt(label, step, run(rows), flops, peak, arguments.kernels is not None)
+            make = partial(ours, config, settings)
+            found = attempt(label, make, run(rows), flops, peak, arguments.kernels is not None)
             best_of_ours = max(best_of_ours, found or 0.0)
-            del step
-            clean()
             print(flush=True)
     if arguments.no_peer:
         return
     for rows in arguments.micro_batches or [BEST[name], 3 * BEST[name] // 4]:
-        step = peer(config)
-        # It looks for launch shapes at the first, which takes memory of its own.
-        step(Run(max(1, rows // 2), 1, arguments.length, 1).batches())
-        clean()
-        found = attempt("mamba_ssm", step, run(rows), flops, peak, arguments.kernels == "both")
-        del step
-        clean()
-        print(f"; our best is {best_of_ours / found:.2f} times that" if found else "", flush=True)
+        make = partial(warmed_up_peer, config, rows, arguments.length)
+        found = attempt("mamba_ssm", make, run(rows), flops, peak, arguments.kernels == "both")
+        print(f"; our best is {best_of_ours / found:.2f} times that" if found and best_of_ours else "", flush=True)
         if found and not arguments.micro_batches:
             break
 

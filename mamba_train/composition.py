@@ -9,8 +9,10 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import hydra
 import yaml
@@ -140,14 +142,21 @@ def explain(error: Exception) -> str:
         key = _full_key(text) or match.group(1)
         return f"{key}: there is no such key{_nearest(key, known_keys())}; see --help"
     if match := re.search(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", text):
-        return f"{_full_key(text)}={match.group(1)}: expected {_type_name(match.group(2))}"
+        return f"{_full_key(text)}={match.group(1)}: expected {_type_name(match.group(2))}{_or_null(text)}"
     if match := re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\]", text):
         choices = match.group(2).split(", ")
         return (
-            f"{_full_key(text)}={match.group(1)}: expected one of {_list(choices)}{_nearest(match.group(1), choices)}"
+            f"{_full_key(text)}={match.group(1)}: expected one of {_list(choices)}{_or_null(text)}"
+            f"{_nearest(match.group(1), choices)}"
         )
     if match := re.search(r"Value '(.*?)' is not a valid bool", text):
-        return f"{_full_key(text)}={match.group(1)}: expected true or false"
+        return f"{_full_key(text)}={match.group(1)}: expected true or false{_or_null(text)}"
+    if match := re.search(r"Cannot convert '\w+' to string: '(.*?)'\n", text):
+        return f"{_full_key(text)}={match.group(1)}: expected text{_or_null(text)}"
+    if match := re.search(r"merging override \S+?=(.*)\n.* is not a ListConfig, list or tuple", text):
+        return f"{_full_key(text)}={match.group(1)}: expected a list such as [A,B]; an empty one is []"
+    if re.search(r"Cannot assign \w+ to Dict", text):
+        return f"{_full_key(text)}: names are added one by one, as +{_full_key(text)}.NAME=VALUE; see --help"
     if match := re.search(r"field '([\w.]+)' is not Optional", text):
         return f"{_full_key(text)}=null: a value is needed here"
     if re.search("Config group override must be a string", text):
@@ -203,6 +212,14 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _full_key(text: str) -> str | None:
     match = re.search(r"full_key: (\S+)", text)
     return match.group(1) if match else None
+
+
+def _or_null(text: str) -> str:
+    """`, or null` when the key that an error is about may be null."""
+    kind: Any = Config
+    for part in (_full_key(text) or "").split("."):
+        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
+    return ", or null" if NoneType in get_args(kind) else ""
 
 
 def _list(names: Iterable[str]) -> str:

@@ -227,13 +227,13 @@ def _engine(config: Config) -> Iterable[Problem]:
         if engine.recompute is not Recompute.scan:
             yield "engine.recompute_layers", engine.recompute_layers, "expected null without engine.recompute=scan"
         elif engine.recompute_layers < 0:
-            yield "engine.recompute_layers", engine.recompute_layers, "expected at least 0"
+            yield "engine.recompute_layers", engine.recompute_layers, "expected null or 0 or more"
     if engine.replicas != 1 and engine.name is not EngineKind.fsdp:
         yield "engine.replicas", engine.replicas, f"expected 1 with engine={engine.name}; engine=fsdp has replicas"
     may_be_fsdp = engine.name in (EngineKind.fsdp, EngineKind.auto)
     if may_be_fsdp and engine.recompute is Recompute.keep_scan and engine.reshard_after_forward is False:
         # torch counts the operations of the forward pass, and a pass that finds its weights gathered has fewer.
-        problem = "expected true with engine.recompute=keep_scan, or engine.recompute=layer"
+        problem = "expected null or true with engine.recompute=keep_scan, or engine.recompute=layer"
         yield "engine.reshard_after_forward", engine.reshard_after_forward, problem
     world_size = launch().world_size
     if world_size > 1 and config.training.global_batch_size % (config.training.micro_batch_size * world_size):

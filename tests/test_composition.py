@@ -1,0 +1,45 @@
+"""What a value of the wrong kind is told, without a process for each."""
+
+import re
+
+import pytest
+
+from mamba_train.composition import compose_config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("engine.reshard_after_forward", "maybe", "true or false, or null"),
+        ("model.dt_rank", "wide", "a whole number, or null"),
+        ("watchdog.data_seconds", "long", "a number, or null"),
+        ("data.task", "copying", "one of induction_heads, selective_copying, mqar, or null"),
+        ("data.path", "[1, 2]", "text, or null"),
+        ("engine.compile", "maybe", "true or false"),
+        ("training.total_steps", "1.5", "a whole number"),
+        ("schedule.kind", "flat", "one of constant, cosine, wsd"),
+        ("seed", "x", "a whole number"),
+    ],
+)
+def test_null_is_offered_where_it_is_taken_and_nowhere_else(key: str, value: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{key}={value}: expected {expected}')}$"):
+        compose_config([f"{key}={value}"])
+    if expected.endswith("or null"):
+        compose_config([f"{key}=null"])
+    else:
+        with pytest.raises(ValueError, match="null: a value is needed here"):
+            compose_config([f"{key}=null"])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run_dir=[1, 2]", "run_dir=[1, 2]: expected text"),
+        ("evaluation.tasks=lambada", "evaluation.tasks=lambada: expected a list such as [A,B]; an empty one is []"),
+        ("logging.profile_steps=[5,x]", "logging.profile_steps[1]=x: expected a whole number"),
+        ("data.sources=a", "data.sources: names are added one by one, as +data.sources.NAME=VALUE; see --help"),
+    ],
+)
+def test_a_list_or_names_where_there_are_none_and_the_other_way(override: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        compose_config([override])
