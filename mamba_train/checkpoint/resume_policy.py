@@ -10,6 +10,8 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
+from mamba_train.config import EngineKind
+
 
 class Action(StrEnum):
     """What happens when a key has another value than in the checkpoint."""
@@ -26,6 +28,7 @@ class Rule:
     pattern: str
     action: Action
     reason: str
+    engine: EngineKind | None = None  # the only one that reads the key; None: all do
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,19 @@ RULES: tuple[Rule, ...] = (
     Rule("data.hub_*", Action.allow, _SAME_TOKENS),
     Rule("optim.*", Action.warn, _OTHER_OPTIMISER),
     Rule("schedule.*", Action.warn, _OTHER_SCHEDULE),
-    Rule("engine.*", Action.warn, _OTHER_ARITHMETIC),
+    Rule("engine.name", Action.warn, _OTHER_ARITHMETIC),
+    Rule("engine.device", Action.warn, _OTHER_ARITHMETIC),
+    Rule("engine.precision", Action.warn, _OTHER_ARITHMETIC),
+    Rule("engine.compile", Action.warn, _OTHER_ARITHMETIC),
+    Rule("engine.cuda_graphs", Action.warn, _OTHER_ARITHMETIC),
+    Rule("engine.recompute*", Action.warn, _OTHER_ARITHMETIC),
+    Rule("engine.reduce_precision", Action.warn, _OTHER_ARITHMETIC),
+    Rule("engine.zero_stage", Action.warn, _OTHER_ARITHMETIC, EngineKind.deepspeed),
+    Rule("engine.replicas", Action.warn, _OTHER_ARITHMETIC, EngineKind.fsdp),
+    Rule("engine.reshard_after_forward", Action.warn, _OTHER_ARITHMETIC, EngineKind.fsdp),
+    Rule("engine.reduce_each_micro_batch", Action.warn, _OTHER_ARITHMETIC, EngineKind.fsdp),
+    Rule("engine.layer_grad_norms", Action.allow, "does not touch the training"),
+    Rule("engine.kernel_cache", Action.allow, "does not touch the training"),
     Rule("logging.*", Action.allow, "does not touch the training"),
     Rule("checkpoint.*", Action.allow, "does not touch the training"),
     Rule("training.total_steps", Action.warn, _OTHER_SCHEDULE),
@@ -118,7 +133,10 @@ RULES: tuple[Rule, ...] = (
 
 def table() -> list[tuple[str, str, str]]:
     """Rows (key pattern, action, reason) of the table, for the documentation."""
-    return [(rule.pattern, rule.action.value, rule.reason) for rule in RULES]
+    return [
+        (rule.pattern, rule.action.value, rule.reason + (f" (engine={rule.engine} only)" if rule.engine else ""))
+        for rule in RULES
+    ]
 
 
 def rules_for(key: str) -> list[Rule]:
@@ -139,7 +157,8 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def compare(old_config: Mapping[str, Any], new_config: Mapping[str, Any]) -> list[Change]:
     """Every difference between a checkpoint's config and the one of this start, in the order of the keys.
 
-    Both are nested dicts of plain values; enums and tuples count as what JSON makes of them.
+    Both are nested dicts of plain values; enums and tuples count as what JSON makes of them. What neither engine reads
+    may change.
     """
     old, new = (_leaves(json.loads(json.dumps(config))) for config in (old_config, new_config))
     changes = []
@@ -147,7 +166,8 @@ def compare(old_config: Mapping[str, Any], new_config: Mapping[str, Any]) -> lis
         before, after = old.get(key, ABSENT), new.get(key, ABSENT)
         if before != after:
             rule = next(iter(rules_for(key)), Rule(key, Action.refuse, _UNLISTED))
-            changes.append(Change(key, before, after, rule.action, rule.reason))
+            is_read = rule.engine is None or rule.engine in (old.get("engine.name"), new.get("engine.name"))
+            changes.append(Change(key, before, after, rule.action if is_read else Action.allow, rule.reason))
     return changes
 
 

@@ -70,6 +70,26 @@ def test_actions(key, action):
     assert (change.key, change.old, change.new, change.action.value) == (key, 1, 2, action)
 
 
+@pytest.mark.parametrize(
+    ("key", "reader"),
+    [
+        ("reshard_after_forward", "fsdp"),
+        ("reduce_each_micro_batch", "fsdp"),
+        ("replicas", "fsdp"),
+        ("zero_stage", "deepspeed"),
+        ("kernel_cache", None),
+        ("layer_grad_norms", None),
+    ],
+)
+def test_what_the_engine_does_not_read_is_no_news(key, reader):
+    engines = ["single", "ddp", "fsdp", "deepspeed"]
+    for before in engines:
+        for after in engines:
+            changes = compare({"engine": {"name": before, key: 1}}, {"engine": {"name": after, key: 2}})
+            [of_key] = [change for change in changes if change.key == f"engine.{key}"]
+            assert (of_key.action is Action.warn) == (reader in (before, after))
+
+
 class _Kind(enum.StrEnum):
     cosine = "cosine"
 
