@@ -21,7 +21,7 @@ from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.parallel.cast_once import CastOnce
 from mamba_train.parallel.engine import Item, Judge, StepResult, accumulate, only_finite
 from mamba_train.parallel.graphed import Arguments, GraphedPasses, GraphedUpdate, Variant
-from mamba_train.parallel.optimizer import fused_adamw, local_part, make_optimizer
+from mamba_train.parallel.optimizer import COPY_INTO, forbid_replacing, fused_adamw, local_part, make_optimizer
 from mamba_train.parallel.recompute import recompute_activations
 from mamba_train.parallel.state import check_drawable, draw_pieces, norms_by_layer
 from mamba_train.ranks import Ranks
@@ -59,6 +59,9 @@ class NativeEngine:
         self._bare_model = model
         self._parameters = dict(model.named_parameters())
         self._optimizer = make_optimizer(self._parameters, optim)
+        self._in_place = [p for p in self._parameters.values() if not hasattr(p, "to_local")]  # FSDP2 sees to its parts
+        self._addresses: list[int] = []
+        forbid_replacing(model, self._optimizer)
         draw_pieces(self.pieces().model, model_config, seed)
         self._casts: CastOnce | None = None
         if self.casts_once and self.compute_dtype is not torch.float32 and not self.config.compile:
@@ -136,6 +139,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def step(self, lr: float, judge: Judge | None = None) -> StepResult:
+        self._check_addresses()
         gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
         # Squares of fp32 norms can leave the range of fp32. Ranks that have the same part share it.
         square = torch.nn.utils.get_total_norm(gradients).double().square() / self._same_gradients()
@@ -153,6 +157,13 @@ class NativeEngine:
         if self._graphed is not None:
             self._graphed.may_record = True  # every kind of micro-batch has been there
         return StepResult(judgement.grad_norm, judgement.skip, by_layer)
+
+    def _check_addresses(self) -> None:
+        """Raise RuntimeError when a weight has moved since the first step: what it was would be updated."""
+        addresses = [parameter.data_ptr() for parameter in self._in_place]
+        if self._addresses and self._addresses != addresses:
+            raise RuntimeError("weights have moved since the first step; " + COPY_INTO)
+        self._addresses = addresses
 
     @torch.no_grad()
     def _update(self) -> None:

@@ -9,6 +9,22 @@ from kernels.adamw import FusedAdamW, Parameter, unsupported
 from mamba_train.config import OptimConfig
 from mamba_train.model.contract import decay_split
 
+COPY_INTO = "recorded steps and the update in one launch know where they are: copy into them instead, as `Pieces` do"
+
+
+def forbid_replacing(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Have what would put other tensors in the place of weights or moments raise RuntimeError."""
+
+    def assign(_module: nn.Module, _state: object, _prefix: str, metadata: dict[str, object], *_: object) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise RuntimeError("load_state_dict(assign=True) would replace weights; " + COPY_INTO)
+
+    def load(*_: object) -> None:
+        raise RuntimeError("load_state_dict would replace the moments; " + COPY_INTO)
+
+    model.register_load_state_dict_pre_hook(assign)
+    optimizer.register_load_state_dict_pre_hook(load)
+
 
 def make_optimizer(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101, algorithm 2) with the decay groups of the contract and a state of zeros."""

@@ -66,3 +66,30 @@ def test_the_update_in_one_launch_is_that_of_torch(
     for mine, theirs in zip(ours, parts, strict=True):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("kind", [NativeEngine, ShardedEngine])
+def test_weights_and_moments_cannot_be_replaced(kind: type[NativeEngine]) -> None:
+    """`FusedAdamW` would go on with those that were there."""
+    engine = kind(EngineConfig(device=DeviceKind.cpu), join())
+    engine.prepare(MODEL, OPTIM, seed=0)
+    with pytest.raises(RuntimeError, match=r"would replace the moments; .* copy into them"):
+        engine._optimizer.load_state_dict(engine._optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=r"assign=True\) would replace weights; .* copy into them"):
+        engine.model.load_state_dict(engine.model.state_dict(), assign=True)
+    engine.model.load_state_dict(engine.model.state_dict())  # copies
+
+
+def test_a_step_with_weights_that_have_moved_is_refused() -> None:
+    engine = NativeEngine(EngineConfig(device=DeviceKind.cpu), join())
+    engine.prepare(MODEL, OPTIM, seed=0)
+    tokens = torch.arange(26).reshape(2, 13)
+    for _ in range(2):
+        engine.accumulate(tokens[:, :-1], tokens[:, 1:], None, torch.tensor(24.0))
+        engine.step(1e-2)
+    before = [parameter.data for parameter in engine.model.parameters()]  # nothing else gets this memory
+    engine.model.double().float()
+    engine.accumulate(tokens[:, :-1], tokens[:, 1:], None, torch.tensor(24.0))
+    with pytest.raises(RuntimeError, match="weights have moved since the first step"):
+        engine.step(1e-2)
+    assert len(before) > 10
