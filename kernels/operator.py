@@ -5,8 +5,8 @@ Small models are bound by the host: a forward and backward through an operator r
 and that defaults are filled in. The operators of this package return new tensors and have no defaults.
 
 Called by itself, and not by its name in `torch.ops`, an operator does not go through PyTorch's dispatcher either,
-unless somebody there wants to see the call: a compiler, a mode, a subclass of Tensor, a functional transform; or unless
-tensors have no values (device meta), whose shapes the dispatcher finds.
+unless somebody there wants to see the call: a compiler, a mode, a subclass of Tensor, a functional transform, the
+profiler; or unless tensors have no values (device meta), whose shapes the dispatcher finds.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def _is_watched() -> bool:
         or c._len_torch_function_stack()
         or c._are_functorch_transforms_active()
         or c._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,8 +101,16 @@ def of_a_subclass(call: Callable[[Tensor], object]) -> None:
     call(torch.ones(3).as_subclass(Special))
 
 
+def profiled(call: Callable[[Tensor], object]) -> None:
+    with profile():
+        call(torch.ones(3))
+
+
+WATCHING = [in_a_dispatch_mode, in_a_function_mode, in_a_transform, traced, profiled, of_a_subclass]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("watched", [in_a_dispatch_mode, in_a_function_mode, in_a_transform, traced, of_a_subclass])
+@pytest.mark.parametrize("watched", WATCHING)
 def test_who_watches_sees_the_operator(
     op: Operator, watched: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
