@@ -109,9 +109,9 @@ def _kernels(engine: "Engine", say: Callable[[str], None], problems: list[str]) 
     """Every rank tests its own device; rank 0 shows its figures, any rank's failure counts."""
     from mamba_train.monitor.self_test import run_self_tests
 
-    say(f"{'operator':<22} {'computed by':<44} {'largest error':>13}")
+    say(f"{'operator':<24} {'computed by':<44} {'largest error':>13}")
     for test in run_self_tests(engine.device, engine.compute_dtype):
-        say(f"{test.operator:<22} {test.kernel:<44} {test.error:>13.1e}  {'ok' if test.passed else 'WRONG'}")
+        say(f"{test.operator:<24} {test.kernel:<44} {test.error:>13.1e}  {'ok' if test.passed else 'WRONG'}")
         if not test.passed:
             problems.append(f"{test.operator} is wrong on {engine.device} of rank {engine.rank} ({test.worst})")
 

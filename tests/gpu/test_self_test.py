@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mamba_train.monitor.self_test import run_self_tests
+from mamba_train.monitor.self_test import SCAN_SHAPES, run_self_tests
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,8 +15,9 @@ pytestmark = [
 def test_every_operator_is_right_and_the_fast_ones_run(dtype: torch.dtype) -> None:
     found = {test.operator: test for test in run_self_tests(torch.device("cuda", 0), dtype)}
     for test in found.values():
-        print(f"{test.operator:<22} {test.kernel:<40} {test.error:.1e} ({test.worst})")
+        print(f"{test.operator:<24} {test.kernel:<40} {test.error:.1e} ({test.worst})")
     assert all(test.passed for test in found.values())
-    assert found["selective_scan"].kernel == "CUDA C++"
+    for operator in ("selective_scan", *SCAN_SHAPES):
+        assert found[operator].kernel == "CUDA C++"
     for operator in ("ssd", "linear_cross_entropy", "causal_conv1d_step", "selective_scan_step"):
         assert found[operator].kernel == "Triton"
