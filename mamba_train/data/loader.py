@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ class BatchLoader:
         options: dict[str, Any] = {}
         if self._workers:
             # Not a fork: it would inherit the locks of other threads, the lock of the run folder and the GPU.
-            context = multiprocessing.get_context("spawn")
+            context = _SpawnContext()
             watched, self._alive = context.Pipe(duplex=False)
             options = {
                 "multiprocessing_context": context,
@@ -184,6 +185,26 @@ class BatchLoader:
         if isinstance(item, ReadError):
             raise item
         return item
+
+
+class _SpawnContext(SpawnContext):
+    """For the DataLoader, whose one event tells its workers that it is over, and which they look at for every item."""
+
+    def Event(self) -> Any:
+        return _Flag(self)
+
+
+class _Flag:
+    """An `Event` without a lock: a worker that is killed while it looks would hold that for ever, also at `close`."""
+
+    def __init__(self, context: SpawnContext) -> None:
+        self._value = context.RawValue("b", 0)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
 
 
 @contextmanager

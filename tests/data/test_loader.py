@@ -146,6 +146,17 @@ def test_a_worker_that_hangs_does_not_keep_the_process(make_corpus: MakeCorpus, 
     assert all(is_gone(pid) for pid in workers)
 
 
+def test_a_worker_that_is_killed_with_a_lock_is_noticed(make_corpus: MakeCorpus) -> None:
+    process, workers = start("killed", make_corpus([numbered(1, 20, 24)]).folder)
+    try:
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert "a process that loads data has died" in printed
+    assert all(is_gone(pid) for pid in workers)
+
+
 def test_workers_do_not_outlive_a_process_that_is_killed(make_corpus: MakeCorpus) -> None:
     process, workers = start("wait", make_corpus([numbered(1, 20, 24)]).folder)
     assert not any(is_gone(pid) for pid in workers)
