@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from mamba_train.checkpoint.pieces import Piece, Pieces
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
-from mamba_train.model.initialise import initialise_
 from mamba_train.model.language_model import MambaLM
 from mamba_train.model.observe import ScanArguments, observe_scans
 from mamba_train.model.projection import Projection
@@ -57,15 +56,15 @@ class ZeroEngine:
             # taken, and weights that began as bf16 stay rounded. Without one the config decides, which says fp32.
             with self._deepspeed.zero.Init(config_dict_or_path=settings):
                 model = MambaLM(model_config)
-            check_drawable(model)
-            draw_pieces({name: self._stage_3_piece(p) for name, p in model.named_parameters()}, model_config, seed)
             if model.lm_head is None:  # the root uses a weight of one of its modules
                 self._deepspeed.zero.register_external_parameter(model, model.embedding.weight)
         else:
             with torch.device("meta"):
                 model = MambaLM(model_config)
             model.to_empty(device=self.device)
-            initialise_(model, model_config, seed)
+        check_drawable(model)
+        piece_of = self._stage_3_piece if self.config.zero_stage == 3 else Piece.whole
+        draw_pieces({name: piece_of(p) for name, p in model.named_parameters()}, model_config, seed)
         recompute_activations(model, self.config.recompute, self.device, self.config.recompute_layers)
         self.model_config = model_config
         self._parameters = dict(model.named_parameters())
