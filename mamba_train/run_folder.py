@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from omegaconf import DictConfig, OmegaConf
+
 CONFIG = "config.yaml"  # the composed config
 SUMMARY = "summary.json"  # what the commands need to know: see `write_summary`
 BASELINE = "baseline.json"  # the bigram model on the same tokens
@@ -88,7 +90,29 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     path = run_dir / SUMMARY
     if not path.is_file():
         raise ValueError(f"{run_dir}: not the folder of a run (there is no {SUMMARY}); give a run_dir of train.py")
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(summary, dict) or "data_folder" not in summary:
+    summary = read_json(path)
+    if "data_folder" not in summary:
         raise ValueError(f"{path}: not what train.py writes; run train.py again to renew it")
     return summary
+
+
+def read_config(path: Path) -> DictConfig:
+    """A config.yaml as train.py writes it; raises ValueError, which names the file, for anything else."""
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # OmegaConf lets the errors of its YAML parser through
+        raise ValueError(f"{path} is not a valid config ({' '.join(str(error).split())})") from None
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path} is not a valid config (it has no keys)")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ValueError, which names the file, for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); remove it or write it anew") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object, found {type(content).__name__}")
+    return content

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mamba_train.run_folder import BASELINE, CONFIG, read_summary
+from mamba_train.run_folder import BASELINE, CONFIG, read_config, read_json, read_summary
 
 # Counting the pairs of more training tokens than this would take longer than anyone waits for a report.
 MAX_BASELINE_TOKENS = 50_000_000
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from mamba_train.monitor.report import write_report  # --help need not wait for matplotlib
 
     for run_dir in args.runs:
-        problem = ensure_baseline(run_dir)
+        problem = ensure_baseline(run_dir) if run_dir.is_dir() else None  # one that is not there is named below
         if problem:
             print(f"no bigram baseline for {run_dir}: {problem}")
     report = write_report(args.runs, args.output)
@@ -50,7 +50,6 @@ def ensure_baseline(run_dir: Path) -> str | None:
     if not (run_dir / CONFIG).exists():
         return f"there is no {CONFIG}"
     import numpy as np
-    from omegaconf import OmegaConf
 
     from mamba_train.data.batches import WindowForm
     from mamba_train.data.corpus import Corpus
@@ -60,7 +59,7 @@ def ensure_baseline(run_dir: Path) -> str | None:
     from mamba_train.data.validation import validation_sets
     from mamba_train.evaluation.bigram import bigram_score
 
-    config, summary = OmegaConf.load(run_dir / CONFIG), read_summary(run_dir)
+    config, summary = read_config(run_dir / CONFIG), read_summary(run_dir)
     if config.data.source == "stream":
         return "the run tokenised its text while it read it: there are no tokens to fit the bigram model to"
     if config.data.get("task"):
@@ -83,7 +82,7 @@ def ensure_baseline(run_dir: Path) -> str | None:
     path = run_dir / BASELINE
     fingerprints = [corpus.fingerprint, *(domain.fingerprint for domain in data.validation.values())]
     scored_on = {"data": fingerprints, "sequence_length": length, "validation_sequences": n_sequences}
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("scored_on") == scored_on:
+    if path.exists() and read_json(path).get("scored_on") == scored_on:
         return None
     domains = validation_sets(data.validation, WindowForm(length, with_boundaries=False), n_sequences)
     windows = np.concatenate([batch.tokens.numpy() for domain in domains for batch in domain.batches(1)])

@@ -7,7 +7,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from mamba_train.config import LoggingConfig
-from mamba_train.run_folder import CONFIG
+from mamba_train.run_folder import CONFIG, read_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
 
     for run_dir in args.runs:
         run_id = wandb_run_id(run_dir)
-        config = OmegaConf.load(run_dir / CONFIG)
+        config = read_config(run_dir / CONFIG)
         logging = cast(LoggingConfig, OmegaConf.merge(LoggingConfig, config.logging))
         shown = cast(dict[str, Any], OmegaConf.to_container(config))
         n_records, address = upload(run_dir, logging, shown, run_id)

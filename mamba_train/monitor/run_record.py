@@ -1,6 +1,5 @@
 """What a run left in its folder, read back for a report."""
 
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from omegaconf import OmegaConf
 
 from mamba_train.monitor.jsonl import read_metrics
 from mamba_train.monitor.redact import redact_credentials
-from mamba_train.run_folder import EVALUATION, SAMPLES
+from mamba_train.run_folder import EVALUATION, SAMPLES, read_config, read_json
 
 Series = tuple[list[int], list[float]]
 
@@ -113,22 +112,10 @@ def load_runs(paths: list[Path]) -> list[RunRecord]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); remove it or write it anew") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object, found {type(content).__name__}")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # OmegaConf lets the errors of its YAML parser through
-        raise ValueError(f"{path} is not a valid config ({' '.join(str(error).split())})") from None
-    return redact_credentials({str(key): value for key, value in content.items()}) if isinstance(content, dict) else {}
+    content = OmegaConf.to_container(read_config(path)) if path.is_file() else {}
+    assert isinstance(content, dict)
+    return redact_credentials({str(key): value for key, value in content.items()})

@@ -40,13 +40,24 @@ def test_prints_both_bits_per_byte_and_where_the_files_are(
     assert not (run_dir / "report.html").exists()
 
 
-def test_user_mistakes_are_value_errors(run_dir: Path, tmp_path: Path) -> None:
+def test_user_mistakes_are_value_errors(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"no run at .*nowhere; expected the folder of a run"):
         call(str(tmp_path / "nowhere"))
+    assert not capsys.readouterr().out
     with pytest.raises(ValueError, match=r"has no metrics\.jsonl"):
         call(str(run_dir), str(tmp_path))
     with pytest.raises(ValueError, match=r"--output .* is a file"):
         call(str(run_dir), "--output", str(run_dir / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+def test_a_file_that_cannot_be_read_is_named(run_dir: Path, name: str) -> None:
+    (run_dir / "config.yaml").write_text("data: {source: local}\n")
+    (run_dir / "summary.json").write_text('{"data_folder": "/no/such"}\n')
+    call(str(run_dir))
+    (run_dir / name).write_text("garbage: [")
+    with pytest.raises(ValueError, match=rf"run/{name} is not (a )?valid (config|JSON)"):
+        call(str(run_dir))
 
 
 def test_reporting_does_not_import_torch_or_wandb(run_dir: Path) -> None:
