@@ -44,17 +44,20 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Report
     """Read the runs and write report.png and report.html.
 
     output: folder for both files; by default the run's own folder, or ./report for several runs.
-    Raises ValueError when a run is missing, has no metrics or a broken file.
+    Raises ValueError when a run is missing, has no metrics or a broken file, and where nothing can be written.
     """
     runs = load_runs(list(run_dirs))
     if output is None:
         output = runs[0].path if len(runs) == 1 else Path("report")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; expected a folder to write the report into")
-    output.mkdir(parents=True, exist_ok=True)
     png_path, html_path = output / "report.png", output / "report.html"
-    png_path.write_bytes(png(report_figure(runs)))
-    html_path.write_text(render_html(runs), encoding="utf-8")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        png_path.write_bytes(png(report_figure(runs)))
+        html_path.write_text(render_html(runs), encoding="utf-8")
+    except OSError as error:  # that of a full disk names no file
+        raise ValueError(f"--output {output}: cannot be written ({error})") from error
     lines = [_one_line(run) for run in runs]
     points = scaling_points(runs)
     if (law := fit(points)) is not None:

@@ -48,6 +48,9 @@ def test_user_mistakes_are_value_errors(run_dir: Path, tmp_path: Path, capsys: p
         call(str(run_dir), str(tmp_path))
     with pytest.raises(ValueError, match=r"--output .* is a file"):
         call(str(run_dir), "--output", str(run_dir / "metrics.jsonl"))
+    (run_dir / "report.png").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"--output .*run: cannot be written \(.*No space left on device"):
+        call(str(run_dir))
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
