@@ -45,18 +45,17 @@ def resolve_auto(config: Config, ranks: Ranks, log: Callable[[str], None]) -> En
         if keeps:
             log("engine.reshard_after_forward=null: gathered weights stay for the backward pass, a step fits with them")
         chosen.engine = dataclasses.replace(chosen.engine, reshard_after_forward=not keeps)
-    if engine.name is EngineKind.fsdp and engine.cuda_graphs is None and _on_gpu(config):
-        if not sums_each_micro_batch(config, ranks.world_size):
-            log("engine.cuda_graphs=null: no graphs, as they would sum over the ranks after every micro-batch of a step")
-            chosen.engine = dataclasses.replace(chosen.engine, cuda_graphs=False)
+    if engine.cuda_graphs is None and graphs_change_sums(chosen, ranks.world_size) and _on_gpu(config):
+        log("engine.cuda_graphs=null: no graphs, with which every micro-batch would be summed over the ranks by itself")
+        chosen.engine = dataclasses.replace(chosen.engine, cuda_graphs=False)
     return chosen.engine
 
 
-def sums_each_micro_batch(config: Config, world_size: int) -> bool:
-    """Whether FSDP2 sums gradients over the ranks after every micro-batch without graphs, too, as it must with them."""
-    training = config.training
-    of_one = training.micro_batch_size * world_size
-    return config.engine.reduce_each_micro_batch or training.global_batch_size <= of_one
+def graphs_change_sums(config: Config, world_size: int) -> bool:
+    """Whether gradients would be added in another order with graphs: FSDP2 can leave nothing else to the next one."""
+    engine, training = config.engine, config.training
+    accumulates = training.global_batch_size > training.micro_batch_size * world_size
+    return engine.name is EngineKind.fsdp and accumulates and not engine.reduce_each_micro_batch
 
 
 def may_keep_gathered(config: Config, world_size: int, device_bytes: float | None) -> bool:

@@ -6,6 +6,8 @@ whole forward pass holds, are fp32 as well: the gradient of the embedding is a s
 that of one device under autocast.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -46,12 +48,18 @@ class ShardedEngine(NativeEngine):
         blocks = model.blocks()
         largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
         n = layers_per_unit(self.config, len(blocks), largest)
+        gathered: list[list[FSDPModule]] = []  # the two of each unit, in the order in which a forward pass needs them
         for unit in (blocks[first : first + n] for first in range(0, len(blocks), n)):
             modules = [named for block in unit for named in block.named_modules()]
             sensitive = [module for name, module in modules if name in ("norm", "mixer.ssm", "mlp_norm")]
             fully_shard(sensitive, mesh=self._mesh, reshard_after_forward=reshard, mp_policy=in_fp32)
             fully_shard([*unit], mesh=self._mesh, reshard_after_forward=reshard, mp_policy=in_compute_dtype)
+            gathered.append([unit[0], sensitive[0]])  # type: ignore[list-item]
         fully_shard(model, mesh=self._mesh, mp_policy=in_fp32)
+        # Asked for before the layers of a unit are launched, the next one comes in time also where Python is hardly
+        # ahead of the GPU; and a rank that is late by less than a unit keeps nobody waiting.
+        for (block, own), following in itertools.pairwise([*gathered, []]):
+            block.set_modules_to_forward_prefetch([own, *following])
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Sums, where FSDP2 by itself takes the mean.
@@ -84,7 +92,7 @@ class ShardedEngine(NativeEngine):
             root._comm_ctx.reduce_scatter_states.clear()
             root._comm_ctx._last_post_reduce_events.clear()
         else:  # torch 2.11
-            root._comm_ctx.reduce_scatter_state = None
+            root._comm_ctx.reduce_scatter_state = None  # type: ignore[attr-defined]
         root._state_ctx.iter_forward_root = None
         root._state_ctx.post_backward_final_callback_queued = False
         for state in root._state_ctx.all_states:

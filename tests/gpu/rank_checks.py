@@ -1,7 +1,7 @@
 """Checks inside two ranks: `rank_checks.py FOLDER CORPUS [CHECK ...]`, a process for each with RANK and its like set.
 
-All in one start, because starting and compiling are what takes the time. Each check adds a line [name, seconds, error] to
-FOLDER/rank_<rank>.jsonl as it ends, with an empty error where it passed; one that takes longer than it may ends the
+All in one start, because starting and compiling are what takes the time. Each check adds a line [name, seconds, error]
+to FOLDER/rank_<rank>.jsonl as it ends, with an empty error where it passed; one that takes longer than it may ends the
 process, and FOLDER/rank_<rank>.stacks says where it stood.
 Without a GPU nothing is recorded, and everything else runs.
 """
@@ -72,7 +72,9 @@ def train(engine: NativeEngine, n_micro_batches: int = 1) -> Found:
         n_targets = 2.0 * ROWS * length * n_micro_batches
         if step == 3 and engine.rank == engine.world_size - 1:
             n_targets = 0.0
-        batches = [torch.randint(0, VOCABULARY, (ROWS, length + 1), generator=generator) for _ in range(n_micro_batches)]
+        batches = [
+            torch.randint(0, VOCABULARY, (ROWS, length + 1), generator=generator) for _ in range(n_micro_batches)
+        ]
         loss = torch.zeros((), device=engine.device)
         for batch in engine.micro_batches(batches):
             tokens = batch.to(engine.device)

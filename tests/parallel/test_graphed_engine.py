@@ -194,7 +194,9 @@ def test_a_recording_that_fails_leaves_no_trace(
         if place == "forward":
             first.mixer.register_forward_hook(fail)
         if place == "backward":
-            first.mixer.register_forward_hook(lambda *call: call[2].requires_grad and call[2].register_hook(fail) and None)
+            first.mixer.register_forward_hook(
+                lambda *call: call[2].requires_grad and call[2].register_hook(fail) and None
+            )
         if place == "other rank":
             monkeypatch.setattr(engine._graphed, "_any_rank", lambda failed: failures.append(place) or True)
         found, recorded = run(engine, n_micro_batches=2)

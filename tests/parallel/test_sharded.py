@@ -34,4 +34,3 @@ def test_the_update_of_parts_is_that_of_one_device() -> None:
     assert all(parameter.grad is None for parameter in sharded.model.parameters())
     assert sharded._on_parts is not None
     assert all(part.grad is None for group in sharded._on_parts.param_groups for part in group["params"])
-
