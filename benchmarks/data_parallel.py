@@ -8,8 +8,8 @@ without a word between them, so that it has the same host and the same heat; the
 the rates that the GPUs have alone. With one process it says what an engine costs where there is nobody to speak with.
 Medians of the steps after the warm-up, by events on each GPU, with quartiles (of the first GPU).
 
-"-kept" is engine.reshard_after_forward=false, "-eager" engine.cuda_graphs=false, "-bf16" engine.reduce_precision=bf16. A
-run has graphs by itself, but with engine=fsdp and several micro-batches to a step.
+"-kept" is engine.reshard_after_forward=false, "-eager" engine.cuda_graphs=false, "-bf16" engine.reduce_precision=bf16.
+The others have graphs, as a run has by default, but not with engine=fsdp and several micro-batches to a step.
 What is under way goes to stderr, with the seconds since the process began: a run that is cut off says where its time
 went.
 """

@@ -142,7 +142,7 @@ def test_graphs_of_fsdp_are_the_default_where_they_change_no_bit(
     monkeypatch.setattr(ranks, "world_size", 2)
     monkeypatch.setattr(ranks, "first", lambda work: work())
     monkeypatch.setattr(auto, "_device_bytes", lambda config: 80 * GIB)
-    config = compose_config([*overrides, "training.global_batch_size=8", "model=mamba_130m", "model.vocab_size=300"])
+    config = compose_config([*overrides, "training.global_batch_size=8", "model=mamba_130m", "model.vocab_size=50280"])
     for on_gpu, found in ((True, expected), (False, expected or None)):
         monkeypatch.setattr(auto, "_on_gpu", lambda config, on_gpu=on_gpu: on_gpu)
         assert resolve_auto(config, ranks, lines.append).cuda_graphs is found
