@@ -58,8 +58,9 @@ class ShardedEngine(NativeEngine):
         fully_shard(model, mesh=self._mesh, mp_policy=in_fp32)
         # Asked for before the layers of a unit are launched, the next one comes in time also where Python is hardly
         # ahead of the GPU; and a rank that is late by less than a unit keeps nobody waiting.
-        for (block, own), following in itertools.pairwise([*gathered, []]):
-            block.set_modules_to_forward_prefetch([own, *following])
+        if not computes_layers_again(self.config):
+            for (block, own), following in itertools.pairwise([*gathered, []]):
+                block.set_modules_to_forward_prefetch([own, *following])
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Sums, where FSDP2 by itself takes the mean.
@@ -169,9 +170,14 @@ def layers_per_unit(config: EngineConfig, n_layer: int, layer_parameters: int) -
     Each unit costs Python some milliseconds in a step, for which the GPU waits when it needs less for the unit's
     layers; but only with several units does one travel while another is computed with.
     """
-    if config.recompute in (Recompute.layer, Recompute.keep_scan):
-        return 1  # what a layer does again must not depend on whether another one has gathered its weights
+    if computes_layers_again(config):
+        return 1
     return max(1, min(n_layer // LEAST_UNITS, UNIT_PARAMETERS // layer_parameters))
+
+
+def computes_layers_again(config: EngineConfig) -> bool:
+    """Where what a layer does again must not depend on who has gathered its weights: torch counts its operations."""
+    return config.recompute in (Recompute.layer, Recompute.keep_scan)
 
 
 def _mesh(device_type: str, replicas: int, world_size: int) -> DeviceMesh:
