@@ -125,7 +125,9 @@ def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cu
     gc.collect()
     collects = gc.isenabled()
     gc.disable()
+    graph = None
     try:
+        pool = pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # A recording that fails would leave its own stream as the current one.
         with torch.cuda.stream(torch.cuda.current_stream()):
@@ -136,12 +138,29 @@ def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cu
         first = error.__context__ or error  # what broke it off comes before what the end of the recording says of it
         reason = " ".join(str(first).split())[:300]
         _log.warning("engine.cuda_graphs: %s cannot be recorded, it goes on without a graph: %s", name, reason)
+        if graph is not None:
+            _end_recording(graph, pool)
         return None
     finally:
         if collects:
             gc.enable()
     _graphs.add(graph)
     return graph, result
+
+
+def _end_recording(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """After one that CUDA broke off, or that left streams behind, torch's allocator and generator believe it goes on.
+
+    All memory that it took would stay taken, and no random number could be drawn on the device.
+    """
+    try:
+        graph.pool()
+    except RuntimeError:  # torch has not come to the end of it
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def _end_graphs() -> None:

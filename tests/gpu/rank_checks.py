@@ -134,6 +134,7 @@ def a_recording_that_fails_on_one_rank(group: Ranks, place: str) -> None:
     assert not has_recorded(engine)
     assert n_failures == (group.rank == 1 and engine.device.type == "cuda")
     check_same(ours, train(build(group, **settings, cuda_graphs=False)))
+    torch.rand(3, device=engine.device)
 
 
 def two_ranks_are_near_one_gpu(group: Ranks, name: EngineKind) -> None:

@@ -90,6 +90,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 
     for name, fake in (
         ("CUDAGraph", make),
+        ("graph_pool_handle", lambda: (0, 1)),
         ("graph", record),
         ("stream", lambda _: nullcontext()),
         ("current_stream", lambda: None),
