@@ -8,7 +8,8 @@ without a word between them, so that it has the same host and the same heat; the
 the rates that the GPUs have alone. With one process it says what an engine costs where there is nobody to speak with.
 Medians of the steps after the warm-up, by events on each GPU, with quartiles (of the first GPU).
 
-"-kept" is engine.reshard_after_forward=false, "-graphs" engine.cuda_graphs=true, "-bf16" engine.reduce_precision=bf16.
+"-kept" is engine.reshard_after_forward=false, "-eager" engine.cuda_graphs=false, "-bf16" engine.reduce_precision=bf16.
+The others have graphs, as a run has by default, but not with engine=fsdp and several micro-batches to a step.
 What is under way goes to stderr, with the seconds since the process began: a run that is cut off says where its time
 went.
 """
@@ -42,13 +43,13 @@ KEPT = {"name": EngineKind.fsdp, "reshard_after_forward": False}
 ENGINES: dict[str, dict[str, object]] = {
     "single": {},
     "single-eager": {"cuda_graphs": False},
-    "fsdp": {**FSDP, "cuda_graphs": False},
-    "fsdp-graphs": {**FSDP, "cuda_graphs": True},
-    "fsdp-kept": {**KEPT, "cuda_graphs": False},
-    "fsdp-kept-graphs": {**KEPT, "cuda_graphs": True},
-    "fsdp-kept-bf16": {**KEPT, "cuda_graphs": False, "reduce_precision": Precision.bf16},
+    "fsdp": FSDP,
+    "fsdp-eager": {**FSDP, "cuda_graphs": False},
+    "fsdp-kept": KEPT,
+    "fsdp-kept-eager": {**KEPT, "cuda_graphs": False},
+    "fsdp-kept-bf16": {**KEPT, "reduce_precision": Precision.bf16},
     "ddp": {"name": EngineKind.ddp},
-    "ddp-graphs": {"name": EngineKind.ddp, "cuda_graphs": True},
+    "ddp-eager": {"name": EngineKind.ddp, "cuda_graphs": False},
 }
 
 

@@ -165,7 +165,7 @@ class EngineConfig:
     layer_grad_norms: bool = False  # the norm of each layer's gradient among the metrics
     kernel_cache: str | None = None  # folder for compiled kernels, best on a disk of the node; null: the user's cache
     compile: bool = False  # torch.compile of each layer (needs a C++ compiler on the CPU)
-    cuda_graphs: bool | None = None  # replay forward and backward as one graph; null: with engine=single on a GPU
+    cuda_graphs: bool | None = None  # replay forward and backward as one graph; null: on a GPU, if it changes no bit
     recompute: Recompute = Recompute.auto  # activation checkpointing: less memory, more computation
     recompute_layers: int | None = None  # with recompute=scan: in so many layers, from the first; null: in all
     reduce_precision: Precision = Precision.fp32  # of the sum of gradients over the ranks; bf16: half the traffic

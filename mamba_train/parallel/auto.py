@@ -2,6 +2,7 @@
 
 `engine=auto`: one device, DDP or FSDP2. `engine.recompute=auto`: as few layers as fit compute their scan again.
 `engine.reshard_after_forward=null`: FSDP2 keeps gathered weights for the backward pass where there is room for them.
+`engine.cuda_graphs=null`: FSDP2 records its passes where that changes no bit of a run.
 """
 
 import bisect
@@ -44,7 +45,17 @@ def resolve_auto(config: Config, ranks: Ranks, log: Callable[[str], None]) -> En
         if keeps:
             log("engine.reshard_after_forward=null: gathered weights stay for the backward pass, a step fits with them")
         chosen.engine = dataclasses.replace(chosen.engine, reshard_after_forward=not keeps)
+    if engine.cuda_graphs is None and graphs_change_sums(chosen, ranks.world_size) and _on_gpu(config):
+        log("engine.cuda_graphs=null: no graphs, with which every micro-batch would be summed over the ranks by itself")
+        chosen.engine = dataclasses.replace(chosen.engine, cuda_graphs=False)
     return chosen.engine
+
+
+def graphs_change_sums(config: Config, world_size: int) -> bool:
+    """Whether gradients would be added in another order with graphs: FSDP2 can leave nothing else to the next one."""
+    engine, training = config.engine, config.training
+    accumulates = training.global_batch_size > training.micro_batch_size * world_size
+    return engine.name is EngineKind.fsdp and accumulates and not engine.reduce_each_micro_batch
 
 
 def may_keep_gathered(config: Config, world_size: int, device_bytes: float | None) -> bool:
@@ -100,6 +111,9 @@ def probable_vocab_size(config: Config) -> int:
     return config.model.vocab_size or config.data.vocab_size
 
 
+def _on_gpu(config: Config) -> bool:
+    return choose_device(config.engine.device, 0).type == "cuda"
+
+
 def _device_bytes(config: Config) -> int | None:
-    device = choose_device(config.engine.device, 0)
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return torch.cuda.get_device_properties(0).total_memory if _on_gpu(config) else None

@@ -44,10 +44,19 @@ class GraphedPasses:
     nothing is recorded: a variant's first call would need memory of its own beside the graph of another.
     Once it `has_recorded`, `.grad` of the parameters must stay the same tensors: a graph adds to those that it found;
     where it found none, it makes them anew each time, at the same place.
+
+    NCCL wants all ranks to record a collective, or none. So they must call this with the same shapes in the same order,
+    and a graph is kept only if no rank failed: any_rank: whether a flag is true on one of them. undo: called, where a
+    recording is given up, before the passes run without.
     """
 
-    def __init__(self, passes: Callable[..., Tensor]) -> None:
-        self._passes = passes
+    def __init__(
+        self,
+        passes: Callable[..., Tensor],
+        any_rank: Callable[[bool], bool] = bool,
+        undo: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._passes, self._any_rank, self._undo = passes, any_rank, undo
         self._seen: set[tuple[Shapes, Variant]] = set()
         self._recorded: Shapes | None = None
         self._recordings: dict[Variant, _Recording | None] = {}
@@ -74,13 +83,17 @@ class GraphedPasses:
         return recording.loss.clone()  # the next replay writes there
 
     def _record(self, arguments: Arguments, variant: Variant) -> _Recording | None:
-        """None, and a line in the log, where something cannot be recorded."""
+        """None, and a line in the log, where something cannot be recorded, here or on another rank."""
         inputs, targets, seq_idx, n_targets = arguments
         static = _copy(inputs), _copy(targets), None if seq_idx is None else _copy(seq_idx), _copy(n_targets)
         others = [other.graph.pool() for other in self._recordings.values() if other is not None]
         recorded = record(lambda: self._passes(*static, variant=variant), "the step", others[0] if others else None)
-        if recorded is None:
+        if self._any_rank(recorded is None):
+            if recorded is not None:
+                _log.warning("engine.cuda_graphs: another rank cannot record the step, it goes on without a graph")
+            self._undo()
             return None
+        assert recorded is not None
         self.has_recorded = True
         return _Recording(recorded[0], static, recorded[1])
 
@@ -112,7 +125,9 @@ def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cu
     gc.collect()
     collects = gc.isenabled()
     gc.disable()
+    graph = None
     try:
+        pool = pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # A recording that fails would leave its own stream as the current one.
         with torch.cuda.stream(torch.cuda.current_stream()):
@@ -123,12 +138,29 @@ def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cu
         first = error.__context__ or error  # what broke it off comes before what the end of the recording says of it
         reason = " ".join(str(first).split())[:300]
         _log.warning("engine.cuda_graphs: %s cannot be recorded, it goes on without a graph: %s", name, reason)
+        if graph is not None:
+            _end_recording(graph, pool)
         return None
     finally:
         if collects:
             gc.enable()
     _graphs.add(graph)
     return graph, result
+
+
+def _end_recording(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """After one that CUDA broke off, or that left streams behind, torch's allocator and generator believe it goes on.
+
+    All memory that it took would stay taken, and no random number could be drawn on the device.
+    """
+    try:
+        graph.pool()
+    except RuntimeError:  # torch has not come to the end of it
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def _end_graphs() -> None:

@@ -30,7 +30,6 @@ from mamba_train.ranks import Ranks
 class NativeEngine:
     """One device, or the ground that DDP and FSDP2 stand on."""
 
-    may_record = True  # the passes of a micro-batch as a CUDA graph: nothing in them speaks with other ranks
     _is_first, _is_last = True, True  # of the micro-batches of a step
     casts_once = True  # a copy of each matrix for a whole step, see `CastOnce`
 
@@ -70,8 +69,9 @@ class NativeEngine:
             for block in model.blocks():
                 block.compile()  # in place, so that parameter names stay as they are
         self.model: nn.Module = self._wrapped(model)
-        self._graphed = GraphedPasses(self._pass_over) if self._records() else None
-        if self._graphed is not None:
+        self._graphed: GraphedPasses | None = None
+        if self._records():
+            self._graphed = GraphedPasses(self._pass_over, self.ranks.any, self._recorded_in_vain)
             self._graphed.may_record = False
         self._graphed_update = GraphedUpdate(self._update)
         # What an update reads besides: in memory, as a graph has to read it there.
@@ -79,7 +79,10 @@ class NativeEngine:
 
     def _records(self) -> bool:
         """Whether the passes of a micro-batch become a CUDA graph."""
-        return self.may_record and self.device.type == "cuda" and self.config.cuda_graphs is not False
+        return self.device.type == "cuda" and self.config.cuda_graphs is not False
+
+    def _recorded_in_vain(self) -> None:
+        """Passes were recorded, in part at least, that will never run."""
 
     def _shard(self, model: MambaLM) -> None:
         """Cut the parameters, which are still on the meta device."""

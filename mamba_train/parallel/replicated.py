@@ -25,9 +25,6 @@ class ReplicatedEngine(NativeEngine):
         if self._casts is not None:
             self._casts.on_gradient = self._buckets.complete
 
-    def _records(self) -> bool:
-        return super()._records() and self.config.cuda_graphs is True
-
     def _before_micro_batch(self, *, is_last: bool) -> None:
         self._is_last = is_last
 

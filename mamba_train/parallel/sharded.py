@@ -6,17 +6,19 @@ whole forward pass holds, are fp32 as well: the gradient of the embedding is a s
 that of one device under autocast.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mamba_train.checkpoint.pieces import Piece
 from mamba_train.config import EngineConfig, Precision, Recompute
 from mamba_train.model.language_model import MambaLM
-from mamba_train.parallel.graphed import Arguments, Variant
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.parallel.optimizer import adamw, local_part
 from mamba_train.ranks import Ranks, lone_group
@@ -30,16 +32,12 @@ class ShardedEngine(NativeEngine):
 
     casts_once = False  # what is gathered is cast already
     _on_parts: torch.optim.AdamW | None = None
-    _cut_short = False  # the last pass
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
         shards(config, ranks.world_size)
         lone_group()
         self._mesh = _mesh(self.device.type, config.replicas, ranks.world_size)
-
-    def _records(self) -> bool:
-        return super()._records() and self.config.cuda_graphs is True
 
     def _shard(self, model: MambaLM) -> None:
         reduce_dtype = torch.bfloat16 if self.config.reduce_precision is Precision.bf16 else torch.float32
@@ -50,12 +48,19 @@ class ShardedEngine(NativeEngine):
         blocks = model.blocks()
         largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
         n = layers_per_unit(self.config, len(blocks), largest)
+        gathered: list[list[FSDPModule]] = []  # the two of each unit, in the order in which a forward pass needs them
         for unit in (blocks[first : first + n] for first in range(0, len(blocks), n)):
             modules = [named for block in unit for named in block.named_modules()]
             sensitive = [module for name, module in modules if name in ("norm", "mixer.ssm", "mlp_norm")]
             fully_shard(sensitive, mesh=self._mesh, reshard_after_forward=reshard, mp_policy=in_fp32)
             fully_shard([*unit], mesh=self._mesh, reshard_after_forward=reshard, mp_policy=in_compute_dtype)
+            gathered.append([unit[0], sensitive[0]])  # type: ignore[list-item]
         fully_shard(model, mesh=self._mesh, mp_policy=in_fp32)
+        # Asked for before the layers of a unit are launched, the next one comes in time also where Python is hardly
+        # ahead of the GPU; and a rank that is late by less than a unit keeps nobody waiting.
+        if not computes_layers_again(self.config):
+            for (block, own), following in itertools.pairwise([*gathered, []]):
+                block.set_modules_to_forward_prefetch([own, *following])
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Sums, where FSDP2 by itself takes the mean.
@@ -74,13 +79,34 @@ class ShardedEngine(NativeEngine):
             self._release()  # a graph gathers for itself, and what an evaluation has gathered is old by the next one
         return super().accumulate(inputs, targets, seq_idx, n_targets)
 
-    def _pass_over(self, *arguments: *Arguments, variant: Variant) -> Tensor:
-        if self._cut_short:  # FSDP2 takes weights for gathered that were not, as nothing runs while a graph is recorded
-            raise RuntimeError("engine.cuda_graphs=true: the log says why a step cannot be recorded; use false")
-        self._cut_short = True
-        loss = super()._pass_over(*arguments, variant=variant)
-        self._cut_short = False
-        return loss
+    def _recorded_in_vain(self) -> None:
+        """Have FSDP2 forget a pass that may have been broken off, of which nothing has run.
+
+        What it takes for gathered is not, and no stream may wait for an event of a recording: so torch's own
+        `reset_iter_state` (2.13), which waits, does not do.
+        """
+        assert isinstance(self.model, FSDPModule)
+        root = self.model._get_fsdp_state()
+        root._comm_ctx.all_gather_state = None
+        root._comm_ctx.post_forward_order.clear()
+        if hasattr(root._comm_ctx, "reduce_scatter_states"):
+            root._comm_ctx.reduce_scatter_states.clear()
+            root._comm_ctx._last_post_reduce_events.clear()
+        else:  # torch 2.11
+            root._comm_ctx.reduce_scatter_state = None  # type: ignore[attr-defined]
+        root._state_ctx.iter_forward_root = None
+        root._state_ctx.post_backward_final_callback_queued = False
+        for state in root._state_ctx.all_states:
+            state._modules_to_run_forward.clear()
+            state._training_state = TrainingState.IDLE
+            group = state._fsdp_param_group
+            group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
+            group._reshard_after_forward_event = group._partial_reduce_output = None
+            group._post_forward_indices.clear()
+            group._training_state = TrainingState.IDLE
+            group._to_sharded()
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = parameter._unsharded_param.grad = None
 
     def _update(self) -> None:
         if self._fused_adamw is not None:
@@ -144,9 +170,14 @@ def layers_per_unit(config: EngineConfig, n_layer: int, layer_parameters: int) -
     Each unit costs Python some milliseconds in a step, for which the GPU waits when it needs less for the unit's
     layers; but only with several units does one travel while another is computed with.
     """
-    if config.recompute in (Recompute.layer, Recompute.keep_scan):
-        return 1  # what a layer does again must not depend on whether another one has gathered its weights
+    if computes_layers_again(config):
+        return 1
     return max(1, min(n_layer // LEAST_UNITS, UNIT_PARAMETERS // layer_parameters))
+
+
+def computes_layers_again(config: EngineConfig) -> bool:
+    """Where what a layer does again must not depend on who has gathered its weights: torch counts its operations."""
+    return config.recompute in (Recompute.layer, Recompute.keep_scan)
 
 
 def _mesh(device_type: str, replicas: int, world_size: int) -> DeviceMesh:

@@ -108,13 +108,13 @@ class SharedRuns:
     def __init__(self, folder: Path, corpus: Path) -> None:
         self._folder, self._corpus = folder, corpus
 
-    def get(self, name: str) -> Path:
-        """The run folder of a finished run of 30 steps with `TOPOLOGIES[name]`."""
+    def get(self, name: str, *more: str) -> Path:
+        """The run folder of a finished run of 30 steps with `TOPOLOGIES[name]`; more: overrides, always the same."""
         run_dir = self._folder / name.replace(" ", "")
         with (self._folder / f"{run_dir.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (run_dir / "finished").exists():
-                result = drive(TOPOLOGIES[name], self._corpus, run_dir)
+                result = drive(TOPOLOGIES[name], self._corpus, run_dir, *more)
                 assert result.returncode == 0, result.stderr[-4000:]
                 (run_dir / "finished").touch()
         return run_dir

@@ -130,12 +130,24 @@ def test_the_same_bits_after_a_skipped_step_and_a_rollback() -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_a_recording_that_fails_leaves_the_stream_as_it_was() -> None:
+@pytest.mark.parametrize("how", ["wait", "stream left behind", "error"])
+def test_a_recording_that_fails_leaves_everything_as_it_was(how: str) -> None:
+    """Stream, random numbers and memory: torch itself does not come to the end of a recording that CUDA breaks off."""
     weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    side = torch.cuda.Stream()
+    reserved = []
 
     def passes(inputs: Tensor, *_: Tensor | None, variant: object) -> Tensor:
+        large = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        reserved.append(torch.cuda.memory_reserved())
         loss = (weight * inputs).sum()
-        assert loss.item() == loss.item(), "the host waits, which no recording allows"
+        if torch.cuda.is_current_stream_capturing():
+            if how == "wait":
+                loss.item()
+            if how == "stream left behind":
+                side.wait_stream(torch.cuda.current_stream())
+            raise RuntimeError("on purpose")
+        del large
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -148,6 +160,18 @@ def test_a_recording_that_fails_leaves_the_stream_as_it_was() -> None:
         assert weight.grad is not None
         assert torch.equal(weight.grad, inputs)
         weight.grad.zero_()
+    assert len(reserved) == 4, "the second call is recorded, in vain, and run"
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < min(reserved) - 2**27
+    assert torch.rand(3, device="cuda").sum() > 0
+    torch.cuda.synchronize()
+    # What another stream has used is free again when that stream is done: not while torch believes that it records.
+    large = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    large.record_stream(side)
+    del large
+    torch.cuda.synchronize()
+    torch.empty(8, device="cuda")
+    assert torch.cuda.memory_stats()["active_bytes.all.current"] < 2**28
 
 
 def test_a_run_is_the_same_and_resumes(tmp_path: Path, corpus: Path) -> None:

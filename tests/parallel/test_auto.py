@@ -121,3 +121,29 @@ def test_replicas_that_cannot_be_are_refused_before_memory_is_estimated(
     config = compose_config(["engine=fsdp", "engine.replicas=4", f"engine.recompute={recompute}", "model=mamba_130m"])
     with pytest.raises(ValueError, match=r"engine\.replicas=4: expected a divisor of the number of processes \(2\)"):
         resolve_auto(config, ranks, print)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["engine=fsdp", "training.micro_batch_size=4"], None),
+        (["engine=fsdp", "training.micro_batch_size=2"], False),
+        (["engine=fsdp", "training.micro_batch_size=2", "engine.reduce_each_micro_batch=true"], None),
+        (["engine=fsdp", "training.micro_batch_size=2", "engine.cuda_graphs=true"], True),
+        (["engine=ddp", "training.micro_batch_size=2"], None),
+    ],
+)
+def test_graphs_of_fsdp_are_the_default_where_they_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], expected: bool | None
+) -> None:
+    """An engine records unless it is told false."""
+    lines: list[str] = []
+    ranks = join()
+    monkeypatch.setattr(ranks, "world_size", 2)
+    monkeypatch.setattr(ranks, "first", lambda work: work())
+    monkeypatch.setattr(auto, "_device_bytes", lambda config: 80 * GIB)
+    config = compose_config([*overrides, "training.global_batch_size=8", "model=mamba_130m", "model.vocab_size=50280"])
+    for on_gpu, found in ((True, expected), (False, expected or None)):
+        monkeypatch.setattr(auto, "_on_gpu", lambda config, on_gpu=on_gpu: on_gpu)
+        assert resolve_auto(config, ranks, lines.append).cuda_graphs is found
+    assert sum("no graphs" in line for line in lines) == (expected is False)

@@ -61,6 +61,7 @@ def test_what_is_recorded_has_the_strides_of_what_was_compiled(monkeypatch: pyte
 
     for name, fake in (
         ("CUDAGraph", Graph),
+        ("graph_pool_handle", lambda: (0, 1)),
         ("graph", lambda *_, **__: nullcontext()),
         ("stream", lambda _: nullcontext()),
         ("current_stream", lambda: None),
@@ -92,6 +93,7 @@ def test_a_process_that_leaves_ends_its_graphs(monkeypatch: pytest.MonkeyPatch) 
 
     for name, fake in (
         ("CUDAGraph", Graph),
+        ("graph_pool_handle", lambda: (0, 1)),
         ("graph", lambda *_, **__: nullcontext()),
         ("stream", lambda _: nullcontext()),
         ("current_stream", lambda: None),
@@ -130,10 +132,13 @@ def test_nothing_is_collected_while_a_graph_is_recorded(
             if kind is not None:
                 raise RuntimeError("failed due to a previous error")
 
-    class Graph: ...
+    class Graph:
+        def pool(self) -> tuple[int, int]:
+            return 0, 1
 
     for name, fake in (
         ("CUDAGraph", Graph),
+        ("graph_pool_handle", lambda: (0, 1)),
         ("graph", lambda *_, **__: Recording()),
         ("stream", lambda _: nullcontext()),
         ("current_stream", lambda: None),
@@ -152,3 +157,39 @@ def test_nothing_is_collected_while_a_graph_is_recorded(
         assert record(fails, "the step") is None
     assert gc.isenabled()
     assert "the first error" in caplog.text
+
+
+def test_torch_is_told_that_a_recording_is_over_which_could_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its allocator would go on to keep the memory, and its generator to refuse."""
+    told: list[object] = []
+
+    class Recording:
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    class Graph:
+        def pool(self) -> None:
+            raise RuntimeError("without a preceding successful capture")
+
+    class Generator:
+        def clone_state(self) -> str:
+            return "fresh"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            told.append(state)
+
+    for name, fake in (
+        ("CUDAGraph", Graph),
+        ("graph_pool_handle", lambda: (0, 1)),
+        ("graph", lambda *_, **__: Recording()),
+        ("stream", lambda _: nullcontext()),
+        ("current_stream", lambda: None),
+        ("current_device", lambda: 0),
+        ("default_generators", [Generator()]),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda device, pool, name=name: told.append((name, device, pool)))
+    assert record(lambda: None, "the step") is None
+    assert told == [("_cuda_endAllocateToPool", 0, (0, 1)), ("_cuda_releasePool", 0, (0, 1)), "fresh"]

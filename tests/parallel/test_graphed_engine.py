@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -19,6 +20,7 @@ from mamba_train.model.language_model import resolve_model_config
 from mamba_train.parallel.engine import Judgement
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.parallel.replicated import ReplicatedEngine
+from mamba_train.parallel.sharded import ShardedEngine
 from mamba_train.parallel.state import whole_state
 from mamba_train.ranks import join
 
@@ -88,6 +90,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 
     for name, fake in (
         ("CUDAGraph", make),
+        ("graph_pool_handle", lambda: (0, 1)),
         ("graph", record),
         ("stream", lambda _: nullcontext()),
         ("current_stream", lambda: None),
@@ -98,7 +101,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 
 def make(kind: type[NativeEngine], monkeypatch: pytest.MonkeyPatch, recorded: bool, precision: str) -> NativeEngine:
     monkeypatch.setattr(NativeEngine, "_records", lambda self: recorded)
-    monkeypatch.setattr(ReplicatedEngine, "_records", lambda self: recorded)
+    for name in ("alloc_storage", "free_storage"):  # what is gathered stays at its place, as a graph's memory does
+        monkeypatch.setattr(_fsdp_param, name, lambda tensor: None)
+    monkeypatch.setattr(_fsdp_param_group, "alloc_storage", lambda tensor: None)
     monkeypatch.setattr(NativeEngine, "_is_recording", lambda self: recording)
     engine = kind(EngineConfig(device=DeviceKind.cpu, precision=Precision(precision)), join())
     engine.prepare(MODEL, OptimConfig(lr=1e-2, max_grad_norm=2.0), seed=0)
@@ -136,7 +141,7 @@ def run(engine: NativeEngine, n_micro_batches: int) -> tuple[list[tuple[float, f
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("n_micro_batches", [1, 2, 4])
-@pytest.mark.parametrize("kind", [NativeEngine, ReplicatedEngine])
+@pytest.mark.parametrize("kind", [NativeEngine, ReplicatedEngine, ShardedEngine])
 def test_a_recorded_run_is_the_plain_one(
     kind: type[NativeEngine], n_micro_batches: int, precision: str, monkeypatch: pytest.MonkeyPatch, graphs: list[Graph]
 ) -> None:
@@ -144,7 +149,7 @@ def test_a_recorded_run_is_the_plain_one(
         expected, plain = run(make(kind, monkeypatch, False, precision), n_micro_batches)
         assert not graphs
         found, recorded = run(make(kind, monkeypatch, True, precision), n_micro_batches)
-    n_kinds = min(n_micro_batches, 2 if kind is NativeEngine else 3)
+    n_kinds = min(n_micro_batches, 3 if kind is ReplicatedEngine else 2)
     n_updates = len({norm > 2.0 for _, norm, _ in expected[1:10]})
     assert n_kinds < len(graphs) <= n_kinds + n_updates
     assert found == expected
@@ -152,20 +157,51 @@ def test_a_recorded_run_is_the_plain_one(
     assert all(torch.equal(recorded[key], plain[key]) for key in plain)
 
 
-@pytest.mark.parametrize("n_micro_batches", [1, 2])
-def test_a_recording_that_fails_at_its_end_leaves_no_trace(
-    n_micro_batches: int, monkeypatch: pytest.MonkeyPatch, graphs: list[Graph]
+@pytest.mark.parametrize("kind", [NativeEngine, ReplicatedEngine, ShardedEngine])
+@pytest.mark.parametrize("place", ["forward", "backward", "end", "other rank"])
+def test_a_recording_that_fails_leaves_no_trace(
+    place: str,
+    kind: type[NativeEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: list[Graph],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    @contextmanager
-    def fail(graph: Graph, **_: Any) -> Iterator[None]:
-        with graph:
-            yield
-        graph.undo()
-        raise RuntimeError("out of memory")
+    """Of the passes, wherever it fails, or only that of another rank does; that of the update does not."""
+    failures = []
 
-    monkeypatch.setattr(torch.cuda, "graph", fail)
+    def fail(*_: Any) -> None:
+        if recording and len(failures) < 2:  # kinds of micro-batches
+            failures.append(place)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    @contextmanager
+    def failing(graph: Graph, **_: Any) -> Iterator[None]:
+        global recording
+        recording = True
+        try:
+            with graph:
+                yield
+            if place == "end":
+                fail()
+        finally:
+            graph.undo()
+            recording = False
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
     with Through():
-        expected, plain = run(make(NativeEngine, monkeypatch, False, "fp32"), n_micro_batches)
-        found, recorded = run(make(NativeEngine, monkeypatch, True, "fp32"), n_micro_batches)
+        expected, plain = run(make(kind, monkeypatch, False, "fp32"), n_micro_batches=2)
+        engine = make(kind, monkeypatch, True, "fp32")
+        first = engine._bare_model.blocks()[0]
+        if place == "forward":
+            first.mixer.register_forward_hook(fail)
+        if place == "backward":
+            first.mixer.register_forward_hook(
+                lambda *call: call[2].requires_grad and call[2].register_hook(fail) and None
+            )
+        if place == "other rank":
+            monkeypatch.setattr(engine._graphed, "_any_rank", lambda failed: failures.append(place) or True)
+        found, recorded = run(engine, n_micro_batches=2)
+    assert len(failures) == len(caplog.records) == 2
+    assert ("another rank" in caplog.text) == (place == "other rank")
     assert found == expected
     assert all(torch.equal(recorded[key], plain[key]) for key in plain)

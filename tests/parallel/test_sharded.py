@@ -1,10 +1,5 @@
 """FSDP2 as far as one process without a GPU can show it; tests/distributed has several, tests/gpu real graphs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
-
-import pytest
 import torch
 
 from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig
@@ -39,26 +34,3 @@ def test_the_update_of_parts_is_that_of_one_device() -> None:
     assert all(parameter.grad is None for parameter in sharded.model.parameters())
     assert sharded._on_parts is not None
     assert all(part.grad is None for group in sharded._on_parts.param_groups for part in group["params"])
-
-
-def test_a_pass_that_could_not_be_recorded_is_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others go on without a graph; here the weights that the recording has gathered hold nothing."""
-
-    @contextmanager
-    def fail(*_: Any, **__: Any) -> Iterator[None]:
-        monkeypatch.setattr(torch.Tensor, "backward", refuse)
-        yield
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    for name, fake in (
-        ("CUDAGraph", object),
-        ("graph", fail),
-        ("stream", lambda _: nullcontext()),
-        ("current_stream", lambda: None),
-    ):
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(ShardedEngine, "_records", lambda self: True)
-    with pytest.raises(RuntimeError, match="use false"):
-        train(ShardedEngine(EngineConfig(device=DeviceKind.cpu), join()))
