@@ -210,9 +210,7 @@ def report(records: list[Record]) -> None:
             cells = (f"{values[length]:,.{panel.digits}f}" if length in values else "" for length in lengths)
             print(f"| {name} | {' | '.join(cells)} |")
         for name, tokens in panel.crossovers().items():
-            where = (
-                "at no length measured" if tokens is None else f"from {tokens:,.0f} tokens on" if tokens else "at all"
-            )
+            where = "at no length" if tokens is None else f"from {tokens:,.0f} tokens on" if tokens else "at every length"
             print(f"{panel.attention} takes longer than {name} {where}")
 
 
