@@ -210,7 +210,7 @@ def report(records: list[Record]) -> None:
             cells = (f"{values[length]:,.{panel.digits}f}" if length in values else "" for length in lengths)
             print(f"| {name} | {' | '.join(cells)} |")
         for name, tokens in panel.crossovers().items():
-            where = f"from {tokens:,.0f} tokens on" if tokens else "at no length" if tokens is None else "at all lengths"
+            where = "at no length" if tokens is None else f"from {tokens:,.0f} tokens on" if tokens else "at any length"
             print(f"{panel.attention} takes longer than {name} {where}")
 
 
