@@ -24,7 +24,10 @@ from kernels.linear_cross_entropy import fused, linear_cross_entropy, reference
 GIB = 2**30
 # tokens, d_model, vocabulary
 ROWS = [(32 * 2048, 768, 50280), (8 * 2048, 768, 50280), (16 * 2048, 2048, 50280), (2048, 2560, 50280)]
-LAUNCHES = [(1024, 4), (1024, 8), (2048, 8), (2048, 16), (4096, 8), (4096, 16), (4096, 32), (8192, 32)]
+# Elements in registers, elements at a time of the others, warps.
+LAUNCHES = [(2**15, 2048, 16), (2**15, 4096, 16), (2**15, 8192, 16), (2**15, 4096, 32), (2**15, 8192, 32)]
+LAUNCHES += [(2**14, 2048, 8), (2**14, 4096, 16), (2**14, 4096, 32), (2**12, 4096, 32)]
+CHUNKS = [(1280, 2), (1280, 4), (2560, 1), (2560, 2), (2560, 4), (4096, 1), (5120, 1)]  # tokens, chunks together
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -102,33 +105,32 @@ def compare() -> None:
 def sweep() -> None:
     inputs = draw(*ROWS[0])
     vocabulary = ROWS[0][2]
-    print("chunk (tokens): ms forward + backward, peak GiB above inputs and gradients")
-    for chunk in (1280, 2560, 4096, 5632):
+    print("tokens of a chunk, chunks whose gradients are multiplied at once: ms forward + backward, peak GiB")
+    usual = fused.GRADIENT_CHUNKS
+    for chunk, together in CHUNKS:
+        fused.GRADIENT_CHUNKS = together
         call = both_ways(lambda *values, chunk=chunk: linear_cross_entropy(*values, chunk_size=chunk), inputs)
-        print(f"  {chunk:5d} {graph_time(call, replays=5)}  {peak_gib(call, inputs):.2f}", flush=True)
+        time, peak = graph_time(call, replays=5), peak_gib(call, inputs)
+        print(f"  {chunk:5d} {together} {time}  {peak:.2f}", flush=True)
         torch.cuda.empty_cache()
+    fused.GRADIENT_CHUNKS = usual
     rows = reference.default_chunk_size(inputs[0], inputs[1])
     logits, grads = fused._buffers(inputs[0], vocabulary, rows, with_grad=True)
-    targets, losses = inputs[2][:rows], torch.empty(rows, device="cuda")
+    targets, losses, hidden = inputs[2][:rows], torch.empty(rows, device="cuda"), inputs[0].detach()
+    together = grads.shape[0]
     parts = {
-        "logits": lambda: torch.mm(inputs[0][:rows].detach(), matrix.t(), out_dtype=torch.float32, out=logits),
-        "d_hidden": lambda: torch.mm(grads, matrix),
-        "d_weight": lambda: torch.addmm(
-            total, grads.t(), inputs[0][:rows].detach(), out_dtype=torch.float32, out=total
-        ),
+        f"logits of {rows} tokens": lambda: torch.mm(hidden[:rows], matrix.t(), out_dtype=torch.float32, out=logits),
+        f"d_hidden of {together}": lambda: torch.mm(grads, matrix),
+        "d_weight": lambda: torch.addmm(total, grads.t(), hidden[:together], out_dtype=torch.float32, out=total),
     }
     matrix, total = inputs[1].detach().bfloat16(), torch.zeros_like(inputs[1], requires_grad=False)
-    print(f"one chunk of {rows} tokens, ms: " + ", ".join(f"{k} {graph_time(c).median:.3f}" for k, c in parts.items()))
-    print("softmax of that chunk with its gradient: block, warps: ms with 1, 2, 4 blocks on their way at once")
+    print("products, ms: " + ", ".join(f"{k} {graph_time(c).median:.3f}" for k, c in parts.items()))
+    print("softmax of a chunk with its gradient: elements in registers, elements at a time, warps: ms")
     chosen = fused.launch_for
-    for block, warps in LAUNCHES:
-        cells = []
-        for stages in (1, 2, 4):
-            launch = fused.Launch(block, warps, stages)
-            fused.launch_for = lambda vocabulary, launch=launch: launch
-            call = lambda: fused._softmax(logits, grads, targets, losses, vocabulary, -100, 0.0, True)  # noqa: E731
-            cells.append(str(graph_time(call)))
-        print(f"  {block:5d} {warps:2d} {' '.join(cells)}", flush=True)
+    for launch in LAUNCHES:
+        fused.launch_for = lambda columns, launch=launch: fused.Launch(*launch)
+        call = lambda: fused._softmax(logits, grads, targets, losses, vocabulary, -100, 0.0, True)  # noqa: E731
+        print(f"  {' '.join(f'{value:5d}' for value in launch)} {graph_time(call)}", flush=True)
     fused.launch_for = chosen
 
 

@@ -11,7 +11,8 @@ operators: scan, SSD and causal attention as layers of the same d_model have the
 forward with backward, from CUDA graphs.
 Attention is PyTorch's scaled_dot_product_attention: the faster of cuDNN and flash among the operators, cuDNN in the
 steps.
-Lines of --results add up over calls, so that the sweep can be run in slices; --plot draws all that are there.
+Lines of --results add up over calls, so that the sweep can be run in slices; --plot draws all that are there, with the
+number of tokens from which on attention takes longer.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,6 +43,7 @@ MODELS = ["mamba_130m", "mamba2_130m", "transformerpp_130m"]
 LENGTHS = [2**n for n in range(11, 18)]
 STEP_TOKENS, LEAST_STEPS, STEPS, WARM_UP = 32768, 2, 5, 3
 ATTENTION = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+FASTEST = "fastest attention"  # PyTorch's, at each length
 HEAD_DIM = 128  # of attention; 64 of the 130m model, where it is a part of the whole step
 
 Record = dict[str, str | int | float]
@@ -131,17 +135,17 @@ OPERATORS: dict[str, Callable[[int, int], Calls]] = {
 }
 
 
-def crossover(lengths: list[int], ours: list[float], attention: list[float]) -> str:
-    """From which length on attention takes longer: between two of the lengths, logarithms interpolated."""
-    if ours[0] < attention[0]:
-        return f"at {lengths[0]:,} already"
-    for i in range(1, len(lengths)):
-        if ours[i] < attention[i]:
-            before, after = attention[i - 1] / ours[i - 1], attention[i] / ours[i]
-            part = torch.tensor([before, 1.0, after]).log()
-            share = float((part[1] - part[0]) / (part[2] - part[0]))
-            return f"from {lengths[i - 1] * (lengths[i] / lengths[i - 1]) ** share:,.0f} tokens on"
-    return "not up to here"
+def crossover(ours: dict[int, float], attention: dict[int, float]) -> float | None:
+    """From which length on attention takes longer: between two of the lengths, logarithms interpolated; 0: from all."""
+    lengths = sorted(length for length in ours if ours[length] > 0 and attention.get(length, 0) > 0)
+    ratios = [math.log(attention[length] / ours[length]) for length in lengths]
+    if not ratios or ratios[-1] <= 0:
+        return None
+    last = max((i for i, ratio in enumerate(ratios) if ratio <= 0), default=None)
+    if last is None:
+        return 0.0
+    share = ratios[last] / (ratios[last] - ratios[last + 1])
+    return lengths[last] * (lengths[last + 1] / lengths[last]) ** share
 
 
 def table(records: list[Record], part: str, row: str, value: str) -> dict[str, dict[int, float]]:
@@ -153,40 +157,61 @@ def table(records: list[Record], part: str, row: str, value: str) -> dict[str, d
     return found
 
 
-def fastest_attention(times: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+@dataclass
+class Panel:
+    """One figure by length: of scan and SSD, or of models with them, and of attention, which they are compared with."""
+
+    title: str
+    curves: dict[str, dict[int, float]]
+    attention: str = ""
+    digits: int = 3
+    is_time: bool = True
+
+    def crossovers(self) -> dict[str, float | None]:
+        """By curve, from how many tokens on attention takes longer."""
+        if self.attention not in self.curves:
+            return {}
+        power = 1 if self.is_time else -1  # of a rate: what a token takes
+        costs = {
+            name: {length: value**power for length, value in values.items() if value > 0}
+            for name, values in self.curves.items()
+        }
+        others = (name for name in costs if not name.startswith("attention") and name != self.attention)
+        return {name: crossover(costs[name], costs[self.attention]) for name in others}
+
+
+def panels(records: list[Record]) -> list[Panel]:
+    forward, both = (
+        with_fastest(table(records, "operators", "operator", f"{value}_ms")) for value in ("forward", "both")
+    )
+    rates = table(records, "training", "model", "tokens_per_second")
+    found = [
+        Panel("one operator, forward, ms", forward, FASTEST),
+        Panel("one operator, forward + backward, ms", both, FASTEST),
+        Panel("training steps, tokens/s", rates, "transformerpp_130m", digits=0, is_time=False),
+        Panel("training steps, peak in GiB", table(records, "training", "model", "gib"), digits=1, is_time=False),
+    ]
+    return [panel for panel in found if any(panel.curves.values())]
+
+
+def with_fastest(times: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """Adds the fastest attention at each length."""
     kinds = [value for name, value in times.items() if name.startswith("attention")]
-    others = {name: value for name, value in times.items() if not name.startswith("attention")}
     lengths = sorted({length for kind in kinds for length in kind})
-    return others | {"attention": {n: min(kind[n] for kind in kinds if n in kind) for n in lengths}}
+    return times | ({FASTEST: {n: min(kind[n] for kind in kinds if n in kind) for n in lengths}} if kinds else {})
 
 
 def report(records: list[Record]) -> None:
     """All values as tables, and from which length on attention takes longer than the others."""
-    kinds = [
-        ("forward, ms", fastest_attention(table(records, "operators", "operator", "forward_ms")), "attention", 3),
-        (
-            "forward + backward, ms",
-            fastest_attention(table(records, "operators", "operator", "both_ms")),
-            "attention",
-            3,
-        ),
-        ("training, tokens/s", table(records, "training", "model", "tokens_per_second"), "transformerpp_130m", 0),
-        ("training, peak in GiB", table(records, "training", "model", "gib"), "", 1),
-    ]
-    for title, columns, attention, digits in kinds:
-        lengths = sorted({length for column in columns.values() for length in column})
-        if not lengths:
-            continue
-        print(f"\n| {title} | {' | '.join(f'{length:,}' for length in lengths)} |\n|---|{'---|' * len(lengths)}")
-        for name, column in columns.items():
-            cells = (f"{column[length]:,.{digits}f}" if length in column else "" for length in lengths)
+    for panel in panels(records):
+        lengths = sorted({length for values in panel.curves.values() for length in values})
+        print(f"\n| {panel.title} | {' | '.join(f'{length:,}' for length in lengths)} |\n|---|{'---|' * len(lengths)}")
+        for name, values in panel.curves.items():
+            cells = (f"{values[length]:,.{panel.digits}f}" if length in values else "" for length in lengths)
             print(f"| {name} | {' | '.join(cells)} |")
-        for name in columns if attention in columns else ():
-            both = [n for n in lengths if columns[name].get(n) and columns[attention].get(n)]
-            power = 1 if title.endswith("ms") else -1  # of a rate: what a token takes
-            values = [[columns[kind][n] ** power for n in both] for kind in (name, attention)]
-            if both and name != attention:
-                print(f"{attention} takes longer than {name} {crossover(both, *values)}")
+        for name, tokens in panel.crossovers().items():
+            where = "at no length" if tokens is None else f"from {tokens:,.0f} tokens on" if tokens else "at any length"
+            print(f"{panel.attention} takes longer than {name} {where}")
 
 
 def draw(records: list[Record], path: Path) -> None:
@@ -195,26 +220,31 @@ def draw(records: list[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    times = [fastest_attention(table(records, "operators", "operator", value)) for value in ("forward_ms", "both_ms")]
-    rates = table(records, "training", "model", "tokens_per_second")
-    titles = ["one operator, forward, ms", "one operator, forward + backward, ms", "training steps, 1,000 tokens/s"]
-    panels = [(title, curves) for title, curves in zip(titles, [*times, rates], strict=True) if any(curves.values())]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.7 * len(panels), 4.2), squeeze=False)
-    for axis, (title, curves) in zip(axes[0], panels, strict=True):
-        for name, values in curves.items():
+    drawn = panels(records)
+    columns = min(2, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 4.2 * rows), squeeze=False)
+    for axis, panel in zip(axes.flat, drawn, strict=False):
+        found = panel.crossovers()
+        for name, values in panel.curves.items():
             lengths = sorted(length for length, value in values.items() if value > 0)
-            scale = 1e-3 if curves is rates else 1.0
-            axis.plot(lengths, [scale * values[length] for length in lengths], marker="o", markersize=3, label=name)
+            style = {"linestyle": ":"} if name.startswith("attention") else {"marker": "o"}
+            label = name
+            if found.get(name):
+                label += f" (faster from {found[name]:,.0f} tokens on)"
+            axis.plot(lengths, [values[length] for length in lengths], markersize=3, label=label, **style)
         axis.set_xscale("log", base=2)
         axis.set_xticks(LENGTHS, [f"{length // 1024}k" for length in LENGTHS])
         axis.set_xlabel("tokens in a sequence")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(panel.title, fontsize=10)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-        if curves is rates:
-            axis.set_ylim(bottom=0)
-        else:
+        axis.legend(fontsize=7)
+        if panel.is_time:
             axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+    for axis in axes.flat[len(drawn) :]:
+        axis.remove()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

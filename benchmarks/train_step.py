@@ -6,10 +6,11 @@
 One process, one GPU; benchmarks/step_models.py says what a step is. Without --micro-batches each runs at the one that
 served it best (`BEST`), the peer at three quarters of that where it does not fit. With --global-batch a step is so many
 sequences, in micro-batches. --recompute says which values of engine.recompute ours runs with; "auto", the default here
-and of train.py, is what fits, and shown as such: "scan 16/48" are 16 of 48 layers. A rate is the median over the steps
-after the warm-up, with quartiles, from events on the GPU: nothing waits between two steps but what the step itself
-waits for. The peak is torch's allocator's. MFU = 6 × parameters of the matrices × tokens/s over the rate of a bf16
-product of 8192³, measured first. --kernels adds the GPU time of a step by kind of kernel, in ms, and the longest ones.
+and of train.py, is what fits, and shown as such: "scan 16/48" are 16 of 48 layers, which "scan:16" asks for. A rate is
+the median over the steps after the warm-up, with quartiles, from events on the GPU: nothing waits between two steps but
+what the step itself waits for. The peak is torch's allocator's. MFU = 6 × parameters of the matrices × tokens/s over
+the rate of a bf16 product of 8192³, measured first. --kernels adds the GPU time of a step by kind of kernel, in ms, and
+the longest ones.
 """
 
 from __future__ import annotations
@@ -131,9 +132,10 @@ def table(name: str, arguments: argparse.Namespace, peak: float) -> None:
 
     best_of_ours = 0.0
     for rows in arguments.micro_batches or [BEST[name]]:
-        for policy in arguments.recompute:
+        for recompute, layers in arguments.recompute:
             graphs = False if arguments.no_graphs else None
-            settings = engine_config(config, Recompute(policy), graphs, rows, arguments.length)
+            settings = engine_config(config, recompute, graphs, rows, arguments.length)
+            settings.recompute_layers = layers or settings.recompute_layers
             label = f"ours {settings.recompute}"
             if settings.recompute_layers:
                 label += f" {settings.recompute_layers}/{config.n_layer}"
@@ -151,6 +153,12 @@ def table(name: str, arguments: argparse.Namespace, peak: float) -> None:
             break
 
 
+def policy(text: str) -> tuple[Recompute, int | None]:
+    """engine.recompute and engine.recompute_layers."""
+    kind, _, layers = text.partition(":")
+    return Recompute(kind), int(layers) if layers else None
+
+
 def clean() -> None:
     gc.collect()
     torch.cuda.empty_cache()
@@ -161,7 +169,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(BEST), choices=list(BEST))
     parser.add_argument("--micro-batches", type=int, nargs="*", help="sequences, of both; default: the best of each")
     parser.add_argument("--global-batch", type=int, help="sequences of a step; default: one micro-batch")
-    parser.add_argument("--recompute", nargs="*", default=["auto"], choices=[policy.value for policy in Recompute])
+    parser.add_argument("--recompute", nargs="*", default=[policy("auto")], type=policy, metavar="POLICY[:LAYERS]")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--layers", type=int, help="of the model, to try this out or to fill the compilers' caches")

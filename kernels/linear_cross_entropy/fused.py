@@ -1,8 +1,9 @@
 """Chunked linear cross-entropy for GPUs: products by the vendor's library, the softmax in one Triton kernel.
 
 A chunk's logits are an fp32 product of bf16 inputs, so they are rounded nowhere before the softmax; its gradient goes
-to a second buffer in the dtype of the products. Both buffers serve all chunks. The gradient of the weight is summed
-over chunks in fp32 by the product itself. docs/kernels.md says why the gradients are computed with the loss.
+to a second buffer in the dtype of the products, which has room for several chunks: products of more tokens read and
+write the weight's gradient less often, which they sum in fp32. Both buffers serve all tokens. docs/kernels.md says why
+the gradients are computed with the loss.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from torch import Tensor
 
 ROW_ALIGNMENT = 64  # elements from one row of a buffer to the next: whole lines of the GPU's cache
 CLASS_ALIGNMENT = 8  # of the number of classes: bf16 products of other sizes are several times slower
+MOST_KEPT = 2**15  # elements of a row in registers: 32 in each thread of 32 warps
+GRADIENT_CHUNKS = 2  # of logits, whose gradients are multiplied at once
 
 
 class Launch(NamedTuple):
-    """How the row kernel is launched."""
+    """How the row kernel is launched: elements in registers, elements at a time of the others, warps."""
 
+    kept: int
     block: int
     warps: int
-    stages: int
 
 
-def launch_for(vocabulary: int) -> Launch:
+def launch_for(columns: int) -> Launch:
     """The table of launch parameters, from `python -m benchmarks.linear_cross_entropy --sweep`."""
-    if vocabulary <= 2048:
-        return Launch(block=1024, warps=8, stages=1)
-    return Launch(block=4096, warps=32, stages=1)
+    kept = min(MOST_KEPT, 1 << (columns.bit_length() - 1))
+    return Launch(kept, block=1024, warps=8) if kept <= 4096 else Launch(kept, block=4096, warps=32)
 
 
 def linear_cross_entropy(
@@ -52,17 +54,19 @@ def linear_cross_entropy(
     with_grad = hidden_needs_grad or weight_needs_grad
     logits, grads = _buffers(hidden, matrix.shape[0], chunk_size, with_grad)
     with torch.cuda.device_of(hidden):
-        for begin in range(0, hidden.shape[0], chunk_size):
-            part = slice(begin, begin + chunk_size)
-            rows = hidden[part]
-            chunk_logits, chunk_grads = logits[: rows.shape[0]], grads[: rows.shape[0]]
-            _product(rows, matrix.t(), chunk_logits)
-            arguments = (targets[part], losses[part], vocabulary, ignore_index, z_loss, with_grad)
-            _softmax(chunk_logits, chunk_grads, *arguments)
+        for begin in range(0, hidden.shape[0], max(1, grads.shape[0])):
+            together = slice(begin, begin + grads.shape[0])
+            rows = hidden[together]
+            for first in range(0, rows.shape[0], chunk_size):
+                part = slice(first, first + chunk_size)
+                chunk_logits = logits[: rows[part].shape[0]]
+                _product(rows[part], matrix.t(), chunk_logits)
+                arguments = (targets[together][part], losses[together][part], vocabulary, ignore_index, z_loss)
+                _softmax(chunk_logits, grads[part][: chunk_logits.shape[0]], *arguments, with_grad)
             if hidden_needs_grad:
-                torch.mm(chunk_grads, matrix, out=hidden_grad[part])
+                torch.mm(grads[: rows.shape[0]], matrix, out=hidden_grad[together])
             if weight_needs_grad:
-                _product(chunk_grads.t(), rows, weight_grad, add=begin > 0)
+                _product(grads[: rows.shape[0]].t(), rows, weight_grad, add=begin > 0)
     return losses.sum(), hidden_grad, weight_grad[:vocabulary].to(weight.dtype)
 
 
@@ -103,12 +107,12 @@ def _classes(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _buffers(hidden: Tensor, columns: int, chunk_size: int, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """Logits and their gradient for one chunk; the same memory when both are fp32."""
-    rows, stride = min(chunk_size, hidden.shape[0]), -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    logits = hidden.new_empty((rows, stride), dtype=torch.float32)[:, :columns]
+    """Logits of one chunk, and their gradients of several; of one, in the same memory, when both are fp32."""
+    tokens, stride = hidden.shape[0], -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    logits = hidden.new_empty((min(chunk_size, tokens), stride), dtype=torch.float32)[:, :columns]
     if not with_grad or hidden.dtype == torch.float32:
         return logits, logits
-    return logits, hidden.new_empty((rows, stride))[:, :columns]
+    return logits, hidden.new_empty((min(GRADIENT_CHUNKS * chunk_size, tokens), stride))[:, :columns]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -136,15 +140,16 @@ def _softmax(
 ) -> None:
     from kernels.linear_cross_entropy.triton_kernels import cross_entropy_rows
 
-    launch, columns = launch_for(vocabulary), logits.shape[1]
+    columns = logits.shape[1]
+    launch = launch_for(columns)
     cross_entropy_rows[(logits.shape[0],)](
         *(logits, grads, targets, losses),
-        *(vocabulary, columns // CLASS_ALIGNMENT, logits.stride(0), grads.stride(0)),
+        *(vocabulary, *(size // CLASS_ALIGNMENT for size in (columns, logits.stride(0), grads.stride(0)))),
         *(ignore_index, z_loss),
         WITH_GRAD=with_grad,
         GROUP=CLASS_ALIGNMENT,
         EXACT=columns == vocabulary,
+        KEPT=launch.kept,
         BLOCK=launch.block,
-        STAGES=launch.stages,
         num_warps=launch.warps,
     )

@@ -12,8 +12,8 @@ ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 @pytest.fixture(autouse=True)
 def poisoned_and_small(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Outputs that no one writes are NaN; several blocks to a row."""
-    monkeypatch.setattr(fused, "launch_for", lambda vocabulary: fused.Launch(block=32, warps=4, stages=1))
+    """Outputs that no one writes are NaN; some of a row in registers, several blocks to the rest."""
+    monkeypatch.setattr(fused, "launch_for", lambda columns: fused.Launch(min(16, columns), block=32, warps=4))
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
