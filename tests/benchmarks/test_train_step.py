@@ -39,7 +39,7 @@ def peer_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_row_without_memory_does_not_end_the_others(peer_rows: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = argparse.Namespace(
-        micro_batches=[16, 8, 4], global_batch=None, recompute=["auto"], length=4, steps=1, layers=1
+        micro_batches=[16, 8, 4], global_batch=None, recompute=[(Recompute.auto, None)], length=4, steps=1, layers=1
     )
     arguments.no_graphs, arguments.no_peer, arguments.kernels = False, False, None
     train_step.table("mamba_130m", arguments, peak=1.0)
