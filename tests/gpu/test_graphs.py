@@ -70,6 +70,8 @@ def test_the_same_bits(name: str, settings: dict[str, object]) -> None:
         (ReplicatedEngine, {"reduce_precision": Precision.bf16}),
         (ShardedEngine, {}),
         (ShardedEngine, {"reshard_after_forward": False}),
+        (ReplicatedEngine, {"compile": True}),
+        (ShardedEngine, {"compile": True}),
     ],
     ids=str,
 )
