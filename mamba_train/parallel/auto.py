@@ -2,7 +2,7 @@
 
 `engine=auto`: one device, DDP or FSDP2. `engine.recompute=auto`: as few layers as fit compute their scan again.
 `engine.reshard_after_forward=null`: FSDP2 keeps gathered weights for the backward pass where there is room for them.
-`engine.cuda_graphs=null`: FSDP2 records its passes where that changes no bit of a run.
+`engine.cuda_graphs=null`: FSDP2 records its passes where that is known to change no bit of a run.
 """
 
 import bisect
@@ -45,17 +45,23 @@ def resolve_auto(config: Config, ranks: Ranks, log: Callable[[str], None]) -> En
         if keeps:
             log("engine.reshard_after_forward=null: gathered weights stay for the backward pass, a step fits with them")
         chosen.engine = dataclasses.replace(chosen.engine, reshard_after_forward=not keeps)
-    if engine.cuda_graphs is None and graphs_change_sums(chosen, ranks.world_size) and _on_gpu(config):
-        log("engine.cuda_graphs=null: no graphs, with which every micro-batch would be summed over the ranks by itself")
+    if engine.cuda_graphs is None and _on_gpu(config) and (reason := no_graphs(chosen, ranks.world_size)):
+        log(f"engine.cuda_graphs=null: no graphs, {reason}")
         chosen.engine = dataclasses.replace(chosen.engine, cuda_graphs=False)
     return chosen.engine
 
 
-def graphs_change_sums(config: Config, world_size: int) -> bool:
-    """Whether gradients would be added in another order with graphs: FSDP2 can leave nothing else to the next one."""
+def no_graphs(config: Config, world_size: int) -> str:
+    """Why FSDP2 records nothing unless it is told to; empty where it records."""
     engine, training = config.engine, config.training
-    accumulates = training.global_batch_size > training.micro_batch_size * world_size
-    return engine.name is EngineKind.fsdp and accumulates and not engine.reduce_each_micro_batch
+    if engine.name is not EngineKind.fsdp:
+        return ""
+    if engine.replicas > 1:
+        return "which nobody has tried on GPUs with engine.replicas"
+    if training.global_batch_size > training.micro_batch_size * world_size and not engine.reduce_each_micro_batch:
+        # Between two of them nothing is left but a rank's own part: sums in another order, and no less traffic.
+        return "which would sum gradients over the ranks after each micro-batch, not once per step"
+    return ""
 
 
 def may_keep_gathered(config: Config, world_size: int, device_bytes: float | None) -> bool:

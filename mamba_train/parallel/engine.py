@@ -80,8 +80,9 @@ class Engine(Protocol):
     def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
         """Forward and `backward` of one micro-batch, which is on the device; return its loss, detached.
 
-        inputs, targets: (rows, length) int64; seq_idx: (rows, length) int32 or None; n_targets: a scalar, what the
-        sum of the losses is divided by, the same for all micro-batches and ranks of a step.
+        inputs, targets: (rows, length) int64; seq_idx: (rows, length) int32 or None: of the same shapes on all ranks.
+        n_targets: a scalar, what the sum of the losses is divided by, the same for all micro-batches and ranks of a
+        step.
         """
 
     def step(self, lr: float, judge: Judge | None = None) -> StepResult:

@@ -9,6 +9,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -157,7 +158,8 @@ def _end_recording(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         graph.pool()
     except RuntimeError:  # torch has not come to the end of it
         device = torch.cuda.current_device()
-        torch._C._cuda_endAllocateToPool(device, pool)
+        with suppress(RuntimeError):  # it may have come as far as that
+            torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
         generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())

@@ -70,6 +70,8 @@ def test_the_same_bits(name: str, settings: dict[str, object]) -> None:
         (ReplicatedEngine, {"reduce_precision": Precision.bf16}),
         (ShardedEngine, {}),
         (ShardedEngine, {"reshard_after_forward": False}),
+        (ReplicatedEngine, {"compile": True}),
+        (ShardedEngine, {"compile": True}),
     ],
     ids=str,
 )
@@ -166,12 +168,13 @@ def test_a_recording_that_fails_leaves_everything_as_it_was(how: str) -> None:
     assert torch.rand(3, device="cuda").sum() > 0
     torch.cuda.synchronize()
     # What another stream has used is free again when that stream is done: not while torch believes that it records.
+    active = torch.cuda.memory_stats()["active_bytes.all.current"]
     large = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     large.record_stream(side)
     del large
     torch.cuda.synchronize()
     torch.empty(8, device="cuda")
-    assert torch.cuda.memory_stats()["active_bytes.all.current"] < 2**28
+    assert torch.cuda.memory_stats()["active_bytes.all.current"] < active + 2**27
 
 
 def test_a_run_is_the_same_and_resumes(tmp_path: Path, corpus: Path) -> None:

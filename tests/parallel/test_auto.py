@@ -130,6 +130,7 @@ def test_replicas_that_cannot_be_are_refused_before_memory_is_estimated(
         (["engine=fsdp", "training.micro_batch_size=2"], False),
         (["engine=fsdp", "training.micro_batch_size=2", "engine.reduce_each_micro_batch=true"], None),
         (["engine=fsdp", "training.micro_batch_size=2", "engine.cuda_graphs=true"], True),
+        (["engine=fsdp", "training.micro_batch_size=4", "engine.replicas=2"], False),
         (["engine=ddp", "training.micro_batch_size=2"], None),
     ],
 )
