@@ -10,7 +10,7 @@ from mamba_train.composition import user_errors_exit
 COMMANDS = {
     "convert": "weights to and from the layouts of transformers and state-spaces",
     "doctor": "say whether a run would start on this machine",
-    "evaluate": "score a model: nats and bits per byte by domain, by length, on tasks",
+    "evaluate": "score a model: nats and bits per byte, by domain or by length",
     "generate": "write text with a trained model",
     "plan": "say what a run needs: parameters, FLOPs, memory, disk, time",
     "report": "draw the curves of one or several runs",

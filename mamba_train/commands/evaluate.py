@@ -1,6 +1,7 @@
 """`mamba-train evaluate RUN`: nats and bits per byte of a model by domain, and at lengths beyond its training."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from mamba_train.evaluation.perplexity import TokenLosses
 
 SPLITS = ("train", "validation", "test")
+DEFAULT_SPLIT = "validation"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", action="append", metavar="[NAME=]FOLDER", help="prepared shards (default: those the run validates on)"
     )
-    parser.add_argument("--split", default="validation", choices=SPLITS)
+    parser.add_argument("--split", default=DEFAULT_SPLIT, choices=SPLITS)
     parser.add_argument(
         "--protocol",
         default="packed",
@@ -180,9 +182,9 @@ def _by_domain(
         args,
         pretrained,
         f"perplexity-{protocol}",
+        domains,
         {
             **named,
-            "split": args.split,
             "domains": {label: shown_score(one) for label, one in scores.items()},
             "all": shown_score(total(scores)),
         },
@@ -222,18 +224,23 @@ def _by_length(
         "trained_length": trained,
         "reset_at_documents": reset,
         "domain": label,
-        "split": args.split,
         "lengths": {str(length): shown_score(one) for length, one in curve.scores.items()},
         "by_position": [list(span) for span in curve.by_position()],
     }
-    path = _write(args, pretrained, "lengths", content)
+    path = _write(args, pretrained, "lengths", domains, content)
     if path is not None:
         picture = path.with_suffix(".png")
         picture.write_bytes(png(length_figure(curve, trained, f"Length extrapolation of {pretrained.config.name}")))
         print(f"plot: {picture}")
 
 
-def _write(args: argparse.Namespace, pretrained: "Pretrained", kind: str, content: dict[str, Any]) -> Path | None:
+def _write(
+    args: argparse.Namespace,
+    pretrained: "Pretrained",
+    kind: str,
+    domains: "Mapping[str, Corpus]",
+    content: dict[str, Any],
+) -> Path | None:
     from mamba_train.evaluation.results import results_path, write_results
 
     folder = args.output
@@ -242,7 +249,18 @@ def _write(args: argparse.Namespace, pretrained: "Pretrained", kind: str, conten
     if folder is None:
         print(json.dumps(content))
         return None
-    path = results_path(folder, kind, pretrained.step)
-    write_results(path, {"kind": kind, "step": pretrained.step, "source": str(args.source), **content})
+    path = results_path(folder, kind + _asked_for(args, domains), pretrained.step)
+    origin = {"source": str(args.source), "data": args.data, "split": args.split}
+    write_results(path, {"kind": kind, "step": pretrained.step, **origin, **content})
     print(f"results: {path}")
     return path
+
+
+def _asked_for(args: argparse.Namespace, domains: "Mapping[str, Corpus]") -> str:
+    """What of a file's name tells an evaluation from others of the same step, which it must not replace."""
+    given = {name: getattr(args, name) for name in ("split", "length", "stride", "max_tokens", "precision")}
+    parts = [f"{name}_{value}" for name, value in given.items() if value not in (None, DEFAULT_SPLIT)]
+    if args.data:
+        fingerprints = "".join(corpus.fingerprint for corpus in domains.values())
+        parts.append(f"data_{hashlib.sha256(fingerprints.encode()).hexdigest()[:8]}")
+    return "".join(f"-{part}" for part in parts)

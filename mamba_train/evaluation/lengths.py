@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from mamba_train.data.corpus import Corpus
 from mamba_train.data.tokenizer import TextTokenizer
+from mamba_train.evaluation.length_axis import INK, draw_length_axis
 from mamba_train.evaluation.perplexity import Protocol, Score, TokenLosses, Windows, score
 
-INK, TRAINED = "#0072B2", "#444444"
 TOKENS_AT_ONCE = 65536  # fewer windows go together the longer they are
 
 
@@ -82,20 +82,6 @@ def length_figure(curve: LengthCurve, trained_length: int | None, title: str) ->
     by_position.set_xlabel(f"position in a window of {curve.longest:,} tokens")
     by_position.set_ylabel("nats per token")
     for axis in (by_length, by_position):
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        if trained_length is not None:
-            axis.axvline(trained_length, color=TRAINED, linestyle="--", linewidth=1)
-            axis.annotate(
-                "trained at",
-                (trained_length, 0.98),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, 0),
-                textcoords="offset points",
-                va="top",
-                fontsize=9,
-                color=TRAINED,
-            )
+        draw_length_axis(axis, trained_length, height=0.98)
     figure.suptitle(title.replace("$", r"\$"), fontsize=12)
     return figure

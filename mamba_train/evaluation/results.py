@@ -10,7 +10,7 @@ from mamba_train.run_folder import EVALUATION
 
 
 def results_path(folder: Path, kind: str, step: int | None) -> Path:
-    """Where a result belongs: `evaluation/KIND-step_00000500.json`; a later one of the same takes its place."""
+    """Where a result belongs: `evaluation/KIND-step_00000500.json`; a later one of the same kind takes its place."""
     name = kind if step is None else f"{kind}-step_{step:08d}"
     return folder / EVALUATION / f"{name}.json"
 

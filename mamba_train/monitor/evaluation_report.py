@@ -55,7 +55,8 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         if len(found) > 1:
             found.append((f"all ({protocol})", _score(result["all"])))
     elif "lengths" in result:
-        found = [(f"length {length}", _score(score)) for length, score in result["lengths"].items()]
+        where = "".join(f", {part}" for part in _where(result))
+        found = [(f"length {length}{where}", _score(score)) for length, score in result["lengths"].items()]
     elif "accuracy" in result:
         found = [(f"{result['task']}, length {length}", f"{value:.2%}") for length, value in result["accuracy"].items()]
         found.append(("the paper", result["paper"]))
@@ -72,7 +73,13 @@ def _protocol(result: dict[str, Any]) -> str:
         parts.append(f"stride {result['stride']}")
     if result.get("max_tokens"):
         parts.append(f"first {result['max_tokens']:,} tokens")
-    return ", ".join(parts)
+    return ", ".join([*parts, *_where(result)])
+
+
+def _where(result: dict[str, Any]) -> list[str]:
+    """Of which text, where it is not what the run validates on."""
+    split = result.get("split", "validation")
+    return [*([] if split == "validation" else [f"split {split}"]), *(result.get("data") or [])]
 
 
 def _score(score: dict[str, float]) -> str:

@@ -1,10 +1,12 @@
 """`mamba-train evaluate` on a run that train.py made."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
+from mamba_train.commands import evaluate
 from tests.commands.test_generate import mamba_train
 from tests.helpers import metrics, train
 
@@ -39,6 +41,20 @@ def test_more_context_per_token_and_other_lengths(run_dir: Path, tmp_path: Path)
     assert set(found["lengths"]) == {"32", "128"}
     assert found["trained_length"] == 32
     assert (tmp_path / "evaluation" / "lengths-step_00000010.png").stat().st_size > 10_000
+
+
+def test_another_question_does_not_replace_the_answer(run_dir: Path, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    data = json.loads((run_dir / "summary.json").read_text())["data_folder"]
+    common = [str(run_dir), "--max-tokens", "64", "--output", str(tmp_path)]
+    asked: list[list[str]] = [[], ["--length", "16"], ["--split", "train"], ["--data", data], ["--precision", "bf16"]]
+    for arguments in [*asked, []]:
+        evaluate.run(parser.parse_args([*common, *arguments]))
+    found = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").iterdir()]
+    assert len(found) == len(asked)
+    assert sorted(result["split"] for result in found) == ["train", *["validation"] * 4]
+    assert [result["data"] for result in found].count([data]) == 1
 
 
 @pytest.mark.parametrize(

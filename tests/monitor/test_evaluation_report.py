@@ -20,6 +20,13 @@ RESULTS = {
         "all": SCORE,
     },
     "lengths-step_00000020": {"kind": "lengths", "step": 20, "lengths": {"32": SCORE, "64": SCORE}},
+    "lengths-split_test-step_00000020": {
+        "kind": "lengths",
+        "step": 20,
+        "split": "test",
+        "data": ["books=FOLDER"],
+        "lengths": {"128": SCORE},
+    },
     "task-step_00000020": {
         "kind": "task",
         "step": 20,
@@ -57,6 +64,7 @@ def test_evaluations_and_samples_are_shown(tmp_path: Path) -> None:
         "all (packed, length 32)",
         "2.5000 nats per token, 1.2500 bits per byte",
         "length 64",
+        "length 128, split test, books=FOLDER",
         "mqar, length 512",
         "50.00%",
         "100% somewhere",
