@@ -27,7 +27,8 @@ ROWS = [(32 * 2048, 768, 50280), (8 * 2048, 768, 50280), (16 * 2048, 2048, 50280
 # Elements in registers, elements at a time of the others, warps.
 LAUNCHES = [(2**15, 4096, 16), (2**15, 8192, 16), (2**15, 8192, 32), (2**14, 1024, 8), (2**14, 2048, 8)]
 LAUNCHES += [(2**14, 4096, 8), (2**14, 4096, 16), (2**13, 2048, 4), (2**13, 2048, 8), (2**12, 4096, 32)]
-CHUNKS = [(640, 10), (1280, 2), (1280, 4), (1280, 8), (2560, 1), (2560, 2), (2560, 4), (5120, 1)]  # tokens, together
+# Tokens of a chunk, chunks whose gradients are multiplied at once.
+CHUNKS = [(128, 56), (256, 28), (384, 18), (512, 13), (640, 10), (1280, 2), (1280, 4), (1280, 8), (2560, 1), (2560, 4)]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
