@@ -210,7 +210,7 @@ def report(records: list[Record]) -> None:
             cells = (f"{values[length]:,.{panel.digits}f}" if length in values else "" for length in lengths)
             print(f"| {name} | {' | '.join(cells)} |")
         for name, tokens in panel.crossovers().items():
-            where = "at no length" if tokens is None else f"from {tokens:,.0f} tokens on" if tokens else "at any length"
+            where = {None: "at no length", 0.0: "at all lengths"}.get(tokens, f"from {tokens or 0:,.0f} tokens on")
             print(f"{panel.attention} takes longer than {name} {where}")
 
 

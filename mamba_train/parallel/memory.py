@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
+from kernels.linear_cross_entropy.fused import GRADIENT_CHUNKS
 from kernels.linear_cross_entropy.reference import GPU_LOGITS
 from kernels.selective_scan.plan import GPU_CHUNK
 from kernels.ssd.launch import GRADIENTS as SSD_GRADIENTS
@@ -76,7 +77,10 @@ def memory_per_device(config: Config, model: ModelConfig, world_size: int) -> di
     memory["activations (estimate)" + (", beyond gradients" if made else "")] = max(
         activations / model.n_layer, activations - made
     )
-    memory["logits chunk and gradient of the head"] = (4 + value_bytes) * _logits(model, micro_batch_tokens) + 4 * head
+    logits = 4 * _logits(model, micro_batch_tokens)
+    if value_bytes < 4:  # otherwise their gradients take their place
+        logits += value_bytes * _logits(model, micro_batch_tokens, GRADIENT_CHUNKS)
+    memory["logits chunk and gradient of the head"] = logits + 4 * head
     return {name: round(size) for name, size in memory.items() if size}
 
 
@@ -222,10 +226,10 @@ def _ssd_keeps(model: ModelConfig, value_bytes: int) -> int:
     return value_bytes * e * model.d_state // SSD_GRADIENTS.chunk + 4 * 4 * e // model.head_dim
 
 
-def _logits(model: ModelConfig, n_tokens: int) -> int:
-    """Logits that exist at once."""
+def _logits(model: ModelConfig, n_tokens: int, chunks: int = 1) -> int:
+    """Logits of so many chunks of tokens, or of all."""
     rows = padded_vocab_size(model)
-    return rows * min(n_tokens, math.ceil(GPU_LOGITS / rows))
+    return rows * min(n_tokens, chunks * math.ceil(GPU_LOGITS / rows))
 
 
 def fits(config: Config, model: ModelConfig, world_size: int, device_bytes: float) -> bool:
