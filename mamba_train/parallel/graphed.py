@@ -136,9 +136,7 @@ def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cu
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 result = work()
     except RuntimeError as error:
-        first = error.__context__ or error  # what broke it off comes before what the end of the recording says of it
-        reason = " ".join(str(first).split())[:300]
-        _log.warning("engine.cuda_graphs: %s cannot be recorded, it goes on without a graph: %s", name, reason)
+        _log.warning("engine.cuda_graphs: %s cannot be recorded, it goes on without a graph: %s", name, _cause(error))
         if graph is not None:
             _end_recording(graph, pool)
         return None
@@ -147,6 +145,15 @@ def record(work: Callable[[], T], name: str, pool: Any = None) -> tuple[torch.cu
             gc.enable()
     _graphs.add(graph)
     return graph, result
+
+
+def _cause(error: RuntimeError) -> str:
+    """What broke a recording off, which comes before what its end says.
+
+    As a variable of the function that caught it, it would keep the frames of the passes, and with them their
+    activations, until Python next looks for cycles.
+    """
+    return " ".join(str(error.__context__ or error).split())[:300]
 
 
 def _end_recording(graph: torch.cuda.CUDAGraph, pool: Any) -> None:

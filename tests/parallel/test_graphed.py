@@ -3,6 +3,7 @@ import gc
 import logging
 import os
 import threading
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -150,12 +151,20 @@ def test_nothing_is_collected_while_a_graph_is_recorded(
     assert recorded[1] is False
     assert gc.isenabled()
 
+    activations = []
+
     def fails() -> None:
+        activation = torch.ones(3)
+        activations.append(weakref.ref(activation))
         raise ValueError("the first error")
 
-    with caplog.at_level(logging.WARNING):
-        assert record(fails, "the step") is None
-    assert gc.isenabled()
+    gc.disable()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert record(fails, "the step") is None
+        assert activations[0]() is None, "what follows needs that memory"
+    finally:
+        gc.enable()
     assert "the first error" in caplog.text
 
 
