@@ -30,7 +30,9 @@ def run(config: Config, stop: StopRequest) -> None:
     signal.signal(signal.SIGINT, interrupt)
     try:
         trainer.run()
-    except (NotEnoughDiskSpace, ReadError, GaveUp, ranks.OtherRankFailed) as error:
+    except ReadError as error:  # of this rank, while the others are in a step
+        composition.exit_with_error(error, code=1, alone=True)
+    except (NotEnoughDiskSpace, GaveUp, ranks.OtherRankFailed) as error:
         composition.exit_with_error(error, code=1)
     except Stopped as stopped:
         print(f"{stopped}: the same command goes on from there", file=sys.stderr)

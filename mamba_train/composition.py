@@ -102,17 +102,19 @@ class user_errors_exit:
             exit_with_error(error)
 
 
-def exit_with_error(error: Exception, code: int = EXIT_USER_ERROR) -> NoReturn:
+def exit_with_error(error: Exception, code: int = EXIT_USER_ERROR, *, alone: bool = False) -> NoReturn:
     """Print the error as one line and exit; MAMBA_TRAIN_TRACEBACK=1 shows where it arose.
 
-    When the run has several ranks, all of them exit, and one prints the line.
+    When the run has several ranks, all of them exit, and one prints the line. alone: this rank does not ask the others,
+    who may be in the middle of a step and would not answer.
     """
-    error = ranks.fail_together(error)
+    if not alone:
+        error = ranks.fail_together(error)
     if not isinstance(error, ranks.OtherRankFailed):
         if os.environ.get("MAMBA_TRAIN_TRACEBACK"):
             traceback.print_exception(error)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    ranks.leave(code)
+    (ranks.abandon if alone else ranks.leave)(code)
     # Without `from None` the exception would print itself as the context of SystemExit.
     raise SystemExit(code) from None
 
@@ -164,7 +166,7 @@ def explain(error: Exception) -> str:
     if re.search("parsing override|mismatched input|[Nn]o ?[Vv]iable ?[Aa]lt|extraneous input|Ambiguous value", text):
         return (
             f"cannot read the command line: {text.splitlines()[0]}; expected KEY=VALUE or GROUP=OPTION, and quotes "
-            "around a value with spaces or any of ()[]{}=,: such as \"data.path='my texts (1)'\""
+            "around a value with spaces or any of ()[]{}=,:;~&!# such as \"data.path='my texts (1)'\""
         )
     return " ".join(text.split())
 

@@ -108,6 +108,11 @@ def _ranges(config: Config) -> Iterable[Problem]:
         value = _get(config, key)
         if value is not None and value <= 0:
             yield key, value, "expected null or more than 0"
+    for key, name in (("model.name", config.model.name), ("data.name", config.data.name)):
+        if not name or "/" in name:
+            yield key, repr(name), "expected a name without /: folders are called by it"
+    if any(step < 1 for step in config.logging.profile_steps):
+        yield "logging.profile_steps", config.logging.profile_steps, "expected steps, which are counted from 1"
 
 
 def _model(config: Config) -> Iterable[Problem]:

@@ -276,6 +276,18 @@ def leave(code: int = 0) -> None:
     os._exit(code)
 
 
+def abandon(code: int) -> None:
+    """End this process at once, whatever the others wait for; a single process goes on.
+
+    What has started the ranks, torchrun or srun, then ends the others.
+    """
+    if _joined is None or _joined.world_size == 1:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as in `leave`
+
+
 def fail_together(error: Exception) -> Exception:
     """The error that this rank ends with when it cannot take part in the run: `error`, or OtherRankFailed.
 

@@ -37,9 +37,12 @@ def test_null_is_offered_where_it_is_taken_and_nowhere_else(key: str, value: str
         ("run_dir=[1, 2]", "run_dir=[1, 2]: expected text"),
         ("evaluation.tasks=lambada", "evaluation.tasks=lambada: expected a list such as [A,B]; an empty one is []"),
         ("logging.profile_steps=[5,x]", "logging.profile_steps[1]=x: expected a whole number"),
+        ("logging.profile_steps=[5,0]", "logging.profile_steps=[5, 0]: expected steps, which are counted from 1"),
+        ("data.name=../b", "data.name='../b': expected a name without /: folders are called by it"),
+        ("model.name=", "model.name='': expected a name without /: folders are called by it"),
         ("data.sources=a", "data.sources: names are added one by one, as +data.sources.NAME=VALUE; see --help"),
     ],
 )
-def test_a_list_or_names_where_there_are_none_and_the_other_way(override: str, expected: str) -> None:
+def test_what_is_wrong_is_said_in_one_line(override: str, expected: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         compose_config([override])

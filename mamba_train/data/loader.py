@@ -166,6 +166,8 @@ class BatchLoader:
         with _signals_blocked():  # what is started here has them blocked from its first instruction on
             self._items = iter(loader)
         self._processes = set(multiprocessing.active_children()) - before
+        if self._workers and threading.current_thread() is threading.main_thread():
+            _name_the_dead()
         atexit.register(self.close)
 
     def _dataset(self, first_sample: int) -> Dataset:
@@ -181,10 +183,33 @@ class BatchLoader:
         except RuntimeError as error:
             if all(process.is_alive() for process in self._processes):
                 raise
-            raise ReadError(f"a process that loads data has died ({' '.join(str(error).split())})") from error
+            raise _has_died(error) from error
         if isinstance(item, ReadError):
             raise item
         return item
+
+
+def _has_died(error: RuntimeError) -> ReadError:
+    return ReadError(f"a process that loads data has died ({' '.join(str(error).split())})")
+
+
+def _name_the_dead() -> None:
+    """Have the DataLoader's handler of SIGCHLD, which raises when a worker is killed, say it as a ReadError."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(handler) or isinstance(handler, _Naming):
+        return
+    signal.signal(signal.SIGCHLD, _Naming(handler))
+
+
+@dataclass(frozen=True)
+class _Naming:
+    handler: Callable[[int, Any], object]
+
+    def __call__(self, number: int, frame: Any) -> None:
+        try:
+            self.handler(number, frame)
+        except RuntimeError as error:
+            raise _has_died(error) from error
 
 
 class _SpawnContext(SpawnContext):

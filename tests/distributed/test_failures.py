@@ -27,6 +27,7 @@ from tests.distributed.launch import (
 from tests.helpers import REPOSITORY
 
 TRAIN = str(REPOSITORY / "train.py")
+UNREADABLE = Path(__file__).with_name("unreadable.py")
 
 
 def by_srun(arguments_of_ranks: list[list[str]], corpus: Path) -> list[subprocess.CompletedProcess[str]]:
@@ -106,6 +107,19 @@ def test_an_error_of_one_rank_does_not_hang_the_others(texts: Path, tmp_path: Pa
     result = drive(TOPOLOGIES[name], texts, tmp_path / "run", options=["--fail-at", "5"])
     assert result.returncode != 0
     assert "rank 1 fails on purpose" in result.stderr
+
+
+def test_what_one_rank_cannot_read_is_said_at_once(texts: Path, tmp_path: Path) -> None:
+    """The others wait in the sum of the step, and would until the watchdog takes it for a hang."""
+    command = torchrun(2, str(UNREADABLE), *overrides(texts, tmp_path / "run", "engine=ddp"))
+    result = subprocess.run(
+        command, cwd=texts.parent, env=child_environment(), capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 1
+    assert "error: shard-7.bin: token 5 of 10 is not there\n" in result.stderr
+    assert "ReadError" not in result.stderr
+    ledger = (tmp_path / "run" / "ledger.jsonl").read_text()
+    assert "hang" not in ledger
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
