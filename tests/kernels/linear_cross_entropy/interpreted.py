@@ -47,7 +47,7 @@ def assert_near(actual: Tensor, expected: Tensor, error: float) -> None:
 
 @pytest.mark.parametrize("dtype", list(ERROR))
 @pytest.mark.parametrize(
-    ("tokens", "vocabulary", "chunk"), [(1, 1, 1), (9, 31, 4), (5, 32, 5), (12, 33, 7), (6, 100, 64)]
+    ("tokens", "vocabulary", "chunk"), [(1, 1, 1), (9, 31, 4), (5, 32, 5), (12, 33, 7), (14, 40, 3), (6, 100, 64)]
 )
 def test_loss_and_gradients(tokens: int, vocabulary: int, chunk: int, dtype: torch.dtype) -> None:
     for z_loss in (0.0, 1e-2):
