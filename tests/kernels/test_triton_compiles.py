@@ -58,6 +58,7 @@ def norm_arguments(
     before: bool = False,
     align: int = 4,
     activations: str = "*bf16",
+    groups: int | str = 1,
 ) -> tuple[dict[str, Any], int]:
     """And the number of warps."""
     is_forward = kernel is norm_kernels.forward_kernel
@@ -74,7 +75,7 @@ def norm_arguments(
     if not (gated or is_forward):
         arguments["x"] = "*fp32"
     constants = {"NORM_FIRST": before, "ALIGN": align, "ROWS": shape.rows}
-    constants |= {} if is_forward else {"STAGES": loop.stages}
+    constants |= {"PDL": capability >= 90, "groups": groups} if is_forward else {"STAGES": loop.stages}
     constants |= {"PIECES": -(-size // shape.block), "BLOCK": shape.block}
     return arguments | {"eps": "fp32"} | constants, shape.warps
 
@@ -117,12 +118,14 @@ def test_norms(gated: bool, capability: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [608, 10240])
-def test_norms_read_all_before_they_write(size: int) -> None:
-    """A load behind a store waits for it, and for what that store waits for."""
+def test_norms_wait_then_read_all_then_write(size: int) -> None:
+    """What the kernel before writes is not there before the wait. A load behind a store waits for it, and for what that
+    store waits for."""
     kernel = norm_kernels.forward_kernel
     arguments, warps = norm_arguments(kernel, size, gated=False)
     ptx = compiled_for(kernel, arguments, 90, warps).asm["ptx"]
-    accesses = re.findall(r"(?:ld|st)\.global", ptx)
+    wait, launch, *accesses = re.findall(r"griddepcontrol\.\w+|(?:ld|st)\.global", ptx)
+    assert (wait, launch) == ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
     assert arguments["PIECES"] > 1
     assert accesses == sorted(accesses)
 
@@ -130,7 +133,7 @@ def test_norms_read_all_before_they_write(size: int) -> None:
 @pytest.mark.parametrize("size", [1, norm.MAX_SIZE])
 def test_sizes_of_norms(size: int, tmp_path: Path) -> None:
     for kernel in (norm_kernels.forward_kernel, norm_kernels.backward_kernel):
-        norm_resources(kernel, size, True, tmp_path, before=True, align=1)
+        norm_resources(kernel, size, True, tmp_path, before=True, align=1, groups="i32")
         norm_resources(kernel, size, False, tmp_path, align=1)
 
 
