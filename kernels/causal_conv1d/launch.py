@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import alignment, processors, triton_unsupported
+from kernels.dispatch import alignment, early_start, processors, triton_unsupported
 
 WIDTHS = (2, 3, 4)
 MAX_WIDTH = max(WIDTHS)
@@ -87,6 +87,7 @@ def forward(
             *(length, channels // align, chunks, shape.steps),
             *(width, silu, align, shape.block, shape.unroll),
             num_warps=shape.warps,
+            **early_start(x),
         )
     return y, final_state
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.causal_conv1d import causal_conv1d
+from kernels.causal_conv1d import launch as conv_launch
 from kernels.rms_norm import add_rms_norm, gated_rms_norm, launch, rms_norm
 from tests.gpu.errors import DTYPES, Inputs, assert_accurate, assert_no_worse, poisoned  # noqa: F401
 
@@ -151,13 +153,14 @@ def test_early_start_waits_for_what_comes_before(rows: int, channels: int, monke
         pytest.skip("needs compute capability 9.0")
     x, matrix = torch.randn(rows, channels, device="cuda"), torch.randn(channels, channels, device="cuda")
     x, matrix, weight = x.bfloat16(), matrix.bfloat16() / channels**0.5, torch.ones(channels, device="cuda")
-    buffer, side = torch.empty_like(x), torch.cuda.Stream()
+    filters, buffer, side = torch.randn(channels, 4, device="cuda"), torch.empty_like(x), torch.cuda.Stream()
 
     def chain() -> list[Tensor]:
         value, residual = x, None
         for step in range(8):
             y, residual = add_rms_norm(value, residual, weight, EPS)
-            value = (y + gated_rms_norm(y, value, weight)) @ matrix  # a norm right behind a norm
+            normed = gated_rms_norm(y, value, weight)  # one early start right behind another
+            value = (y + causal_conv1d(normed[None], filters)[0]) @ matrix
             if step % 4 == 1:
                 value = buffer.zero_().copy_(value)
             if step % 4 == 2:
@@ -185,7 +188,8 @@ def test_early_start_waits_for_what_comes_before(rows: int, channels: int, monke
     torch.use_deterministic_algorithms(False)  # what fills outputs would come between the kernels
     with torch.no_grad():
         early = found()
-        monkeypatch.setattr(launch, "early_start", lambda _: {"PDL": False})
+        for module in (launch, conv_launch):
+            monkeypatch.setattr(module, "early_start", lambda _: {"PDL": False})
         for a, b in zip(early, found(), strict=True):
             assert a.isfinite().all()
             assert torch.equal(a, b)

@@ -29,17 +29,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def conv_resources(
+def conv_arguments(
     kernel: Any,
     shape: conv.Shape,
     with_more: bool,
-    folder: Path,
     capability: int = 90,
     dtype: str = "*bf16",
     width: int = 4,
     everything: bool = False,
     align: int = 8,
-) -> Resources:
+) -> dict[str, Any]:
     """everything: with document boundaries, initial state, and the final state's gradient."""
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("x", "y", "final_state", "y_grad", "x_grad"), dtype)
@@ -47,6 +46,13 @@ def conv_resources(
     arguments |= dict.fromkeys(("initial_state", "final_grad", "state_grad"), dtype if everything else None)
     arguments["more"] = dtype if with_more else None
     arguments |= {"WIDTH": width, "SILU": True, "ALIGN": align, "BLOCK": shape.block, "UNROLL": shape.unroll}
+    return arguments | ({"PDL": capability >= 90} if "PDL" in arguments else {})
+
+
+def conv_resources(
+    kernel: Any, shape: conv.Shape, with_more: bool, folder: Path, capability: int = 90, **options: Any
+) -> Resources:
+    arguments = conv_arguments(kernel, shape, with_more, capability, **options)
     return compile_kernel(kernel, arguments, capability, shape.warps, folder)
 
 
@@ -119,15 +125,25 @@ def test_norms(gated: bool, capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [608, 10240])
 def test_norms_wait_then_read_all_then_write(size: int) -> None:
-    """What the kernel before writes is not there before the wait. A load behind a store waits for it, and for what that
-    store waits for."""
+    """A load behind a store waits for it, and for what that store waits for."""
     kernel = norm_kernels.forward_kernel
     arguments, warps = norm_arguments(kernel, size, gated=False)
-    ptx = compiled_for(kernel, arguments, 90, warps).asm["ptx"]
-    wait, launch, *accesses = re.findall(r"griddepcontrol\.\w+|(?:ld|st)\.global", ptx)
-    assert (wait, launch) == ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
+    accesses = accesses_after_the_wait(compiled_for(kernel, arguments, 90, warps).asm["ptx"])
     assert arguments["PIECES"] > 1
     assert accesses == sorted(accesses)
+
+
+def test_the_convolution_waits_first() -> None:
+    kernel, shape, with_more = CONVOLUTIONS[0]
+    arguments = conv_arguments(kernel, shape, with_more, everything=True)
+    assert accesses_after_the_wait(compiled_for(kernel, arguments, 90, shape.warps).asm["ptx"])
+
+
+def accesses_after_the_wait(ptx: str) -> list[str]:
+    """Loads and stores in their order; none is before the wait for the kernel before, whose results it may read."""
+    wait, launch, *accesses = re.findall(r"griddepcontrol\.\w+|(?:ld|st)\.global", ptx)
+    assert (wait, launch) == ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
+    return accesses
 
 
 @pytest.mark.parametrize("size", [1, norm.MAX_SIZE])
