@@ -153,7 +153,8 @@ def test_early_start_waits_for_what_comes_before(rows: int, channels: int, monke
         pytest.skip("needs compute capability 9.0")
     x, matrix = torch.randn(rows, channels, device="cuda"), torch.randn(channels, channels, device="cuda")
     x, matrix, weight = x.bfloat16(), matrix.bfloat16() / channels**0.5, torch.ones(channels, device="cuda")
-    filters, buffer, side = torch.randn(channels, 4, device="cuda"), torch.empty_like(x), torch.cuda.Stream()
+    filters, side = torch.randn(channels, 4, device="cuda"), torch.cuda.Stream()
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, filters)]
 
     def chain() -> list[Tensor]:
         value, residual = x, None
@@ -162,7 +163,7 @@ def test_early_start_waits_for_what_comes_before(rows: int, channels: int, monke
             normed = gated_rms_norm(y, value, weight)  # one early start right behind another
             value = (y + causal_conv1d(normed[None], filters)[0]) @ matrix
             if step % 4 == 1:
-                value = buffer.zero_().copy_(value)
+                value = torch.zeros_like(value).copy_(value)
             if step % 4 == 2:
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
@@ -171,7 +172,11 @@ def test_early_start_waits_for_what_comes_before(rows: int, channels: int, monke
             if step % 4 == 3:
                 value = value.clone()
         assert residual is not None
-        return [value, residual]
+        return [
+            value.detach(),
+            residual.detach(),
+            *torch.autograd.grad([value, residual], leaves, [x, residual.detach()]),
+        ]
 
     def found() -> list[Tensor]:
         """Five eager runs and five of a graph."""
@@ -186,13 +191,12 @@ def test_early_start_waits_for_what_comes_before(rows: int, channels: int, monke
         return results
 
     torch.use_deterministic_algorithms(False)  # what fills outputs would come between the kernels
-    with torch.no_grad():
-        early = found()
-        for module in (launch, conv_launch):
-            monkeypatch.setattr(module, "early_start", lambda _: {"PDL": False})
-        for a, b in zip(early, found(), strict=True):
-            assert a.isfinite().all()
-            assert torch.equal(a, b)
+    early = found()
+    for module in (launch, conv_launch):
+        monkeypatch.setattr(module, "early_start", lambda _: {"PDL": False})
+    for a, b in zip(early, found(), strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["add", "gated"])
