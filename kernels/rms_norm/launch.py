@@ -52,9 +52,14 @@ def forward_shape(size: int, gated: bool) -> Shape:
     if not gated and 1024 < size <= 8192:
         return Shape(rows=1, block=_power_of_two(size), warps=8)
     block = piece(size)
-    rows = max(1, 512 // block) if size <= 512 else 1
+    row = _padded(size, block)
+    rows = 1
+    if gated:  # no program so short that more are done than can be started, one each 1.2 ns
+        rows = -(-1024 // row)
+    elif size <= 512:
+        rows = max(1, 512 // block)
     each = 32 if gated and size > 4096 else 16  # channels of a thread, about
-    return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each))
+    return Shape(rows, block, _warps(rows * row // 32 // each))
 
 
 def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) -> LoopShape:

@@ -19,7 +19,8 @@ SPILLED_BYTES = 160  # the gated backward of 5,120 channels
 SIZES = [768, 5120]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # that a program may have
 CONVOLUTIONS = (  # the last ones with a second summand of the gradient
-    (conv_kernels.forward_kernel, conv.forward_shape(), False),
+    (conv_kernels.forward_kernel, conv.forward_shape(5120), False),
+    (conv_kernels.forward_kernel, conv.forward_shape(288), False),
     (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=False), False),
     (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=True), True),
 )
