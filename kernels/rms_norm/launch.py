@@ -32,7 +32,7 @@ class LoopShape(NamedTuple):
 
 
 # Milliseconds on an H100, bf16, 16,384 rows or as told, of the best shapes and a few near them; shapes as (block,
-# warps, programs, stages), one row at a time. The forward was timed without its early start.
+# warps, programs, stages), one row at a time. All without the early start.
 #
 #   add, forward     608  (128, 1) .0184   (256, 1) .0185   2 rows of (256, 2) .0189   (1024, 2) .0189   (7,328 rows)
 #                    768  (256, 2) .0527   (1024, 2) .0528   (256, 1) .0530
