@@ -1,10 +1,10 @@
-"""The causal convolution beside the official one and PyTorch's own, with the floor that bytes set.
+"""The causal convolution beside the official one, with the floor that bytes set.
 
     python -m benchmarks.causal_conv1d [--quick | --sweep]
 
 One process, one GPU: each row times the same inputs, channel last, bf16, with bias and SiLU. GPU times are medians over
-replays of CUDA graphs of several calls, which take turns, with the middle half's spread; eager times are what a user
-sees who calls it from Python. The package causal-conv1d may be absent; its column is then empty.
+replays of CUDA graphs of several calls, which take turns, with the middle half's spread; the ratio, the official time
+over ours, is taken turn by turn. Eager times are what a user sees who calls it from Python.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import random
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.selective_scan import (
-    Time,
     ask_device,
     calls,
     copy_bytes_per_second,
     eager_time,
     graph_time,
-    graph_times,
+    graph_turns,
+    ratio,
+    summary,
 )
 from kernels.causal_conv1d import causal_conv1d, launch
 
@@ -43,41 +43,23 @@ def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return causal_conv1d(x, weight, bias, activation="silu")
 
 
-def pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = F.conv1d(x.transpose(1, 2), weight[:, None].to(x.dtype), bias.to(x.dtype), padding=WIDTH - 1, groups=x.shape[2])
-    return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
+def official(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
 
 
-def official() -> Callable[..., Tensor] | None:
-    try:
-        from causal_conv1d import causal_conv1d_fn
-    except ImportError:
-        return None
-
-    def operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
-
-    return operator
-
-
-def row(batch: int, length: int, channels: int, peers: list[Callable[..., Tensor] | None], copy_rate: float) -> str:
+def row(batch: int, length: int, channels: int, copy_rate: float) -> str:
     x = torch.randn(batch, length, channels, device="cuda", dtype=torch.bfloat16)
     inputs = [x, torch.randn(channels, WIDTH, device="cuda"), torch.randn(channels, device="cuda")]
-    both = [None if operator is None else calls(operator, inputs) for operator in (ours, *peers)]
+    pairs = [calls(operator, inputs) for operator in (ours, official)]
     floors = [1e3 * count * x.nbytes / copy_rate for count in (FORWARD_TENSORS, BOTH_TENSORS)]
     text = f"{batch:3d} {length:6d} {channels:5d}"
     for part, floor in enumerate(floors):
-        found = iter(graph_times([pair[part] for pair in both if pair is not None]))
-        times = [None if pair is None else next(found) for pair in both]
-        assert times[0] is not None
-        ratio = "     -" if times[1] is None else f"{times[1].median / times[0].median:5.2f}x"
-        text += f" | {' '.join(shown(time) for time in times)} {ratio} {floor:6.3f} {times[0].median / floor:5.2f}x"
-    eager = [None if pair is None else eager_time(pair[1]) for pair in both]
-    return text + " | " + " ".join("       -" if time is None else f"{time:8.3f}" for time in eager)
-
-
-def shown(time: Time | None) -> str:
-    return " " * 14 + "-" if time is None else str(time)
+        turns = graph_turns([pair[part] for pair in pairs])
+        time, of_peer = (summary(samples) for samples in turns)
+        text += f" | {time} {of_peer} {ratio(turns[1], turns[0])} {floor:6.3f} {time.median / floor:5.2f}x"
+    return text + " | " + " ".join(f"{eager_time(pair[1]):8.3f}" for pair in pairs)
 
 
 def sweep(shape: tuple[int, int, int], best: int = 6) -> None:
@@ -109,18 +91,21 @@ def main() -> None:
         for shape in ROWS:
             sweep(shape)
         return
-    peers, rate = [official(), pytorch], copy_bytes_per_second()
-    print(f"torch {torch.__version__}; bf16, width {WIDTH}, bias and SiLU, channel last; official: causal-conv1d")
+    import causal_conv1d as peer
+
+    rate = copy_bytes_per_second()
+    print(f"torch {torch.__version__}, causal-conv1d {peer.__version__}; bf16, width {WIDTH}, bias, SiLU, channel last")
     print(f"copy {rate / 1e12:.2f} TB/s; times in ms; floor: every activation and gradient once at that rate")
-    print("forward, then forward + backward: ours, official, PyTorch, official / ours, floor, ours / floor;")
-    print("then eager forward + backward of the three")
-    print("  b      l     d")
+    print(
+        "  b      l     d | forward: ours, official, ratio, floor, ours / floor"
+        " | the same of forward + backward | eager forward + backward: ours, official"
+    )
     rows = list(ROWS)
     if not quick:
         for _ in range(5):
             rows.append((random.choice([1, 2, 3, 5, 8]), random.randint(100, 4096), 8 * random.randint(32, 640)))
     for shape in rows:
-        print(row(*shape, peers, rate), flush=True)
+        print(row(*shape, rate), flush=True)
         torch.cuda.empty_cache()
 
 

@@ -5,7 +5,8 @@
 "add" is the residual add and norm that open a block (bf16 activations, fp32 residual), against `rms_norm_fn`; "gated"
 is the norm over groups that follows SSD, against `layernorm_gated.rmsnorm_fn`. One process, one GPU: each row times the
 same inputs. GPU times are medians over replays of CUDA graphs of several calls that take turns, with the spread of the
-middle half; eager times are what a user sees who calls it from Python.
+middle half; the ratio, mamba_ssm's time over ours, is taken turn by turn. Eager times are what a user sees who calls it
+from Python.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.selective_scan import ask_device, copy_bytes_per_second, eager_time, graph_time, graph_times
+from benchmarks.selective_scan import (
+    ask_device,
+    copy_bytes_per_second,
+    eager_time,
+    graph_time,
+    graph_turns,
+    ratio,
+    summary,
+)
 from kernels.rms_norm import add_rms_norm, gated_rms_norm, launch
 
 EPS = 1e-5
@@ -80,19 +89,27 @@ def row(rows: int, channels: int, groups: int, copy_rate: float) -> str:
     forward_bytes, backward_bytes = (6, 10) if groups else (12, 16)
     text = f"{f'gated, {groups}' if groups else 'add':>8} {rows:7d} {channels:5d}"
     for part, count in enumerate((forward_bytes, forward_bytes + backward_bytes)):
-        ours, theirs = graph_times([pair[part] for pair in pairs])
+        turns = graph_turns([pair[part] for pair in pairs])
+        ours, theirs = (summary(samples) for samples in turns)
+        rates = " ".join(f"{1e-9 * count * x.numel() / time.median:4.2f}" for time in (ours, theirs))
         floor = 1e3 * count * x.numel() / copy_rate
-        text += f" | {ours} {theirs} {theirs.median / ours.median:5.2f}x {floor:6.3f} {ours.median / floor:5.2f}x"
+        text += f" | {ours} {theirs} {ratio(turns[1], turns[0])} {rates} {floor:6.3f} {ours.median / floor:5.2f}x"
     return text + " | " + " ".join(f"{eager_time(pair[1]):8.3f}" for pair in pairs)
 
 
 def sweep(rows: int, channels: int, best: int = 6) -> None:
-    """The forward of the add with other launch shapes, beside mamba_ssm's: microseconds of the best few."""
+    """The forward of the add with other launch shapes, beside mamba_ssm's: microseconds of the best few.
+
+    "waits": as chosen, but launched when the kernel before has ended.
+    """
     x = torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16)
     inputs = [x, torch.randn_like(x, dtype=torch.float32), torch.ones(channels, device="cuda")]
-    chosen = launch.forward_shape
+    chosen, early_start = launch.forward_shape, launch.early_start
     with torch.no_grad():
         theirs = graph_time(lambda: official_add(*inputs)).median
+        launch.early_start = lambda _: {"PDL": False}
+        waits = graph_time(lambda: add(*inputs)).median
+        launch.early_start = early_start
         times = []
         for shape in (launch.Shape(*numbers) for numbers in LAUNCHES):
             if shape.block < 2 * channels <= 16 * shape.block:
@@ -101,7 +118,8 @@ def sweep(rows: int, channels: int, best: int = 6) -> None:
     launch.forward_shape = chosen
     found = "; ".join(f"{time:.2f} {shape}" for time, shape in sorted(times)[:best])
     print(
-        f"{rows} x {channels}: mamba_ssm {1e3 * theirs:.2f}, chosen {tuple(chosen(channels, False))}; {found}",
+        f"{rows} x {channels}: mamba_ssm {1e3 * theirs:.2f}, chosen {tuple(chosen(channels, False))},"
+        f" waits {1e3 * waits:.2f}; {found}",
         flush=True,
     )
 
@@ -123,8 +141,8 @@ def main() -> None:
     rate = copy_bytes_per_second()
     print(f"copy {rate / 1e12:.2f} TB/s; times in ms; floor: every activation and gradient once at that rate")
     print(
-        "          rows     d | forward:  ours       mamba_ssm  ratio  floor ours/floor"
-        " | forward + backward: ours mamba_ssm ratio floor ours/floor | eager f+b: ours, mamba_ssm"
+        "          rows     d | forward: ours, mamba_ssm, ratio, TB/s of both, floor, ours / floor"
+        " | the same of forward + backward | eager forward + backward: ours, mamba_ssm"
     )
     shapes = [(*shape, 0) for shape in ADD] + GATED
     if not quick:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import alignment, processors, triton_unsupported
+from kernels.dispatch import alignment, early_start, processors, triton_unsupported
 
 WIDTHS = (2, 3, 4)
 MAX_WIDTH = max(WIDTHS)
@@ -33,9 +33,13 @@ class Shape(NamedTuple):
 #            (128, 1, 4, 48)                                                        0.0299
 
 
-def forward_shape() -> Shape:
-    """The forward kernel: programs so short and many that the last ones leave little of the GPU idle."""
-    return Shape(block=256, warps=2, unroll=4, steps=8)
+def forward_shape(channels: int) -> Shape:
+    """The forward kernel: programs so short and many that the last ones leave little of the GPU idle.
+
+    One takes up to 512 channels: two, of which the second has few, would take longer to start than to run.
+    """
+    block, warps = (512, 4) if 256 < channels <= 512 else (256, 2)
+    return Shape(block, warps, unroll=4, steps=8)
 
 
 def backward_shape(batch: int, length: int, channels: int, processors: int, with_more: bool) -> Shape:
@@ -76,7 +80,7 @@ def forward(
     x, initial_state, bias = _unit(x), _contiguous(initial_state), _contiguous(bias)
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     final_state = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
-    shape = forward_shape()
+    shape = forward_shape(channels)
     chunks = -(-length // shape.steps)
     align = alignment(channels, x.stride(0), x.stride(1))
     with torch.cuda.device_of(x):
@@ -87,6 +91,7 @@ def forward(
             *(length, channels // align, chunks, shape.steps),
             *(width, silu, align, shape.block, shape.unroll),
             num_warps=shape.warps,
+            **early_start(x),
         )
     return y, final_state
 
@@ -135,10 +140,12 @@ def backward(
             *(length, channels // align, chunks, shape.steps),
             *(width, silu, align, shape.block, shape.unroll),
             num_warps=shape.warps,
+            **early_start(x),
         )
         sum_parts[(-(-channels // COLUMNS), kinds)](
             *(parts, weight_grad, None if bias is None else bias_grad, batch * chunks, channels),
             *(kinds, ROWS, COLUMNS),
+            **early_start(x),
         )
     return x_grad, weight_grad, bias_grad, state_grad
 

@@ -10,6 +10,7 @@ thread needs anything of another. A program owns BLOCK channels and a stretch of
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton_math import sigmoid
 
@@ -97,12 +98,16 @@ def forward_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y of `steps` positions, and by the last program of a sequence the final state.
 
     steps: a multiple of UNROLL. channels and the strides of x are given in units of ALIGN, which tells the compiler how
     wide its loads may be.
     """
+    if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
+        gdc_wait()
+        gdc_launch_dependents()
     PACKED: tl.constexpr = seq_idx is not None
     channels = channels * ALIGN
     groups = tl.cdiv(channels, BLOCK)
@@ -197,6 +202,7 @@ def backward_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x_grad of `steps` - (WIDTH-1) positions, and this program's part of the gradients of weight and bias.
 
@@ -205,6 +211,9 @@ def backward_kernel(
     incomplete ones. more: a second summand of the gradient of y, contiguous. parts: (program, WIDTH by lag from the
     longest, then the bias, channel), fp32.
     """
+    if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
+        gdc_wait()
+        gdc_launch_dependents()
     PACKED: tl.constexpr = seq_idx is not None
     owned = steps - (WIDTH - 1)
     KINDS: tl.constexpr = WIDTH + (bias is not None)

@@ -11,6 +11,7 @@ in pieces: sizes of tensors are powers of two, and 5,120 channels in one of 8,19
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton_math import sigmoid
 
@@ -26,7 +27,7 @@ def _store(tensor, row, row_stride, channel, is_inside, values):
     tl.store(tensor + row[:, None] * row_stride + channel, values.to(tensor.dtype.element_ty), mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["x_row", "residual_row", "z_row", "rows", "size", "groups"])
+@triton.jit(do_not_specialize=["x_row", "residual_row", "z_row", "rows", "size"])  # one group: no divisions by it
 def forward_kernel(
     x,
     residual,
@@ -47,12 +48,16 @@ def forward_kernel(
     PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y and 1 / rms of ROWS rows of a group of channels; with `total` also the sum x + residual.
 
     size: channels of a group, at most PIECES · BLOCK. It and the strides are given in units of ALIGN, which tells the
     compiler how wide its loads may be.
     """
+    if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
+        gdc_wait()
+        gdc_launch_dependents()
     size = size * ALIGN
     group = tl.program_id(0) % groups
     row = (tl.program_id(0) // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -135,11 +140,15 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Gradients of x and z, and in `parts` (program, channel), fp32, what these rows add to that of the weight.
 
     `through` is added to the gradient of x, which `total_grad` gets too, in its own dtype.
     """
+    if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
+        gdc_wait()
+        gdc_launch_dependents()
     size = size * ALIGN
     group = tl.program_id(0) % groups
     start = (tl.program_id(0) // groups).to(tl.int64) * span

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.causal_conv1d import causal_conv1d
+from kernels.causal_conv1d import launch as conv_launch
 from kernels.rms_norm import add_rms_norm, gated_rms_norm, launch, rms_norm
 from tests.gpu.errors import DTYPES, Inputs, assert_accurate, assert_no_worse, poisoned  # noqa: F401
 
@@ -144,27 +146,83 @@ def test_reference_runs_what_the_kernels_cannot(caplog: pytest.LogCaptureFixture
     assert any(f"{launch.MAX_SIZE + 1} channels are more than" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize(("rows", "channels"), [(4096, 768), (333, 2560), (20000, 608)])
+def test_early_start_waits_for_what_comes_before(rows: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right behind each kind of kernel, copy and stream that it can follow: the same bits as without."""
+    if not dispatch.can_start_early(0):
+        pytest.skip("needs compute capability 9.0")
+    x, matrix = torch.randn(rows, channels, device="cuda"), torch.randn(channels, channels, device="cuda")
+    x, matrix, weight = x.bfloat16(), matrix.bfloat16() / channels**0.5, torch.ones(channels, device="cuda")
+    filters, side = torch.randn(channels, 4, device="cuda"), torch.cuda.Stream()
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, filters)]
+
+    def chain() -> list[Tensor]:
+        value, residual = x, None
+        for step in range(8):
+            y, residual = add_rms_norm(value, residual, weight, EPS)
+            normed = gated_rms_norm(y, value, weight)  # one early start right behind another
+            value = (y + causal_conv1d(normed[None], filters)[0]) @ matrix
+            if step % 4 == 1:
+                value = torch.zeros_like(value).copy_(value)
+            if step % 4 == 2:
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    value = value * 1.5
+                torch.cuda.current_stream().wait_stream(side)
+            if step % 4 == 3:
+                value = value.clone()
+        assert residual is not None
+        outputs = value.detach(), residual.detach()
+        return [*outputs, *torch.autograd.grad([value, residual], leaves, outputs)]
+
+    def found() -> list[Tensor]:
+        """Five eager runs and five of a graph."""
+        results = [tensor.clone() for _ in range(5) for tensor in chain()]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = chain()
+        for _ in range(5):
+            for _ in range(3):
+                graph.replay()
+            results += [tensor.clone() for tensor in outputs]
+        return results
+
+    torch.use_deterministic_algorithms(False)  # what fills outputs would come between the kernels
+    early = found()
+    for module in (launch, conv_launch):
+        monkeypatch.setattr(module, "early_start", lambda _: {"PDL": False})
+    for a, b in zip(early, found(), strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("kind", ["add", "gated"])
 def test_more_than_2_to_the_31_elements(kind: str) -> None:
-    """The whole equals its parts, whose offsets fit in 32 bits."""
+    """The whole equals its parts, whose offsets fit in 32 bits; the sums over rows are theirs but for rounding."""
     rows, channels = 2**19 + 17, 4160
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
     torch.use_deterministic_algorithms(False)  # filling outputs of this size takes long
-    x, grad, z = (torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    x, grad, other = (torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     assert x.numel() > 2**31
-    weight = torch.randn(channels, device="cuda")
-    operator, others = (add, ()) if kind == "add" else (gated(before=False), (z,))
+    weight = torch.randn(channels, device="cuda", requires_grad=True)
+    operator = add if kind == "add" else gated(before=False)
 
-    def results(part: slice) -> tuple[Tensor, ...]:
-        leaves = [leaf[part].detach().requires_grad_() for leaf in (x, *others)]
-        y = operator(leaves[0], *leaves[1:], weight)[0]
-        return (y.detach(), *torch.autograd.grad(y, leaves, grad[part]))
+    def results(part: slice) -> tuple[Tensor, list[Tensor]]:
+        """The weight's gradient; and what has rows."""
+        leaves = {"x": x, "residual" if kind == "add" else "z": other}
+        leaves = {name: leaf[part].detach().requires_grad_() for name, leaf in leaves.items()}
+        outputs = operator(**leaves, weight=weight)
+        weight_grad, *grads = torch.autograd.grad(outputs[0], [weight, *leaves.values()], grad[part])
+        return weight_grad.double(), [*(output.detach() for output in outputs), *grads]
 
-    whole = results(slice(None))
+    weight_grad, whole = results(slice(None))
     end = slice(rows - 1000, rows)
-    for a, b in zip(whole, results(end), strict=True):
+    for a, b in zip(whole, results(end)[1], strict=True):
         assert torch.equal(a[end], b)
+    del whole, a
+    expected = sum(results(slice(first, first + 2**16))[0] for first in range(0, rows, 2**16))
+    assert (weight_grad - expected).norm() < 1e-5 * expected.norm()  # type: ignore[union-attr]
 
 
 def official_add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

@@ -12,13 +12,15 @@ from kernels.causal_conv1d import launch as conv
 from kernels.causal_conv1d import triton_kernels as conv_kernels
 from kernels.rms_norm import launch as norm
 from kernels.rms_norm import triton_kernels as norm_kernels
+from kernels.sum_parts import COLUMNS, ROWS, sum_parts
 from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel, compiled_for
 
 SPILLED_BYTES = 160  # the gated backward of 5,120 channels
 SIZES = [768, 5120]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # that a program may have
 CONVOLUTIONS = (  # the last ones with a second summand of the gradient
-    (conv_kernels.forward_kernel, conv.forward_shape(), False),
+    (conv_kernels.forward_kernel, conv.forward_shape(5120), False),
+    (conv_kernels.forward_kernel, conv.forward_shape(288), False),
     (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=False), False),
     (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=True), True),
 )
@@ -29,17 +31,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def conv_resources(
+def conv_arguments(
     kernel: Any,
     shape: conv.Shape,
     with_more: bool,
-    folder: Path,
     capability: int = 90,
     dtype: str = "*bf16",
     width: int = 4,
     everything: bool = False,
     align: int = 8,
-) -> Resources:
+) -> dict[str, Any]:
     """everything: with document boundaries, initial state, and the final state's gradient."""
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("x", "y", "final_state", "y_grad", "x_grad"), dtype)
@@ -47,6 +48,13 @@ def conv_resources(
     arguments |= dict.fromkeys(("initial_state", "final_grad", "state_grad"), dtype if everything else None)
     arguments["more"] = dtype if with_more else None
     arguments |= {"WIDTH": width, "SILU": True, "ALIGN": align, "BLOCK": shape.block, "UNROLL": shape.unroll}
+    return arguments | {"PDL": capability >= 90}
+
+
+def conv_resources(
+    kernel: Any, shape: conv.Shape, with_more: bool, folder: Path, capability: int = 90, **options: Any
+) -> Resources:
+    arguments = conv_arguments(kernel, shape, with_more, capability, **options)
     return compile_kernel(kernel, arguments, capability, shape.warps, folder)
 
 
@@ -58,6 +66,7 @@ def norm_arguments(
     before: bool = False,
     align: int = 4,
     activations: str = "*bf16",
+    groups: int | str = 1,
 ) -> tuple[dict[str, Any], int]:
     """And the number of warps."""
     is_forward = kernel is norm_kernels.forward_kernel
@@ -74,7 +83,8 @@ def norm_arguments(
     if not (gated or is_forward):
         arguments["x"] = "*fp32"
     constants = {"NORM_FIRST": before, "ALIGN": align, "ROWS": shape.rows}
-    constants |= {} if is_forward else {"STAGES": loop.stages}
+    constants |= {"groups": groups} if is_forward else {"STAGES": loop.stages}
+    constants["PDL"] = capability >= 90
     constants |= {"PIECES": -(-size // shape.block), "BLOCK": shape.block}
     return arguments | {"eps": "fp32"} | constants, shape.warps
 
@@ -117,20 +127,38 @@ def test_norms(gated: bool, capability: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [608, 10240])
-def test_norms_read_all_before_they_write(size: int) -> None:
+def test_norms_wait_then_read_all_then_write(size: int) -> None:
     """A load behind a store waits for it, and for what that store waits for."""
     kernel = norm_kernels.forward_kernel
     arguments, warps = norm_arguments(kernel, size, gated=False)
-    ptx = compiled_for(kernel, arguments, 90, warps).asm["ptx"]
-    accesses = re.findall(r"(?:ld|st)\.global", ptx)
+    accesses = accesses_after_the_wait(compiled_for(kernel, arguments, 90, warps).asm["ptx"])
     assert arguments["PIECES"] > 1
     assert accesses == sorted(accesses)
+
+
+def test_all_wait_first() -> None:
+    cases = [
+        (kernel, conv_arguments(kernel, shape, more, everything=True), shape.warps)
+        for kernel, shape, more in CONVOLUTIONS
+    ]
+    cases.append((norm_kernels.backward_kernel, *norm_arguments(norm_kernels.backward_kernel, 768, gated=True)))
+    arguments = dict.fromkeys(sum_parts.arg_names, "i32") | dict.fromkeys(("parts", "sums", "last"), "*fp32")
+    cases.append((sum_parts, arguments | {"KINDS": 5, "ROWS": ROWS, "COLUMNS": COLUMNS, "PDL": True}, 4))
+    for kernel, arguments, warps in cases:
+        assert accesses_after_the_wait(compiled_for(kernel, arguments, 90, warps).asm["ptx"])
+
+
+def accesses_after_the_wait(ptx: str) -> list[str]:
+    """Loads and stores in their order; none is before the wait for the kernel before, whose results it may read."""
+    wait, launch, *accesses = re.findall(r"griddepcontrol\.\w+|(?:ld|st)\.global|cp\.async", ptx)
+    assert (wait, launch) == ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
+    return accesses
 
 
 @pytest.mark.parametrize("size", [1, norm.MAX_SIZE])
 def test_sizes_of_norms(size: int, tmp_path: Path) -> None:
     for kernel in (norm_kernels.forward_kernel, norm_kernels.backward_kernel):
-        norm_resources(kernel, size, True, tmp_path, before=True, align=1)
+        norm_resources(kernel, size, True, tmp_path, before=True, align=1, groups="i32")
         norm_resources(kernel, size, False, tmp_path, align=1)
 
 
