@@ -88,7 +88,8 @@ def flows_kernel(
 
     starts, end_grads: what `states_kernel` left, of chunks. sums (plane, batch, head, padded), own_products (batch,
     group, padded), through (batch, head, block), all fp32, are for `delta_kernel`. A block has HALVES chunks; padded is
-    the length in whole blocks.
+    the length in whole blocks. What goes by way of states comes without the decays on its way, which `delta_kernel` puts
+    in.
     Programs: batch x blocks x groups x parts x (2 HALVES + 3), the last fastest: what each chunk of a block reads of
     the block, and of the block before; what the block reads of the state before that; what it writes to the state after
     the next block; what passes through it.
@@ -201,27 +202,18 @@ def flows_kernel(
                 state = tl.load(carried + head * size + state_place)
             else:
                 state = tl.load(carried + head * size + state_place, mask=is_state, other=0.0)
-            totals, _, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
-            power, end = from_begin(totals + begin, q, CHUNK, HALVES)
-            _, through_other = from_begin(totals + other.to(tl.int64) * Q, q, CHUNK, HALVES)
-            power = tl.where(is_write, end - power, power) + tl.where(other == block, 0.0, through_other)
-            if EXACT:
-                low, end = from_begin(totals_low + begin, q, CHUNK, HALVES)
-                _, through_other = from_begin(totals_low + other.to(tl.int64) * Q, q, CHUNK, HALVES)
-                power += tl.where(is_write, end - low, low) + tl.where(other == block, 0.0, through_other)
             found = tl.sum(product(columns_tile, state, None, EXACT) * rows_tile.to(tl.float32), axis=1)
             _, _, _, _, _, from_states, to_states = sum_planes(sums + head * padded, plane, HALVES)
-            tl.store(tl.where(is_write, to_states, from_states) + begin + q, found * exp2(power))
+            tl.store(tl.where(is_write, to_states, from_states) + begin + q, found)
     else:
         starts += (batch * blocks + block) * HALVES * heads * size
         end_grads += ((batch * blocks + block) * HALVES + HALVES - 1) * heads * size
-        for head in tl.range(first, last):
-            start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0).to(tl.float32)
-            end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0).to(tl.float32)
-            totals, _, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
-            _, power = from_begin(totals + begin, 0, CHUNK, HALVES)
-            if EXACT:
-                _, low = from_begin(totals_low + begin, 0, CHUNK, HALVES)
-                power += low
-            passed = tl.sum(tl.sum(start * end_grad, axis=1), axis=0)
-            tl.store(through + (batch * heads + head) * blocks + block, passed * exp2(power))
+        for head in tl.range(first, last, num_stages=STAGES):
+            if WHOLE:
+                start = tl.load(starts + head * size + state_place)
+                end_grad = tl.load(end_grads + head * size + state_place)
+            else:
+                start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0)
+                end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0)
+            passed = tl.sum(start.to(tl.float32) * end_grad.to(tl.float32))
+            tl.store(through + (batch * heads + head) * blocks + block, passed)

@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 FORWARD = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=2)
 STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
 GRADIENTS = Shape(chunk=64, head_dim=128, states=128, warps=8, stages=3)
-FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=4, stages=2)
+FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=4, stages=3)
 MAX_GRADIENTS_STATE = 64 * 128  # numbers of a head's state in a program of the backward
 
 

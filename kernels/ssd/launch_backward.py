@@ -90,7 +90,7 @@ def backward(
         )
         launch = _delta_launch(
             *(dt.shape, B.shape[2], dt.stride(), outputs.dt.stride(), dt_softplus, dt_min, dt_max),
-            *(chunk, halves),
+            *(dtype == torch.float32, chunk, halves),
         )
         launch(dt, A, dt_bias, decays, *sums, owns, outputs.dt, parts)
         A_grad, bias_grad, D_grad = _head_sums(parts)
@@ -113,6 +113,7 @@ def _delta_launch(
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
+    exact: bool,
     chunk: int,
     halves: int,
 ) -> Launch:
@@ -124,7 +125,7 @@ def _delta_launch(
         delta_kernel,
         (batch * blocks, -(-heads // DECAY_HEADS)),
         (*dt_grad_strides[:2], *dt_strides, dt_min, dt_max, length, heads, heads // groups, blocks),
-        (dt_softplus, chunk, halves, DECAY_HEADS),
+        (dt_softplus, exact, chunk, halves, DECAY_HEADS),
         DECAY_WARPS,
     )
 
