@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.ssd.decay_kernels import decay_planes, sum_planes
-from kernels.ssd.forward_kernels import product, tile
+from kernels.ssd.forward_kernels import once_ahead, product, tile
 from kernels.triton_math import exp2
 
 
@@ -146,6 +146,8 @@ def flows_kernel(
             for head in tl.range(first, last, num_stages=STAGES):
                 x_tile = tile(x + x_head * head, s, x_row, s_rows, p, head_dim, WHOLE)
                 grad = tile(y_grad + y_grad_head * head, t, y_grad_row, t_rows, p, head_dim, WHOLE)
+                once_ahead(x_tile)
+                once_ahead(grad)
                 totals, _, deltas, ages, totals_low, _ = decay_planes(decays + head * padded, plane)
                 delta = tl.load(deltas + s_begin + s)
                 power = (
@@ -168,6 +170,8 @@ def flows_kernel(
             for head in tl.range(first, last, num_stages=STAGES):
                 x_tile = tile(x + x_head * head, s, x_row, s_rows, p, head_dim, WHOLE)
                 grad = tile(y_grad + y_grad_head * head, t, y_grad_row, t_rows, p, head_dim, WHOLE)
+                once_ahead(x_tile)
+                once_ahead(grad)
                 totals, _, deltas, _, totals_low, _ = decay_planes(decays + head * padded, plane)
                 delta = tl.load(deltas + s_begin + s)
                 from_start, end = from_begin(totals + begin, half * CHUNK + t, CHUNK, HALVES)
@@ -202,6 +206,7 @@ def flows_kernel(
                 state = tl.load(carried + head * size + state_place)
             else:
                 state = tl.load(carried + head * size + state_place, mask=is_state, other=0.0)
+            once_ahead(state)
             found = tl.sum(product(columns_tile, state, None, EXACT) * rows_tile.to(tl.float32), axis=1)
             _, _, _, _, _, from_states, to_states = sum_planes(sums + head * padded, plane, HALVES)
             tl.store(tl.where(is_write, to_states, from_states) + begin + q, found)
