@@ -16,12 +16,11 @@ from kernels.triton_math import exp2
 
 @triton.jit
 def from_begin(totals, q, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The logarithms of decays from a block's beginning up to q, and up to its end, from the totals of its chunks."""
-    total, end = tl.load(totals + q), tl.load(totals + CHUNK - 1)
+    """The logarithms of decays from a block's beginning up to q, from the totals of its chunks."""
+    total = tl.load(totals + q)
     for chunk in tl.static_range(1, CHUNKS):
-        total += tl.where(q >= chunk * CHUNK, end, 0.0)
-        end += tl.load(totals + (chunk + 1) * CHUNK - 1)
-    return total, end
+        total += tl.where(q >= chunk * CHUNK, tl.load(totals + chunk * CHUNK - 1), 0.0)
+    return total
 
 
 @triton.jit
@@ -88,7 +87,7 @@ def flows_kernel(
 
     starts, end_grads: what `states_kernel` left, of chunks. sums (plane, batch, head, padded), own_products (batch,
     group, padded), through (batch, head, block), all fp32, are for `delta_kernel`. A block has HALVES chunks; padded is
-    the length in whole blocks. What goes by way of states comes without the decays on its way, which `delta_kernel` puts
+    the length in whole blocks. What goes by way of states comes without the decays on its way: `delta_kernel` puts them
     in.
     Programs: batch x blocks x groups x parts x (2 HALVES + 3), the last fastest: what each chunk of a block reads of
     the block, and of the block before; what the block reads of the state before that; what it writes to the state after
@@ -174,11 +173,10 @@ def flows_kernel(
                 once_ahead(grad)
                 totals, _, deltas, _, totals_low, _ = decay_planes(decays + head * padded, plane)
                 delta = tl.load(deltas + s_begin + s)
-                from_start, end = from_begin(totals + begin, half * CHUNK + t, CHUNK, HALVES)
+                from_start = from_begin(totals + begin, half * CHUNK + t, CHUNK, HALVES)
                 to_end = to_chunk(totals + s_begin, s, HALVES, CHUNK, HALVES)
                 if EXACT:
-                    low, end = from_begin(totals_low + begin, half * CHUNK + t, CHUNK, HALVES)
-                    from_start += low
+                    from_start += from_begin(totals_low + begin, half * CHUNK + t, CHUNK, HALVES)
                     to_end += to_chunk(totals_low + s_begin, s, HALVES, CHUNK, HALVES)
                 from_start, to_end = exp2(from_start), exp2(to_end)
                 pairs = product(x_tile, tl.trans(grad), None, EXACT) * products

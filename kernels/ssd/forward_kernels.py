@@ -243,9 +243,9 @@ def states_kernel(
     """What is carried between chunks: the states before each and, walking back, the gradients of those after each.
 
     BOTH: half of the programs walk forward, from x, B and `first` (None for 0) to `starts`; the others back, from
-    y_grad, C and `last_grad` (None for 0) to `end_grads` and `ends` (None for none), the gradient of `first`. starts, end_grads:
-    (batch, chunk, head, state, head_dim); first, last_grad, ends: (batch, head, head_dim, state) fp32. With BACK, too,
-    all walk back.
+    y_grad, C and `last_grad` (None for 0) to `end_grads` and `ends`, the gradient of `first` (None where it is not
+    wanted). starts, end_grads: (batch, chunk, head, state, head_dim); first, last_grad, ends: (batch, head, head_dim,
+    state) fp32. With BACK, too, all walk back.
     Otherwise all walk forward, each through a segment of the sequence, from 0: `ends` (batch, segment, head, head_dim,
     state) are the states there, powers (batch, segment, head) the logarithms of the segments' decays.
     Strides, head_dim and states in units of ALIGN.
