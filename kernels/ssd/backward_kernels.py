@@ -121,7 +121,7 @@ def gradients_kernel(
     is_x = (s < rows)[:, None] & (p < head_dim)[None, :]
 
     # What the positions wrote.
-    B_sum = tl.zeros([N, Q], tl.float32)
+    B_sum = tl.zeros([Q, N], tl.float32)
     products_grad = tl.zeros([Q, Q], tl.float32)
     for head in tl.range(first, last, num_stages=STAGES):
         x_tile = tile(x + x_head.to(tl.int64) * ALIGN * head, s, x_row, rows, p, head_dim, WHOLE)
@@ -152,7 +152,7 @@ def gradients_kernel(
         by_state = product(B_tile, end_grad, None, EXACT) * to_end[:, None]
         x_wide = x_tile.to(tl.float32)
         weighted = (x_wide * (delta * to_end)[:, None]).to(x_tile.dtype)
-        B_sum = product(end_grad, tl.trans(weighted), B_sum, EXACT)
+        B_sum = product(weighted, tl.trans(end_grad), B_sum, EXACT)
 
         # (Apart: a sum with a product would become part of it, and its layout that of the other product.)
         found = written_grad * delta[:, None] + by_state * delta[:, None]
@@ -176,14 +176,15 @@ def gradients_kernel(
         tl.store(target, found.to(x_grad.dtype.element_ty), mask=is_x)
 
     rounded = products_grad.to(B_tile.dtype)
-    B_sum = product(tl.trans(C_tile), tl.trans(rounded), B_sum, EXACT)
+    B_sum = product(rounded, C_tile, B_sum, EXACT)
     BC_grad_row *= ALIGN
     place = part.to(tl.int64) * BC_grad_part * ALIGN + batch * BC_grad_batch * ALIGN + begin * BC_grad_row
-    place += group.to(tl.int64) * BC_grad_group * ALIGN + (s[None, :] * BC_grad_row + n[:, None])
-    mask = (s < rows)[None, :] & (n < states)[:, None]
-    tl.store(B_grad + place, B_sum.to(B_grad.dtype.element_ty), mask=mask)
+    place += group.to(tl.int64) * BC_grad_group * ALIGN
+    mask = (s < rows)[:, None] & (n < states)[None, :]
+    tl.store(B_grad + (place + s[:, None] * BC_grad_row + n[None, :]), B_sum.to(B_grad.dtype.element_ty), mask=mask)
 
-    # What they read of the state before the chunk.
+    # What they read of the state before the chunk; (n, t), as ptxas of Triton 3.6 has every product of the kernel wait
+    # for the one before where this one, of factors in registers, is still being added up when the next head begins.
     C_sum = product(tl.trans(B_tile), rounded, None, EXACT)
     for head in tl.range(first, last, num_stages=STAGES):
         grad = tile(y_grad + y_grad_head.to(tl.int64) * ALIGN * head, t, y_grad_row, rows, p, head_dim, WHOLE)
@@ -197,7 +198,8 @@ def gradients_kernel(
             from_start += tl.load(totals_low + t)
         weighted_grad = (grad.to(tl.float32) * exp2(from_start)[:, None]).to(grad.dtype)
         C_sum = product(start, tl.trans(weighted_grad), C_sum, EXACT)
-    tl.store(C_grad + place, C_sum.to(C_grad.dtype.element_ty), mask=mask)
+    mask = (t < rows)[None, :] & (n < states)[:, None]
+    tl.store(C_grad + (place + t[None, :] * BC_grad_row + n[:, None]), C_sum.to(C_grad.dtype.element_ty), mask=mask)
 
 
 @triton.jit(

@@ -1,18 +1,19 @@
 """SSD's Triton kernels compile for every architecture without a GPU, and spill few registers."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
+triton = pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
 from kernels.ssd import launch
 from kernels.ssd.backward_kernels import gradients_kernel
 from kernels.ssd.flow_kernels import flows_kernel
 from kernels.ssd.forward_kernels import forward_kernel, states_kernel
-from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel
+from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel, compiled_for
 
 SPILLED_BYTES = {"forward_kernel": 600, "states_kernel": 100, "gradients_kernel": 480, "flows_kernel": 480}
 FP32 = (
@@ -43,6 +44,11 @@ def resources(
     kernel: Any, shape: launch.Shape, folder: Path, capability: int = 90, everything: bool = False, **constants: Any
 ) -> Resources:
     """everything: with a gate, states given and wanted, D for each channel."""
+    arguments = arguments_of(kernel, shape, everything, **constants)
+    return compile_kernel(kernel, arguments, capability, shape.warps, folder)
+
+
+def arguments_of(kernel: Any, shape: launch.Shape, everything: bool = False, **constants: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(FP32, "*fp32")
     activations = ("x", "B", "C", "y", "y_grad", "end_grads", "carried", "x_grad", "B_grad", "C_grad")
@@ -56,8 +62,7 @@ def resources(
     arguments |= {"CHUNK": launch.GRADIENTS.chunk, "HALVES": launch.FLOWS.chunk // launch.GRADIENTS.chunk}
     arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
     arguments |= constants
-    arguments = {name: arguments[name] for name in kernel.arg_names}
-    return compile_kernel(kernel, arguments, capability, shape.warps, folder)
+    return {name: arguments[name] for name in kernel.arg_names}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +81,23 @@ def test_table(capability: int, tmp_path: Path) -> None:
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack <= SPILLED_BYTES[kernel.__name__]
         assert found.widest_store >= (4 if kernel is flows_kernel else 8)  # sums of rows
+
+
+def test_the_steps_of_a_product_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """As all of a kernel's do where ptxas finds registers that change while a product may still read them."""
+    for kernel, shape in (
+        *((forward_kernel, launch.FORWARD), (states_kernel, launch.STATES)),
+        *((gradients_kernel, launch.GRADIENTS), (flows_kernel, launch.FLOWS)),
+    ):
+        compiled = compiled_for(kernel, arguments_of(kernel, shape, BOTH=True), 90, shape.warps)
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+        path = tmp_path / "kernel.ptx"
+        path.write_text(compiled.asm["ptx"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+        command = [tool, "-v", "--gpu-name=sm_90a", path, "-o", tmp_path / "kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        assert "registers" in said
+        assert "serialized" not in said, said
 
 
 @pytest.mark.slow
