@@ -1,19 +1,18 @@
 """SSD's Triton kernels compile for every architecture without a GPU, and spill few registers."""
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
+pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
 from kernels.ssd import launch
 from kernels.ssd.backward_kernels import gradients_kernel
 from kernels.ssd.flow_kernels import flows_kernel
 from kernels.ssd.forward_kernels import forward_kernel, states_kernel
-from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel, compiled_for
+from tests.kernels.ahead import CAPABILITIES, Resources, assembler_report, compile_kernel, compiled_for
 
 SPILLED_BYTES = {"forward_kernel": 600, "states_kernel": 100, "gradients_kernel": 480, "flows_kernel": 480}
 FP32 = (
@@ -91,11 +90,7 @@ def test_the_steps_of_a_product_do_not_wait_for_each_other(tmp_path: Path) -> No
     ):
         compiled = compiled_for(kernel, arguments_of(kernel, shape, BOTH=True), 90, shape.warps)
         assert "wgmma.mma_async" in compiled.asm["ptx"]
-        path = tmp_path / "kernel.ptx"
-        path.write_text(compiled.asm["ptx"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-        command = [tool, "-v", "--gpu-name=sm_90a", path, "-o", tmp_path / "kernel.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = assembler_report(compiled, "sm_90a", tmp_path)
         assert "registers" in said
         assert "serialized" not in said, said
 
