@@ -24,8 +24,9 @@ def once_ahead(tile):
     run when the next iteration loads. Without it two programs with three stages fit on a multiprocessor of an H100.
     """
     if not INTERPRETED:
-        zeros = (tile.to(tl.int16, bitcast=True) & 1) & 2  # which LLVM knows, and so reads nothing
-        tl.inline_asm_elementwise("", "=r,r", [zeros], dtype=tl.int16, is_pure=False, pack=2)
+        if tile.dtype.primitive_bitwidth == 16:
+            zeros = (tile.to(tl.int16, bitcast=True) & 1) & 2  # which LLVM knows, and so reads nothing
+            tl.inline_asm_elementwise("", "=r,r", [zeros], dtype=tl.int16, is_pure=False, pack=2)
 
 
 @triton.jit
@@ -150,9 +151,8 @@ def forward_kernel(
         C_tile = tile(C + begin * C_row, q, C_row, rows, n, states, WHOLE)
         B_tile = tile(B + begin * B_row, q, B_row, rows, n, states, WHOLE)
         x_tile = tile(x + begin * x_row, q, x_row, rows, p, head_dim, WHOLE)
-        if STAGES > 1:
-            once_ahead(C_tile)
-            once_ahead(B_tile)
+        once_ahead(C_tile)
+        once_ahead(B_tile)
         total, origin = tl.load(totals + begin + q), tl.load(origins + begin + q)
         end = tl.load(totals + begin + Q - 1)
         power, from_start, to_end, through = total[:, None] - origin[None, :], total, end - origin, end
