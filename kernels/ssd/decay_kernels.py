@@ -217,9 +217,10 @@ def delta_kernel(
         from_before, to_after, through_block = from_before + low[0], to_after + low[1], through_block + low[2]
     reads, near_reads, writtens, near_writtens, written_ages, from_states, to_states = sum_planes(sums, plane, HALVES)
     delta = tl.load(deltas + place, mask=mask, other=0.0)
-    written = tl.load(writtens + place, mask=mask, other=0.0)
+    is_first = mask & (t % Q < CHUNK)[:, None]  # of what the first chunk reads
+    written = tl.load(writtens + place, mask=is_first, other=0.0)
     to_later = tl.load(to_states + place, mask=mask, other=0.0) * exp2(to_after)
-    aged = tl.load(written_ages + place, mask=mask, other=0.0)
+    aged = tl.load(written_ages + place, mask=is_first, other=0.0)
     is_near = mask & (block < blocks - 1)
     to_later += tl.load(near_writtens + place, mask=is_near, other=0.0)
     if HALVES == 2:

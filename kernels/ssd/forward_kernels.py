@@ -23,10 +23,9 @@ def once_ahead(tile):
     For one that only matrix products use, Triton 3.6 keeps a buffer more than loads ahead need: for products that still
     run when the next iteration loads. Without it two programs with three stages fit on a multiprocessor of an H100.
     """
-    if not INTERPRETED:
-        if tile.dtype.primitive_bitwidth == 16:
-            zeros = (tile.to(tl.int16, bitcast=True) & 1) & 2  # which LLVM knows, and so reads nothing
-            tl.inline_asm_elementwise("", "=r,r", [zeros], dtype=tl.int16, is_pure=False, pack=2)
+    if not INTERPRETED and tile.dtype.primitive_bitwidth == 16:
+        zeros = (tile.to(tl.int16, bitcast=True) & 1) & 2  # which LLVM knows, and so reads nothing
+        tl.inline_asm_elementwise("", "=r,r", [zeros], dtype=tl.int16, is_pure=False, pack=2)
 
 
 @triton.jit
