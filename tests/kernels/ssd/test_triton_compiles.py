@@ -15,6 +15,7 @@ from kernels.ssd.forward_kernels import forward_kernel, states_kernel
 from tests.kernels.ahead import CAPABILITIES, Resources, assembler_report, compile_kernel, compiled_for
 
 SPILLED_BYTES = {"forward_kernel": 600, "states_kernel": 100, "gradients_kernel": 480, "flows_kernel": 480}
+SHARED_OF_AN_H100, SYSTEM_SHARED = 233_472, 1024  # bytes, of a multiprocessor and what each program costs besides
 FP32 = (
     "decays",
     "before",
@@ -80,6 +81,8 @@ def test_table(capability: int, tmp_path: Path) -> None:
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack <= SPILLED_BYTES[kernel.__name__]
         assert found.widest_store >= (4 if kernel is flows_kernel else 8)  # sums of rows
+        if capability == 90 and kernel in (forward_kernel, flows_kernel):
+            assert 2 * (found.shared + SYSTEM_SHARED) <= SHARED_OF_AN_H100  # of two programs, which hide each other's waits
 
 
 def test_the_steps_of_a_product_do_not_wait_for_each_other(tmp_path: Path) -> None:
