@@ -82,7 +82,7 @@ def test_table(capability: int, tmp_path: Path) -> None:
         assert found.stack <= SPILLED_BYTES[kernel.__name__]
         assert found.widest_store >= (4 if kernel is flows_kernel else 8)  # sums of rows
         if capability == 90 and kernel in (forward_kernel, flows_kernel):
-            assert 2 * (found.shared + SYSTEM_SHARED) <= SHARED_OF_AN_H100  # of two programs, which hide each other's waits
+            assert 2 * (found.shared + SYSTEM_SHARED) <= SHARED_OF_AN_H100  # two programs, which hide waits
 
 
 def test_the_steps_of_a_product_do_not_wait_for_each_other(tmp_path: Path) -> None:
