@@ -59,6 +59,7 @@ def arguments_of(kernel: Any, shape: launch.Shape, everything: bool = False, **c
     if kernel is not forward_kernel:
         arguments["starts"] = "*bf16"
     arguments |= {"WIDE_SKIP": everything, "BACK": False, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
+    arguments |= {"TOGETHER": False}
     arguments |= {"CHUNK": launch.GRADIENTS.chunk, "HALVES": launch.FLOWS.chunk // launch.GRADIENTS.chunk}
     arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
     arguments |= constants
@@ -74,7 +75,7 @@ def test_table(capability: int, tmp_path: Path) -> None:
         (states_kernel, launch.STATES, {"BOTH": True}),
         (states_kernel, launch.STATES, {"BOTH": True, "BACK": True}),
         (states_kernel, launch.STATES, {"BOTH": False, "y_grad": None, "C": None, "starts": None, "powers": "*fp32"}),
-        (gradients_kernel, launch.GRADIENTS, {}),
+        (gradients_kernel, launch.GRADIENTS, {"TOGETHER": capability in (90, 100)}),
         (flows_kernel, launch.FLOWS, {}),
     ):
         found = resources(kernel, shape, tmp_path, capability, **constants)
