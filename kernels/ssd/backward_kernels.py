@@ -12,8 +12,8 @@ from kernels.triton_math import exp2, sigmoid
 def add_reads(total, start, grad, from_start, EXACT: tl.constexpr):
     """total + start · (what y_grad passes on to it)ᵀ, (n, t).
 
-    Not (t, n): ptxas of Triton 3.6 has every product of the kernel wait for the one before where this one, of factors in
-    registers, is still being added up when the next head begins.
+    Not (t, n): ptxas of Triton 3.6 has every product of the kernel wait for the one before where this one, of factors
+    in registers, is still being added up when the next head begins.
     """
     once_ahead(start)
     weighted = (grad.to(tl.float32) * exp2(from_start)[:, None]).to(grad.dtype)
