@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.sum_parts import sum_rows
-from kernels.triton_math import clamp, sigmoid, softplus
+from kernels.triton_math import clamp, exp2, sigmoid, softplus
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 GONE = tl.constexpr(-160.0)  # as a power of 2: fp32 has nothing that small
@@ -129,6 +129,33 @@ def begins_document(seq_idx, t, seq_row, length):
     return tl.load(place, mask=is_inside, other=0) != tl.load(place - seq_row, mask=is_inside, other=0)
 
 
+@triton.jit
+def block_power(totals, row, block, is_head, CHUNK: tl.constexpr, HALVES: tl.constexpr):
+    """The logarithm, (head), of what decays in a block, from the totals of its chunks; row: where heads' rows begin."""
+    place = totals + row + block * (HALVES * CHUNK) + CHUNK - 1
+    power = tl.load(place, mask=is_head, other=0.0)
+    for chunk in tl.static_range(1, HALVES):
+        power += tl.load(place + chunk * CHUNK, mask=is_head, other=0.0)
+    return power
+
+
+@triton.jit
+def state_powers(totals, row, t, block, blocks, is_head, CHUNK: tl.constexpr, HALVES: tl.constexpr):
+    """The logarithms of the decays between a block's positions t and the states that `flows_kernel` reads for them.
+
+    From the state before the last block up to t, from t to that after the next one, each (t, head), and through the
+    block, (head). The first block and the last one have no other beyond them.
+    """
+    total = tl.load(totals + row[None, :] + t[:, None], mask=is_head[None, :], other=0.0)
+    for chunk in tl.static_range(1, HALVES):
+        end = tl.load(totals + row + (block * HALVES + chunk) * CHUNK - 1, mask=is_head, other=0.0)
+        total += tl.where(t[:, None] >= (block * HALVES + chunk) * CHUNK, end[None, :], 0.0)
+    power = block_power(totals, row, block, is_head, CHUNK, HALVES)
+    before = block_power(totals, row, block - 1, is_head & (block > 0), CHUNK, HALVES)
+    after = block_power(totals, row, block + 1, is_head & (block < blocks - 1), CHUNK, HALVES)
+    return total + before[None, :], power[None, :] - total + after[None, :], power
+
+
 @triton.jit(
     do_not_specialize=[
         *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head"),
@@ -158,6 +185,7 @@ def delta_kernel(
     group_heads,
     blocks,
     SOFTPLUS: tl.constexpr,
+    EXACT: tl.constexpr,
     CHUNK: tl.constexpr,
     HALVES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -181,20 +209,24 @@ def delta_kernel(
     padded = blocks.to(tl.int64) * Q
     plane = tl.num_programs(0) // blocks * heads * padded
     place = (batch * heads + head)[None, :] * padded + t[:, None]
-    _, _, deltas, ages, _, _ = decay_planes(decays, plane)
+    totals, _, deltas, ages, totals_low, _ = decay_planes(decays, plane)
+    row = (batch * heads + head) * padded
+    from_before, to_after, through_block = state_powers(totals, row, t, block, blocks, head < heads, CHUNK, HALVES)
+    if EXACT:
+        low = state_powers(totals_low, row, t, block, blocks, head < heads, CHUNK, HALVES)
+        from_before, to_after, through_block = from_before + low[0], to_after + low[1], through_block + low[2]
     reads, near_reads, writtens, near_writtens, written_ages, from_states, to_states = sum_planes(sums, plane, HALVES)
     delta = tl.load(deltas + place, mask=mask, other=0.0)
-    written = tl.load(writtens + place, mask=mask, other=0.0)
-    to_later = tl.load(to_states + place, mask=mask, other=0.0)
-    aged = tl.load(written_ages + place, mask=mask, other=0.0)
+    is_first = mask & (t % Q < CHUNK)[:, None]  # of what the first chunk reads
+    written = tl.load(writtens + place, mask=is_first, other=0.0)
+    to_later = tl.load(to_states + place, mask=mask, other=0.0) * exp2(to_after)
+    aged = tl.load(written_ages + place, mask=is_first, other=0.0)
     is_near = mask & (block < blocks - 1)
     to_later += tl.load(near_writtens + place, mask=is_near, other=0.0)
     if HALVES == 2:
         written += tl.load(writtens + plane + place, mask=mask, other=0.0)
         to_later += tl.load(near_writtens + plane + place, mask=is_near, other=0.0)
-        first_end = tl.load(
-            ages + (batch * heads + head) * padded + block * Q + CHUNK - 1, mask=head < heads, other=0.0
-        )
+        first_end = tl.load(ages + row + block * Q + CHUNK - 1, mask=head < heads, other=0.0)
         aged += tl.load(written_ages + plane + place, mask=mask, other=0.0)
     own = tl.load(owns + place, mask=mask, other=0.0)
     groups = heads // group_heads
@@ -206,9 +238,10 @@ def delta_kernel(
     in_pairs = tl.load(reads + place, mask=mask, other=0.0).to(tl.float64) - wide * written.to(tl.float64)
     in_block = tl.sum(in_pairs, axis=0)[None, :] - tl.cumsum(in_pairs, axis=0) + in_pairs
     read = tl.load(near_reads + place, mask=mask & (block > 0), other=0.0).to(tl.float64)
-    read += tl.load(from_states + place, mask=mask, other=0.0).to(tl.float64)
+    read += (tl.load(from_states + place, mask=mask, other=0.0) * exp2(from_before)).to(tl.float64)
     to_later = wide * to_later.to(tl.float64)
-    passed = tl.load(through + (batch * heads + head) * blocks + block, mask=head < heads, other=0.0).to(tl.float64)
+    passed = tl.load(through + (batch * heads + head) * blocks + block, mask=head < heads, other=0.0)
+    passed = (passed * exp2(through_block)).to(tl.float64)
     beyond = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
     beyond += tl.cumsum(to_later, axis=0) - to_later + passed[None, :]
     rate = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32)

@@ -10,31 +10,96 @@ import triton
 import triton.language as tl
 
 from kernels.ssd.decay_kernels import decay_planes, sum_planes
-from kernels.ssd.forward_kernels import product, tile
+from kernels.ssd.forward_kernels import once_ahead, product, tile
 from kernels.triton_math import exp2
 
 
 @triton.jit
 def from_begin(totals, q, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The logarithms of decays from a block's beginning up to q, and up to its end, from the totals of its chunks."""
-    total, end = tl.load(totals + q), tl.load(totals + CHUNK - 1)
+    """The logarithms of decays from a block's beginning up to q, from the totals of its chunks."""
+    total = tl.load(totals + q)
     for chunk in tl.static_range(1, CHUNKS):
-        total += tl.where(q >= chunk * CHUNK, end, 0.0)
-        end += tl.load(totals + (chunk + 1) * CHUNK - 1)
-    return total, end
+        total += tl.where(q >= chunk * CHUNK, tl.load(totals + chunk * CHUNK - 1), 0.0)
+    return total
 
 
 @triton.jit
-def to_chunk(totals, s, chunk, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The same from a block's positions s up to where one of its chunks begins; less what is after that in the chunk.
-
-    chunk: CHUNKS for the block's end.
-    """
+def to_chunk(totals, s, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The same from positions s of a block up to where its chunk CHUNKS begins; less what is after that in it."""
     total = -tl.load(totals + s)
-    for earlier in tl.static_range(0, CHUNKS):
-        end = tl.load(totals + (earlier + 1) * CHUNK - 1)
-        total += tl.where((s < (earlier + 1) * CHUNK) & (earlier < chunk), end, 0.0)
+    for chunk in tl.static_range(0, CHUNKS):
+        total += tl.where(s < (chunk + 1) * CHUNK, tl.load(totals + (chunk + 1) * CHUNK - 1), 0.0)
     return total
+
+
+@triton.jit
+def pairs_in_block(
+    y_grad,
+    x,
+    B,
+    C,
+    decays,
+    sums,
+    own_products,
+    y_grad_row,
+    y_grad_head,
+    x_row,
+    x_head,
+    B_row,
+    C_row,
+    rows,
+    head_dim,
+    states,
+    padded,
+    plane,
+    first,
+    last,
+    wants_own,
+    WHOLE: tl.constexpr,
+    EXACT: tl.constexpr,
+    HALF: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HALVES: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What chunk HALF of a block reads (t) of what it and those before it in the block wrote (s), head after head.
+
+    All pointers are to where the block begins, of the first head; rows: of the block and after it.
+    """
+    s, t, n, p = tl.arange(0, (HALF + 1) * CHUNK), tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, P)
+    at: tl.constexpr = HALF * CHUNK
+    C += at * C_row
+    y_grad += at * y_grad_row
+    B_tile = tile(B, s, B_row, rows, n, states, WHOLE)
+    C_tile = tile(C, t, C_row, rows - at, n, states, WHOLE)
+    products = product(B_tile, tl.trans(C_tile), None, EXACT)
+    distance = at + t[None, :] - s[:, None]
+    if wants_own:
+        tl.store(own_products + at + t, tl.sum(tl.where(distance == 0, products, 0.0), axis=0))
+    products = tl.where(distance > 0, products, 0.0)
+    for head in tl.range(first, last, num_stages=STAGES):
+        x_tile = tile(x + x_head * head, s, x_row, rows, p, head_dim, WHOLE)
+        grad = tile(y_grad + y_grad_head * head, t, y_grad_row, rows - at, p, head_dim, WHOLE)
+        once_ahead(x_tile)
+        once_ahead(grad)
+        totals, _, deltas, ages, totals_low, _ = decay_planes(decays + head * padded, plane)
+        delta = tl.load(deltas + s)
+        power = to_chunk(totals, s, CHUNK, HALF)[:, None] + tl.load(totals + at + t)[None, :]
+        if EXACT:
+            power += to_chunk(totals_low, s, CHUNK, HALF)[:, None]
+            power += tl.load(totals_low + at + t)[None, :]
+        age = to_chunk(ages, s, CHUNK, HALF)[:, None] + tl.load(ages + at + t)[None, :]
+        # (Where t < s the power may be large, and is of no use.)
+        decay = exp2(tl.minimum(power, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        pairs = product(x_tile, tl.trans(grad), None, EXACT) * products * decay
+        written, aged = tl.sum(pairs, axis=1), tl.sum(pairs * age, axis=1)
+        read = tl.sum(pairs * delta[:, None], axis=0)
+        reads, _, writtens, _, written_ages, _, _ = sum_planes(sums + head * padded, plane, HALVES)
+        tl.store(reads + at + t, read)
+        tl.store(writtens + HALF * plane + s, written)
+        tl.store(written_ages + HALF * plane + s, aged)
 
 
 @triton.jit(
@@ -88,10 +153,11 @@ def flows_kernel(
 
     starts, end_grads: what `states_kernel` left, of chunks. sums (plane, batch, head, padded), own_products (batch,
     group, padded), through (batch, head, block), all fp32, are for `delta_kernel`. A block has HALVES chunks; padded is
-    the length in whole blocks.
+    the length in whole blocks. What goes by way of states comes without the decays on its way: `delta_kernel` puts them
+    in.
     Programs: batch x blocks x groups x parts x (2 HALVES + 3), the last fastest: what each chunk of a block reads of
-    the block, and of the block before; what the block reads of the state before that; what it writes to the state after
-    the next block; what passes through it.
+    the block up to it, and of the block before; what the block reads of the state before that; what it writes to the
+    state after the next block; what passes through it.
     """
     Q: tl.constexpr = HALVES * CHUNK
     roles: tl.constexpr = 2 * HALVES + 3
@@ -123,58 +189,41 @@ def flows_kernel(
     state_place = n[:, None] * head_dim + p[None, :]
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
 
-    if role < 2 * HALVES:
-        # What chunk `half` of the block reads (t) of what the block, or that before, wrote (s).
-        half, is_near = role % HALVES, role >= HALVES
-        s, t = tl.arange(0, Q), tl.arange(0, CHUNK)
-        s_begin, t_begin = tl.where(is_near, tl.maximum(begin - Q, 0), begin), begin + half * CHUNK
-        s_rows, t_rows = (length - s_begin).to(tl.int32), (length - t_begin).to(tl.int32)
-        x += s_begin * x_row
-        y_grad += t_begin * y_grad_row
-        B_tile = tile(B + s_begin * B_row, s, B_row, s_rows, n, states, WHOLE)
-        C_tile = tile(C + t_begin * C_row, t, C_row, t_rows, n, states, WHOLE)
-        products = product(B_tile, tl.trans(C_tile), None, EXACT)
-        of_half = half * plane + s_begin + s
-        if role < HALVES:
-            distance = half * CHUNK + t[None, :] - s[:, None]
-            if part == 0:
-                own_product = tl.sum(tl.where(distance == 0, products, 0.0), axis=0)
-                tl.store(own_products + (batch * groups + group) * padded + t_begin + t, own_product)
-            products = tl.where(distance > 0, products, 0.0)
-            s_rows = tl.minimum(s_rows, (half + 1) * CHUNK)
-            for head in tl.range(first, last, num_stages=STAGES):
-                x_tile = tile(x + x_head * head, s, x_row, s_rows, p, head_dim, WHOLE)
-                grad = tile(y_grad + y_grad_head * head, t, y_grad_row, t_rows, p, head_dim, WHOLE)
-                totals, _, deltas, ages, totals_low, _ = decay_planes(decays + head * padded, plane)
-                delta = tl.load(deltas + s_begin + s)
-                power = (
-                    to_chunk(totals + begin, s, half, CHUNK, HALVES)[:, None] + tl.load(totals + t_begin + t)[None, :]
+    if role < HALVES:
+        for half in tl.static_range(0, HALVES):
+            if role == half:
+                pairs_in_block(
+                    *(y_grad + begin * y_grad_row, x + begin * x_row, B + begin * B_row, C + begin * C_row),
+                    *(decays + begin, sums + begin, own_products + (batch * groups + group) * padded + begin),
+                    *(y_grad_row, y_grad_head, x_row, x_head, B_row, C_row, (length - begin).to(tl.int32)),
+                    *(head_dim, states, padded, plane, first, last, part == 0),
+                    *(WHOLE, EXACT, half, CHUNK, HALVES, P, N, STAGES),
                 )
-                if EXACT:
-                    power += to_chunk(totals_low + begin, s, half, CHUNK, HALVES)[:, None]
-                    power += tl.load(totals_low + t_begin + t)[None, :]
-                age = to_chunk(ages + begin, s, half, CHUNK, HALVES)[:, None] + tl.load(ages + t_begin + t)[None, :]
-                # (Where t < s the power may be large, and is of no use.)
-                decay = exp2(tl.minimum(power, 0.0, propagate_nan=tl.PropagateNan.ALL))
-                pairs = product(x_tile, tl.trans(grad), None, EXACT) * products * decay
-                written, aged = tl.sum(pairs, axis=1), tl.sum(pairs * age, axis=1)
-                read = tl.sum(pairs * delta[:, None], axis=0)
-                reads, _, writtens, _, written_ages, _, _ = sum_planes(sums + head * padded, plane, HALVES)
-                tl.store(reads + t_begin + t, read)
-                tl.store(writtens + of_half, written)
-                tl.store(written_ages + of_half, aged)
-        elif block > 0:
+    elif role < 2 * HALVES:
+        # What chunk `half` of the block reads (t) of what the block before wrote (s).
+        if block > 0:
+            half = role - HALVES
+            s, t = tl.arange(0, Q), tl.arange(0, CHUNK)
+            s_begin, t_begin = begin - Q, begin + half * CHUNK
+            t_rows = (length - t_begin).to(tl.int32)
+            x += s_begin * x_row
+            y_grad += t_begin * y_grad_row
+            B_tile = tile(B + s_begin * B_row, s, B_row, Q, n, states, WHOLE)
+            C_tile = tile(C + t_begin * C_row, t, C_row, t_rows, n, states, WHOLE)
+            products = product(B_tile, tl.trans(C_tile), None, EXACT)
+            of_half = half * plane + s_begin + s
             for head in tl.range(first, last, num_stages=STAGES):
-                x_tile = tile(x + x_head * head, s, x_row, s_rows, p, head_dim, WHOLE)
+                x_tile = tile(x + x_head * head, s, x_row, Q, p, head_dim, WHOLE)
                 grad = tile(y_grad + y_grad_head * head, t, y_grad_row, t_rows, p, head_dim, WHOLE)
+                once_ahead(x_tile)
+                once_ahead(grad)
                 totals, _, deltas, _, totals_low, _ = decay_planes(decays + head * padded, plane)
                 delta = tl.load(deltas + s_begin + s)
-                from_start, end = from_begin(totals + begin, half * CHUNK + t, CHUNK, HALVES)
-                to_end = to_chunk(totals + s_begin, s, HALVES, CHUNK, HALVES)
+                from_start = from_begin(totals + begin, half * CHUNK + t, CHUNK, HALVES)
+                to_end = to_chunk(totals + s_begin, s, CHUNK, HALVES)
                 if EXACT:
-                    low, end = from_begin(totals_low + begin, half * CHUNK + t, CHUNK, HALVES)
-                    from_start += low
-                    to_end += to_chunk(totals_low + s_begin, s, HALVES, CHUNK, HALVES)
+                    from_start += from_begin(totals_low + begin, half * CHUNK + t, CHUNK, HALVES)
+                    to_end += to_chunk(totals_low + s_begin, s, CHUNK, HALVES)
                 from_start, to_end = exp2(from_start), exp2(to_end)
                 pairs = product(x_tile, tl.trans(grad), None, EXACT) * products
                 written = tl.sum(pairs * from_start[None, :], axis=1) * to_end
@@ -201,27 +250,19 @@ def flows_kernel(
                 state = tl.load(carried + head * size + state_place)
             else:
                 state = tl.load(carried + head * size + state_place, mask=is_state, other=0.0)
-            totals, _, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
-            power, end = from_begin(totals + begin, q, CHUNK, HALVES)
-            _, through_other = from_begin(totals + other.to(tl.int64) * Q, q, CHUNK, HALVES)
-            power = tl.where(is_write, end - power, power) + tl.where(other == block, 0.0, through_other)
-            if EXACT:
-                low, end = from_begin(totals_low + begin, q, CHUNK, HALVES)
-                _, through_other = from_begin(totals_low + other.to(tl.int64) * Q, q, CHUNK, HALVES)
-                power += tl.where(is_write, end - low, low) + tl.where(other == block, 0.0, through_other)
+            once_ahead(state)
             found = tl.sum(product(columns_tile, state, None, EXACT) * rows_tile.to(tl.float32), axis=1)
             _, _, _, _, _, from_states, to_states = sum_planes(sums + head * padded, plane, HALVES)
-            tl.store(tl.where(is_write, to_states, from_states) + begin + q, found * exp2(power))
+            tl.store(tl.where(is_write, to_states, from_states) + begin + q, found)
     else:
         starts += (batch * blocks + block) * HALVES * heads * size
         end_grads += ((batch * blocks + block) * HALVES + HALVES - 1) * heads * size
-        for head in tl.range(first, last):
-            start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0).to(tl.float32)
-            end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0).to(tl.float32)
-            totals, _, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
-            _, power = from_begin(totals + begin, 0, CHUNK, HALVES)
-            if EXACT:
-                _, low = from_begin(totals_low + begin, 0, CHUNK, HALVES)
-                power += low
-            passed = tl.sum(tl.sum(start * end_grad, axis=1), axis=0)
-            tl.store(through + (batch * heads + head) * blocks + block, passed * exp2(power))
+        for head in tl.range(first, last, num_stages=STAGES):
+            if WHOLE:
+                start = tl.load(starts + head * size + state_place)
+                end_grad = tl.load(end_grads + head * size + state_place)
+            else:
+                start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0)
+                end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0)
+            passed = tl.sum(start.to(tl.float32) * end_grad.to(tl.float32))
+            tl.store(through + (batch * heads + head) * blocks + block, passed)

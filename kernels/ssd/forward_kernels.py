@@ -17,6 +17,18 @@ def tile(place, row, row_stride, rows, column, columns, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def once_ahead(tile):
+    """Nothing, but a second use of a tile that a loop loads for matrix products, and that need not be there after it.
+
+    For one that only matrix products use, Triton 3.6 keeps a buffer more than loads ahead need: for products that still
+    run when the next iteration loads. Without it two programs with three stages fit on a multiprocessor of an H100.
+    """
+    if not INTERPRETED and tile.dtype.primitive_bitwidth == 16:
+        zeros = (tile.to(tl.int16, bitcast=True) & 1) & 2  # which LLVM knows, and so reads nothing
+        tl.inline_asm_elementwise("", "=r,r", [zeros], dtype=tl.int16, is_pure=False, pack=2)
+
+
+@triton.jit
 def product(a, b, total, EXACT: tl.constexpr):
     """The matrix product a·b + total in fp32; of EXACT fp32 factors by three tf32 products, which lose no more."""
     if INTERPRETED:
@@ -138,6 +150,8 @@ def forward_kernel(
         C_tile = tile(C + begin * C_row, q, C_row, rows, n, states, WHOLE)
         B_tile = tile(B + begin * B_row, q, B_row, rows, n, states, WHOLE)
         x_tile = tile(x + begin * x_row, q, x_row, rows, p, head_dim, WHOLE)
+        once_ahead(C_tile)
+        once_ahead(B_tile)
         total, origin = tl.load(totals + begin + q), tl.load(origins + begin + q)
         end = tl.load(totals + begin + Q - 1)
         power, from_start, to_end, through = total[:, None] - origin[None, :], total, end - origin, end
@@ -228,9 +242,9 @@ def states_kernel(
     """What is carried between chunks: the states before each and, walking back, the gradients of those after each.
 
     BOTH: half of the programs walk forward, from x, B and `first` (None for 0) to `starts`; the others back, from
-    y_grad, C and `last_grad` (None for 0) to `end_grads` and `ends`, the gradient of `first`. starts, end_grads:
-    (batch, chunk, head, state, head_dim); first, last_grad, ends: (batch, head, head_dim, state) fp32. With BACK, too,
-    all walk back.
+    y_grad, C and `last_grad` (None for 0) to `end_grads` and `ends`, the gradient of `first` (None where it is not
+    wanted). starts, end_grads: (batch, chunk, head, state, head_dim); first, last_grad, ends: (batch, head, head_dim,
+    state) fp32. With BACK, too, all walk back.
     Otherwise all walk forward, each through a segment of the sequence, from 0: `ends` (batch, segment, head, head_dim,
     state) are the states there, powers (batch, segment, head) the logarithms of the segments' decays.
     Strides, head_dim and states in units of ALIGN.
@@ -316,7 +330,8 @@ def states_kernel(
         carry = product(tl.trans(columns_tile), weighted, carry * exp2(end), EXACT)
         begin += Q * step
     if BOTH:
-        tl.store(ends + walk * size + state_place, carry, mask=is_state & is_back)
+        if ends is not None:
+            tl.store(ends + walk * size + state_place, carry, mask=is_state & is_back)
     else:
         tl.store(ends + walk * size + state_place, carry, mask=is_state)
         tl.store(powers + walk, all_power)

@@ -38,10 +38,10 @@ class Shape(NamedTuple):
 
 # For activations of 16 bits; see `shapes` for others. The chunk of STATES is that of GRADIENTS, that of FLOWS one or
 # two of them.
-FORWARD = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=2)
+FORWARD = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
 STATES = Shape(chunk=64, head_dim=64, states=128, warps=4, stages=3)
 GRADIENTS = Shape(chunk=64, head_dim=128, states=128, warps=8, stages=3)
-FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=4, stages=2)
+FLOWS = Shape(chunk=128, head_dim=128, states=128, warps=4, stages=3)
 MAX_GRADIENTS_STATE = 64 * 128  # numbers of a head's state in a program of the backward
 
 
@@ -77,6 +77,7 @@ def _shapes(
         gradients = gradients._replace(stages=min(2, gradients.stages))
         flows = flows._replace(stages=1)
     if not large:
+        forward = forward._replace(stages=min(2, forward.stages))
         flows = flows._replace(chunk=gradients.chunk)
     if not large and (wide or n_states > gradients.states):
         gradients = gradients._replace(stages=1)
@@ -207,11 +208,12 @@ def _forward_launch(
     outer = [0 if rows is None else rows[axis] // align for rows in strides for axis in range(3)]
     sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks)
     whole = head_dim % p == 0 and states == n
+    stages = shape.stages if strides[3] is None else min(2, shape.stages)  # with tiles of z, too, two fit side by side
     return Launch(
         forward_kernel,
         (batch * segments * heads * -(-head_dim // p), 1),
         (*outer, *sizes, segments, -(-chunks // segments)),
-        (wide_skip, whole, exact, align, shape.chunk, p, n, shape.stages),
+        (wide_skip, whole, exact, align, shape.chunk, p, n, stages),
         shape.warps,
     )
 
@@ -264,7 +266,7 @@ def walk(
     decays: Tensor,
     back: tuple[Tensor, Tensor] | None,
     states: tuple[Tensor | None, Tensor | None],
-    outputs: tuple[Tensor | None, Tensor | None, Tensor, Tensor | None],
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     chunk: int,
     only_back: bool = False,
 ) -> None:

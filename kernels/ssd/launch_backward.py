@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import alignment, processors
+from kernels.dispatch import alignment, processors, shared_bytes
 from kernels.launcher import Launch, remembered
 from kernels.ssd import kept
 from kernels.ssd.launch import (
@@ -28,6 +28,7 @@ from kernels.ssd.launch import (
 
 GATE_BLOCK, GATE_WARPS = 1024, 4
 SUM_WARPS = 4
+TOGETHER_BYTES = 200 * 1024  # of shared memory for one loop of `gradients_kernel`: H100 and B200, not A100
 PART_COST = 3  # what a program of `gradients_kernel` costs besides its heads, in heads
 
 
@@ -60,7 +61,10 @@ def backward(
     ungated: Tensor,
     outputs: Outputs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one."""
+    """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one.
+
+    With `outputs` there is no initial state, and that gradient is empty.
+    """
     heads, head_dim = x.shape[2:]
     given, dtype, device = (x, dt, A, B, C, D, z, dt_bias), x.dtype, x.device
     x, B, C, z = (unit(t, dtype) for t in (x, B, C, z))  # type: ignore[assignment]
@@ -73,6 +77,7 @@ def backward(
         z_grad, y_grad_lost = x.new_empty((0,)), None
         if z is not None:
             y_grad, y_grad_lost, z_grad = _gate_backward(y_grad, ungated, z)
+        wants_initial_grad = outputs is None
         if outputs is None:
             outputs = Outputs(*[torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)])
         decays, carried, initial = kept.cut(x, B, starts, shape)
@@ -86,11 +91,12 @@ def backward(
         owns = torch.empty(decays.shape[1:], dtype=torch.float32, device=device)
         D_sums = owns, D_parts
         initial_grad, *sums = _of_all_states(
-            (y_grad, y_grad_lost), x, B, C, D, D_sums, decays, initial, carried, final_state_grad, outputs, shape
+            *((y_grad, y_grad_lost), x, B, C, D, D_sums, decays, initial, carried, final_state_grad, outputs),
+            *(wants_initial_grad, shape),
         )
         launch = _delta_launch(
             *(dt.shape, B.shape[2], dt.stride(), outputs.dt.stride(), dt_softplus, dt_min, dt_max),
-            *(chunk, halves),
+            *(dtype == torch.float32, chunk, halves),
         )
         launch(dt, A, dt_bias, decays, *sums, owns, outputs.dt, parts)
         A_grad, bias_grad, D_grad = _head_sums(parts)
@@ -113,6 +119,7 @@ def _delta_launch(
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
+    exact: bool,
     chunk: int,
     halves: int,
 ) -> Launch:
@@ -124,7 +131,7 @@ def _delta_launch(
         delta_kernel,
         (batch * blocks, -(-heads // DECAY_HEADS)),
         (*dt_grad_strides[:2], *dt_strides, dt_min, dt_max, length, heads, heads // groups, blocks),
-        (dt_softplus, chunk, halves, DECAY_HEADS),
+        (dt_softplus, exact, chunk, halves, DECAY_HEADS),
         DECAY_WARPS,
     )
 
@@ -141,12 +148,14 @@ def _of_all_states(
     carried: Tensor | None,
     final_state_grad: Tensor | None,
     outputs: Outputs,
+    wants_initial_grad: bool,
     shape: Shapes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fill outputs but for dt, and D_sums; return the gradient of the initial state, sums, own_products, through."""
     blocks = state_blocks(B.shape[3], shape.gradients.states)
     if len(blocks) == 1:
-        return _run(y_grads, x, B, C, D, D_sums, decays, initial, carried, final_state_grad, None, outputs, shape)
+        of_all = (y_grads, x, B, C, D, D_sums, decays, initial, carried, final_state_grad, None, outputs)
+        return _run(*of_all, wants_initial_grad, shape)
     others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     initial_grads: list[Tensor] = []
     totals: list[Tensor] | None = None
@@ -157,8 +166,8 @@ def _of_all_states(
         last_grad = None if final_state_grad is None else final_state_grad[..., states]
         skip = (D, D_sums) if is_last else (None, (D_sums[0], None))
         into = Outputs(outputs.x if is_last else others, outputs.dt, outputs.B[..., states], outputs.C[..., states])
-        of_part = (y_grads, x, B_part, C_part, *skip, decays, first, None, last_grad, before, into, shape)
-        first_grad, *found = _run(*of_part)
+        of_part = (y_grads, x, B_part, C_part, *skip, decays, first, None, last_grad, before, into)
+        first_grad, *found = _run(*of_part, wants_initial_grad, shape)
         initial_grads.append(first_grad)
         if totals is None:
             totals = found
@@ -182,6 +191,7 @@ def _run(
     final_state_grad: Tensor | None,
     before: Tensor | None,
     outputs: Outputs,
+    wants_initial_grad: bool,
     shape: Shapes,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of one block of states; before: the gradient of x by others, which is added.
@@ -191,12 +201,13 @@ def _run(
     (batch, _, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
     chunk, chunks = shape.gradients.chunk, decays.shape[3] // shape.gradients.chunk
     blocks, halves = decays.shape[3] // shape.flows.chunk, shape.flows.chunk // chunk
-    initial_grad = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
+    wanted_states = states if wants_initial_grad else 0
+    initial_grad = torch.empty((batch, heads, head_dim, wanted_states), dtype=torch.float32, device=x.device)
     end_grads = torch.empty((batch, chunks, heads, states, head_dim), dtype=x.dtype, device=x.device)
     starts = torch.empty_like(end_grads) if carried is None else carried
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
     y_grad, y_grad_lost = y_grads
-    into = (starts, end_grads, initial_grad, None)
+    into = (starts, end_grads, initial_grad if wants_initial_grad else None, None)
     walk(x, B, decays, (y_grad, C), (first, last_grad), into, chunk, only_back=carried is not None)
 
     exact, n_processors = x.dtype == torch.float32, processors(x.device.index)
@@ -220,7 +231,8 @@ def _run(
         BC_grads = [torch.empty((parts, *B.shape), dtype=torch.float32, device=x.device) for _ in "BC"]
     scratch = torch.empty(batch * chunks * groups * parts * chunk * chunk, dtype=torch.float32, device=x.device)
     written = (*strides, outputs.x.stride(), BC_grads[0].stride())
-    launch = _gradients_launch(x.shape, B.shape, written, parts, chunks, exact, shape.gradients)
+    together = shape.gradients.stages > 2 and shared_bytes(x.device.index) >= TOGETHER_BYTES
+    launch = _gradients_launch(x.shape, B.shape, written, parts, chunks, exact, together, shape.gradients)
     inputs = (y_grad, x, B, C, D, decays, starts, end_grads, before)
     launch(*inputs, outputs.x, *BC_grads, *D_sums, scratch)
     if parts > 1:
@@ -275,6 +287,7 @@ def _gradients_launch(
     parts: int,
     chunks: int,
     exact: bool,
+    together: bool,
     shape: Shape,
 ) -> Launch:
     """strides: of y_grad, x, B, C, the gradient of x, and those of B and C in parts."""
@@ -291,7 +304,7 @@ def _gradients_launch(
         gradients_kernel,
         (batch * chunks * groups * parts, 1),
         (*[stride // align for stride in outer], *sizes),
-        (head_dim == p and states == n, exact, align, shape.chunk, p, n, shape.stages),
+        (head_dim == p and states == n, exact, align, shape.chunk, p, n, shape.stages, together),
         shape.warps,
     )
 

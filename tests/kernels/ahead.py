@@ -64,6 +64,17 @@ def compile_kernel(
     return Resources(int(found[1]), int(found[2]), *widest, compiled.metadata.shared)
 
 
+def assembler_report(compiled: Any, architecture: str, folder: Path) -> str:
+    """What ptxas says when it assembles what Triton made."""
+    import triton
+
+    source = folder / "kernel.ptx"
+    source.write_text(compiled.asm["ptx"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    command = [tool, "-v", f"--gpu-name={architecture}", source, "-o", folder / "kernel.cubin"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 def _widest(instruction: str, compiled: Any) -> int:
     """Bytes of the widest access to global memory in the PTX."""
     accesses = re.findall(rf"{instruction}\.global[.\w:]*?(?:\.v(\d))?\.[bfus](\d+)", compiled.asm["ptx"])
