@@ -96,14 +96,20 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def read_config(path: Path) -> DictConfig:
-    """A config.yaml as train.py writes it; raises ValueError, which names the file, for anything else."""
+def read_config(path: Path, *keys: str) -> DictConfig:
+    """A config.yaml as train.py writes it; raises ValueError, which names the file, for anything else.
+
+    keys: those that the caller reads; a file that was cut short is valid YAML, too.
+    """
     try:
         content = OmegaConf.load(path)
     except Exception as error:  # OmegaConf lets the errors of its YAML parser through
         raise ValueError(f"{path} is not a valid config ({' '.join(str(error).split())})") from None
     if not isinstance(content, DictConfig):
         raise ValueError(f"{path} is not a valid config (it has no keys)")
+    for key in keys:
+        if OmegaConf.select(content, key) is None:
+            raise ValueError(f"{path} is not a valid config (there is no {key})")
     return content
 
 

@@ -59,7 +59,8 @@ def ensure_baseline(run_dir: Path) -> str | None:
     from mamba_train.data.validation import validation_sets
     from mamba_train.evaluation.bigram import bigram_score
 
-    config, summary = read_config(run_dir / CONFIG), read_summary(run_dir)
+    config = read_config(run_dir / CONFIG, "data.source", "data.sequence_length", "training.validation_sequences")
+    summary = read_summary(run_dir)
     if config.data.source == "stream":
         return "the run tokenised its text while it read it: there are no tokens to fit the bigram model to"
     if config.data.get("task"):

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
 
     for run_dir in args.runs:
         run_id = wandb_run_id(run_dir)
-        config = read_config(run_dir / CONFIG)
+        config = read_config(run_dir / CONFIG, "logging")
         logging = cast(LoggingConfig, OmegaConf.merge(LoggingConfig, config.logging))
         shown = cast(dict[str, Any], OmegaConf.to_container(config))
         n_records, address = upload(run_dir, logging, shown, run_id)

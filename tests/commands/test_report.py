@@ -55,11 +55,19 @@ def test_user_mistakes_are_value_errors(run_dir: Path, tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
 def test_a_file_that_cannot_be_read_is_named(run_dir: Path, name: str) -> None:
-    (run_dir / "config.yaml").write_text("data: {source: local}\n")
+    config = "data: {source: local, sequence_length: 8}\ntraining: {validation_sequences: 2}\n"
+    (run_dir / "config.yaml").write_text(config)
     (run_dir / "summary.json").write_text('{"data_folder": "/no/such"}\n')
     call(str(run_dir))
     (run_dir / name).write_text("garbage: [")
     with pytest.raises(ValueError, match=rf"run/{name} is not (a )?valid (config|JSON)"):
+        call(str(run_dir))
+
+
+def test_a_config_that_was_cut_short_is_named(run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text("data:\n  source: local\n  sequence_length: 8\n")
+    (run_dir / "summary.json").write_text('{"data_folder": "/no/such"}\n')
+    with pytest.raises(ValueError, match=r"run/config.yaml is not .* \(there is no training\.validation_sequences\)"):
         call(str(run_dir))
 
 

@@ -57,6 +57,13 @@ def main(scenario: str, folder: str) -> None:
         except ReadError as error:
             print(error, flush=True)
         loader.close()
+    elif scenario == "killed in a step":
+        try:
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+            time.sleep(30)  # as the passes and the update do, it asks nobody
+        except ReadError as error:
+            print(error, flush=True)
+        loader.close()
     elif scenario == "raise":
         raise ZeroDivisionError
 

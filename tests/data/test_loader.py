@@ -146,8 +146,9 @@ def test_a_worker_that_hangs_does_not_keep_the_process(make_corpus: MakeCorpus, 
     assert all(is_gone(pid) for pid in workers)
 
 
-def test_a_worker_that_is_killed_with_a_lock_is_noticed(make_corpus: MakeCorpus) -> None:
-    process, workers = start("killed", make_corpus([numbered(1, 20, 24)]).folder)
+@pytest.mark.parametrize("scenario", ["killed", "killed in a step"])
+def test_a_worker_that_is_killed_with_a_lock_or_in_a_step_is_noticed(make_corpus: MakeCorpus, scenario: str) -> None:
+    process, workers = start(scenario, make_corpus([numbered(1, 20, 24)]).folder)
     try:
         printed, errors = process.communicate(timeout=60)
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -110,6 +111,14 @@ def make(kind: type[NativeEngine], monkeypatch: pytest.MonkeyPatch, recorded: bo
     return engine
 
 
+def unsharded(engine: NativeEngine) -> Iterator[Tensor]:
+    """The memory that FSDP2 gathers into."""
+    for module in engine.model.modules():
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            for parameter in group.fsdp_params:
+                yield from parameter.all_gather_outputs
+
+
 def run(engine: NativeEngine, n_micro_batches: int) -> tuple[list[tuple[float, float, bool]], dict[str, Tensor]]:
     """Steps of which one is refused, one has another shape, and one comes after weights were set back."""
     generator = torch.Generator().manual_seed(0)
@@ -185,6 +194,8 @@ def test_a_recording_that_fails_leaves_no_trace(
                 fail()
         finally:
             graph.undo()
+            for gathered in [] if kind is not ShardedEngine else unsharded(engine):
+                gathered.fill_(float("nan"))  # nothing was gathered
             recording = False
 
     monkeypatch.setattr(torch.cuda, "graph", failing)

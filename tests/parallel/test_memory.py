@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 
+from kernels.linear_cross_entropy.fused import _buffers
+from kernels.linear_cross_entropy.reference import default_chunk_size
 from mamba_train.composition import compose_config
 from mamba_train.config import Config, ModelConfig, Recompute
 from mamba_train.model.initialise import initialise_
-from mamba_train.model.language_model import MambaLM, resolve_model_config
+from mamba_train.model.language_model import MambaLM, padded_vocab_size, resolve_model_config
 from mamba_train.parallel.memory import activation_bytes, activation_bytes_per_token, fits, memory_per_device, remedy
 from tests.convert.models import ALL
 
@@ -157,3 +159,19 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(family: ModelConfig
     measured = saved_bytes_per_token(config, config.n_layer)
     estimate = activation_bytes_per_token(config, value_bytes=4)
     assert math.log2(measured / estimate) == pytest.approx(0, abs=1)
+
+
+@pytest.mark.parametrize("length", [64, 2048, 32768])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_loss_is_told_by_its_buffers(length: int, precision: str) -> None:
+    config, model = planned(
+        f"data.sequence_length={length}", "training.micro_batch_size=4", f"engine.precision={precision}"
+    )
+    n_classes = padded_vocab_size(model)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    hidden = torch.empty(4 * length, model.d_model, dtype=dtype, device="meta")
+    chunk_size = default_chunk_size(hidden, torch.empty(n_classes, model.d_model, device="meta"))
+    buffers = _buffers(hidden, n_classes, chunk_size, with_grad=True)
+    held = sum({id(buffer): buffer.numel() * buffer.element_size() for buffer in buffers}.values())
+    row = memory_per_device(config, model, 1)["logits chunk and gradient of the head"]
+    assert row == pytest.approx(held + 4 * n_classes * model.d_model, rel=0.05), "a chunk is whole tiles"
