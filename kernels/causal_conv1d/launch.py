@@ -140,12 +140,10 @@ def backward(
             *(length, channels // align, chunks, shape.steps),
             *(width, silu, align, shape.block, shape.unroll),
             num_warps=shape.warps,
-            **early_start(x),
         )
         sum_parts[(-(-channels // COLUMNS), kinds)](
             *(parts, weight_grad, None if bias is None else bias_grad, batch * chunks, channels),
             *(kinds, ROWS, COLUMNS),
-            **early_start(x),
         )
     return x_grad, weight_grad, bias_grad, state_grad
 

@@ -202,7 +202,6 @@ def backward_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """x_grad of `steps` - (WIDTH-1) positions, and this program's part of the gradients of weight and bias.
 
@@ -211,9 +210,6 @@ def backward_kernel(
     incomplete ones. more: a second summand of the gradient of y, contiguous. parts: (program, WIDTH by lag from the
     longest, then the bias, channel), fp32.
     """
-    if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
-        gdc_wait()
-        gdc_launch_dependents()
     PACKED: tl.constexpr = seq_idx is not None
     owned = steps - (WIDTH - 1)
     KINDS: tl.constexpr = WIDTH + (bias is not None)

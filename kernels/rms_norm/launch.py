@@ -52,14 +52,9 @@ def forward_shape(size: int, gated: bool) -> Shape:
     if not gated and 1024 < size <= 8192:
         return Shape(rows=1, block=_power_of_two(size), warps=8)
     block = piece(size)
-    row = _padded(size, block)
-    rows = 1
-    if gated:  # no program so short that more are done than can be started, one each 1.2 ns
-        rows = -(-1024 // row)
-    elif size <= 512:
-        rows = max(1, 512 // block)
+    rows = max(1, 512 // block) if size <= 512 else 1
     each = 32 if gated and size > 4096 else 16  # channels of a thread, about
-    return Shape(rows, block, _warps(rows * row // 32 // each))
+    return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each))
 
 
 def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) -> LoopShape:
@@ -169,6 +164,8 @@ def _forward(
     strides = [0 if t is None else t.stride(0) for t in (x, residual, z)]
     align = _alignment(size, strides, (x, residual, z, total))
     launch = forward_shape(size, z is not None)
+    # Programs of an early start begin 1.2 ns apart: shorter ones than this would wait for that.
+    early = {"PDL": False} if z is not None and launch.rows * size < 768 else early_start(x)
     programs = -(-x.shape[0] // launch.rows) * groups
     if programs:
         with torch.cuda.device_of(x):
@@ -178,7 +175,7 @@ def _forward(
                 *(x.shape[0], size // align, groups, eps),
                 *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows),
                 num_warps=launch.warps,
-                **early_start(x),
+                **early,
             )
     return y, y if total is None else total, inverse_rms
 
@@ -224,12 +221,10 @@ def _backward(
             *(x.shape[0], size // align, groups, span),
             *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows, launch.stages),
             num_warps=launch.warps,
-            **early_start(x),
         )
         sum_parts[(-(-channels // COLUMNS), 1)](
             *(parts, weight_grad, None, programs, channels),
             *(1, ROWS, COLUMNS),
-            **early_start(x),
         )
     return x_grad, total_grad, z_grad, weight_grad
 

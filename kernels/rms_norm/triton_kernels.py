@@ -140,15 +140,11 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Gradients of x and z, and in `parts` (program, channel), fp32, what these rows add to that of the weight.
 
     `through` is added to the gradient of x, which `total_grad` gets too, in its own dtype.
     """
-    if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
-        gdc_wait()
-        gdc_launch_dependents()
     size = size * ALIGN
     group = tl.program_id(0) % groups
     start = (tl.program_id(0) // groups).to(tl.int64) * span
