@@ -82,7 +82,7 @@ def weight_gradient(y_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     if first < rows:
         torch.mm(left[first:], right, out=grad[first:])
     wide = torch.empty_like(grad, dtype=dtype)
-    torch._foreach_copy_([wide], [grad])  # 8512 x 2048 on an H100: 43 us, by `to` 60
+    torch._foreach_copy_([wide], [grad])  # 8512 x 2048 on an H100: 46 us, by `to` 56
     return wide
 
 
