@@ -4,20 +4,8 @@ import triton
 import triton.language as tl
 
 from kernels.ssd.decay_kernels import decay_planes
-from kernels.ssd.forward_kernels import once_ahead, product, tile
+from kernels.ssd.forward_kernels import product, tile
 from kernels.triton_math import exp2, sigmoid
-
-
-@triton.jit
-def add_reads(total, start, grad, from_start, EXACT: tl.constexpr):
-    """total + start · (what y_grad passes on to it)ᵀ, (n, t).
-
-    Not (t, n): ptxas of Triton 3.6 has every product of the kernel wait for the one before where this one, of factors
-    in registers, is still being added up when the next head begins.
-    """
-    once_ahead(start)
-    weighted = (grad.to(tl.float32) * exp2(from_start)[:, None]).to(grad.dtype)
-    return product(start, tl.trans(weighted), total, EXACT)
 
 
 @triton.jit(
@@ -77,15 +65,13 @@ def gradients_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     STAGES: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):
     """Gradients of one chunk, head after head of a part of a group, those of B and C summed in registers.
 
     starts, end_grads: what `states_kernel` left. x_grad like x, with neighbouring heads; before: that of other states,
     which is added, in fp32, (batch, length, head, head_dim), None for none, may be x_grad itself. Of equal strides,
     B_grad and C_grad (part, batch, length, group, state); owns (batch, head, padded) fp32: y_grad·x; D_parts
-    (batch, chunk, head, head_dim) fp32, None unless D is per channel; scratch (program, Q, Q) fp32. TOGETHER: one loop
-    over the heads, not one for B and one for C: y_grad is read once, but more is in registers and shared memory.
+    (batch, chunk, head, head_dim) fp32, None unless D is per channel; scratch (program, Q, Q) fp32.
     Programs: batch x chunks x groups x parts, the last fastest.
     """
     head_dim = head_dim * ALIGN
@@ -136,7 +122,6 @@ def gradients_kernel(
 
     # What the positions wrote.
     B_sum = tl.zeros([Q, N], tl.float32)
-    C_sum = tl.zeros([N, Q], tl.float32)
     products_grad = tl.zeros([Q, Q], tl.float32)
     for head in tl.range(first, last, num_stages=STAGES):
         x_tile = tile(x + x_head.to(tl.int64) * ALIGN * head, s, x_row, rows, p, head_dim, WHOLE)
@@ -149,13 +134,12 @@ def gradients_kernel(
         delta = tl.load(deltas + s)
         total_s, total_t = tl.load(totals + s), tl.load(totals + t)
         end = tl.load(totals + Q - 1)
-        power, to_end, from_start = total_t[None, :] - total_s[:, None], end - total_s, total_t
+        power, to_end = total_t[None, :] - total_s[:, None], end - total_s
         if EXACT:
             total_s, total_t = tl.load(totals_low + s), tl.load(totals_low + t)
             end = tl.load(totals_low + Q - 1)
             power += total_t[None, :] - total_s[:, None]
             to_end += end - total_s
-            from_start += total_t
         to_end = exp2(to_end)
 
         # Inside of the chunk.
@@ -169,13 +153,6 @@ def gradients_kernel(
         x_wide = x_tile.to(tl.float32)
         weighted = (x_wide * (delta * to_end)[:, None]).to(x_tile.dtype)
         B_sum = product(weighted, tl.trans(end_grad), B_sum, EXACT)
-
-        if TOGETHER:
-            if WHOLE:
-                start = tl.load(starts + head * size + state_place)
-            else:
-                start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0)
-            C_sum = add_reads(C_sum, start, grad, from_start, EXACT)
 
         # (Apart: a sum with a product would become part of it, and its layout that of the other product.)
         found = written_grad * delta[:, None] + by_state * delta[:, None]
@@ -206,20 +183,21 @@ def gradients_kernel(
     mask = (s < rows)[:, None] & (n < states)[None, :]
     tl.store(B_grad + (place + s[:, None] * BC_grad_row + n[None, :]), B_sum.to(B_grad.dtype.element_ty), mask=mask)
 
-    # What they read of the state before the chunk.
-    C_sum = product(tl.trans(B_tile), rounded, C_sum, EXACT)
-    if not TOGETHER:
-        for head in tl.range(first, last, num_stages=STAGES):
-            grad = tile(y_grad + y_grad_head.to(tl.int64) * ALIGN * head, t, y_grad_row, rows, p, head_dim, WHOLE)
-            if WHOLE:
-                start = tl.load(starts + head * size + state_place)
-            else:
-                start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0)
-            totals, _, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
-            from_start = tl.load(totals + t)
-            if EXACT:
-                from_start += tl.load(totals_low + t)
-            C_sum = add_reads(C_sum, start, grad, from_start, EXACT)
+    # What they read of the state before the chunk; (n, t), as ptxas of Triton 3.6 has every product of the kernel wait
+    # for the one before where this one, of factors in registers, is still being added up when the next head begins.
+    C_sum = product(tl.trans(B_tile), rounded, None, EXACT)
+    for head in tl.range(first, last, num_stages=STAGES):
+        grad = tile(y_grad + y_grad_head.to(tl.int64) * ALIGN * head, t, y_grad_row, rows, p, head_dim, WHOLE)
+        if WHOLE:
+            start = tl.load(starts + head * size + state_place)
+        else:
+            start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0)
+        totals, _, _, _, totals_low, _ = decay_planes(decays + head * padded, plane)
+        from_start = tl.load(totals + t)
+        if EXACT:
+            from_start += tl.load(totals_low + t)
+        weighted_grad = (grad.to(tl.float32) * exp2(from_start)[:, None]).to(grad.dtype)
+        C_sum = product(start, tl.trans(weighted_grad), C_sum, EXACT)
     mask = (t < rows)[None, :] & (n < states)[:, None]
     tl.store(C_grad + (place + t[None, :] * BC_grad_row + n[:, None]), C_sum.to(C_grad.dtype.element_ty), mask=mask)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import alignment, processors, shared_bytes
+from kernels.dispatch import alignment, processors
 from kernels.launcher import Launch, remembered
 from kernels.ssd import kept
 from kernels.ssd.launch import (
@@ -28,7 +28,6 @@ from kernels.ssd.launch import (
 
 GATE_BLOCK, GATE_WARPS = 1024, 4
 SUM_WARPS = 4
-TOGETHER_BYTES = 200 * 1024  # of shared memory for one loop of `gradients_kernel`: H100 and B200, not A100
 PART_COST = 3  # what a program of `gradients_kernel` costs besides its heads, in heads
 
 
@@ -231,8 +230,7 @@ def _run(
         BC_grads = [torch.empty((parts, *B.shape), dtype=torch.float32, device=x.device) for _ in "BC"]
     scratch = torch.empty(batch * chunks * groups * parts * chunk * chunk, dtype=torch.float32, device=x.device)
     written = (*strides, outputs.x.stride(), BC_grads[0].stride())
-    together = shape.gradients.stages > 2 and shared_bytes(x.device.index) >= TOGETHER_BYTES
-    launch = _gradients_launch(x.shape, B.shape, written, parts, chunks, exact, together, shape.gradients)
+    launch = _gradients_launch(x.shape, B.shape, written, parts, chunks, exact, shape.gradients)
     inputs = (y_grad, x, B, C, D, decays, starts, end_grads, before)
     launch(*inputs, outputs.x, *BC_grads, *D_sums, scratch)
     if parts > 1:
@@ -287,7 +285,6 @@ def _gradients_launch(
     parts: int,
     chunks: int,
     exact: bool,
-    together: bool,
     shape: Shape,
 ) -> Launch:
     """strides: of y_grad, x, B, C, the gradient of x, and those of B and C in parts."""
@@ -304,7 +301,7 @@ def _gradients_launch(
         gradients_kernel,
         (batch * chunks * groups * parts, 1),
         (*[stride // align for stride in outer], *sizes),
-        (head_dim == p and states == n, exact, align, shape.chunk, p, n, shape.stages, together),
+        (head_dim == p and states == n, exact, align, shape.chunk, p, n, shape.stages),
         shape.warps,
     )
 

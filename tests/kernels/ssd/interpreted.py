@@ -103,24 +103,6 @@ def test_options_may_be_absent(absent: tuple[str, ...], softplus: bool) -> None:
     check(inputs, softplus=softplus, limit=(0.1, 0.6))
 
 
-@pytest.mark.parametrize("sizes", [(4, 16, 2, 16), (3, 24, 3, 20)], ids=str)
-def test_one_loop_over_the_heads(sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on GPUs with the shared memory for it: the same bits as of two loops."""
-    monkeypatch.setattr(launch, "GRADIENTS", launch.GRADIENTS._replace(stages=3))
-    heads, head_dim, groups, states = sizes
-    low, _ = typed(ssd_inputs(2, 37, heads, head_dim, groups, states, packed=True), torch.bfloat16)
-    found, used = [], []
-    usual = launch_backward._gradients_launch
-    monkeypatch.setattr(launch_backward, "_gradients_launch", lambda *a: used.append(a[-2]) or usual(*a))
-    for n_bytes in (0, 2**20):
-        monkeypatch.setattr(launch_backward, "shared_bytes", lambda index, n=n_bytes: n)
-        found.append(gradients(ssd(**low, return_final_state=True), low))  # type: ignore[call-overload]
-    assert used == [False, True]
-    for name, grad in found[0].items():
-        assert torch.equal(grad, found[1][name]) or name == "C", name
-    check(ssd_inputs(2, 37, heads, head_dim, groups, states, packed=True), torch.float16)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_more_states_than_a_tile_holds(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks: three of 16, 16 and 8 states."""

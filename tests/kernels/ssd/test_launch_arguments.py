@@ -35,7 +35,6 @@ def test_arguments_fit_parameters(absent: tuple[str, ...], monkeypatch: pytest.M
     for module in (launch, launch_backward):
         monkeypatch.setattr(module, "processors", lambda index: 64)
     monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: True)
-    monkeypatch.setattr(launch_backward, "shared_bytes", lambda index: 232_448)
     given = {k: v.detach() for k, v in ssd_inputs(1, 1100, 2, 16, 1, 200, packed=True).items() if k not in absent}
     arguments = [given.get(name) for name in NAMES]
     options: Any = (True, 0.0, 1.0, 16, given.get("seq_idx"))

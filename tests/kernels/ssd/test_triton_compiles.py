@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
-from kernels.ssd import launch, launch_backward
+from kernels.ssd import launch
 from kernels.ssd.backward_kernels import gradients_kernel
 from kernels.ssd.flow_kernels import flows_kernel
 from kernels.ssd.forward_kernels import forward_kernel, states_kernel
@@ -59,7 +59,6 @@ def arguments_of(kernel: Any, shape: launch.Shape, everything: bool = False, **c
     if kernel is not forward_kernel:
         arguments["starts"] = "*bf16"
     arguments |= {"WIDE_SKIP": everything, "BACK": False, "WHOLE": not everything, "EXACT": False, "ALIGN": 8}
-    arguments |= {"TOGETHER": False}
     arguments |= {"CHUNK": launch.GRADIENTS.chunk, "HALVES": launch.FLOWS.chunk // launch.GRADIENTS.chunk}
     arguments |= {"Q": shape.chunk, "P": min(shape.head_dim, 64), "N": min(shape.states, 128), "STAGES": shape.stages}
     arguments |= constants
@@ -75,7 +74,7 @@ def test_table(capability: int, tmp_path: Path) -> None:
         (states_kernel, launch.STATES, {"BOTH": True}),
         (states_kernel, launch.STATES, {"BOTH": True, "BACK": True}),
         (states_kernel, launch.STATES, {"BOTH": False, "y_grad": None, "C": None, "starts": None, "powers": "*fp32"}),
-        (gradients_kernel, launch.GRADIENTS, {"TOGETHER": capability in (90, 100)}),
+        (gradients_kernel, launch.GRADIENTS, {}),
         (flows_kernel, launch.FLOWS, {}),
     ):
         found = resources(kernel, shape, tmp_path, capability, **constants)
@@ -92,7 +91,7 @@ def test_the_steps_of_a_product_do_not_wait_for_each_other(tmp_path: Path) -> No
         *((forward_kernel, launch.FORWARD), (states_kernel, launch.STATES)),
         *((gradients_kernel, launch.GRADIENTS), (flows_kernel, launch.FLOWS)),
     ):
-        compiled = compiled_for(kernel, arguments_of(kernel, shape, BOTH=True, TOGETHER=True), 90, shape.warps)
+        compiled = compiled_for(kernel, arguments_of(kernel, shape, BOTH=True), 90, shape.warps)
         assert "wgmma.mma_async" in compiled.asm["ptx"]
         said = assembler_report(compiled, "sm_90a", tmp_path)
         assert "registers" in said
@@ -119,8 +118,7 @@ def test_tiles_fit_into_shared_memory(
     monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: large)
     x, B = (torch.empty(1, 1, 1, size, dtype=torch.bfloat16) for size in (head_dim, 256))
     shapes = launch.shapes(x, B)
-    together = shapes.gradients.stages > 2 and limit >= launch_backward.TOGETHER_BYTES
-    constants = {"P": head_dim, "N": shapes.gradients.states, "TOGETHER": together}
+    constants = {"P": head_dim, "N": shapes.gradients.states}
     assert resources(gradients_kernel, shapes.gradients, tmp_path, capability, True, **constants).shared <= limit
     assert resources(flows_kernel, shapes.flows, tmp_path, capability, True, **constants).shared <= limit
     assert resources(forward_kernel, shapes.forward, tmp_path, capability, True).shared <= limit
