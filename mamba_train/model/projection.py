@@ -75,15 +75,12 @@ def weight_gradient(y_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     if is_mixed and rows * columns <= LARGEST_IN_FP32:
         return torch.mm(left, right, out_dtype=dtype)
     first = rows_at_once(rows, columns, processors(x.device.index)) if is_mixed else rows
-    if not is_mixed:
+    if first == rows:
         return torch.mm(left, right).to(dtype)
     grad = x.new_empty((rows, columns))
     torch.mm(left[:first], right, out=grad[:first])
-    if first < rows:
-        torch.mm(left[first:], right, out=grad[first:])
-    wide = torch.empty_like(grad, dtype=dtype)
-    torch._foreach_copy_([wide], [grad])  # 8512 x 2048 on an H100: 46 us, by `to` 56
-    return wide
+    torch.mm(left[first:], right, out=grad[first:])
+    return grad.to(dtype)
 
 
 def rows_at_once(rows: int, columns: int, n_processors: int) -> int:
