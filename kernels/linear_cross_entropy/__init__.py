@@ -31,7 +31,7 @@ def linear_cross_entropy(
     Shapes: hidden (..., channel); weight (vocabulary, channel), padded entries being classes like any other;
     targets (...) int64, where `ignore_index` counts for nothing. `z_loss` times the square of the log-sum-exp of the
     logits is added to the loss of each token (arXiv 2204.02311, section 5). Logits exist for `chunk_size` tokens at a
-    time (None: as many as fill about 4 MiB on the CPU, 512 MiB on a GPU). Products are taken in the dtype of hidden,
+    time (None: as many as fill about 4 MiB on the CPU, 256 MiB on a GPU). Products are taken in the dtype of hidden,
     the softmax in fp32 (fp64 for fp64).
 
     "sum" returns the fp32 sum over tokens and is differentiable in hidden and weight: the gradients are computed
