@@ -14,6 +14,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled
 reference.causal_conv1d_op.register_kernel("cpu")(launch.forward)
 reference.causal_conv1d_backward_op.register_kernel("cpu")(launch.backward)
 backward_into.causal_conv1d_backward_into.register_kernel("cpu")(backward_into.launch_into)
+TABLE = launch.forward_shape
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -49,6 +50,16 @@ def check(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, silu: b
 @pytest.mark.parametrize("packed", [False, True])
 def test_equals_the_definition(length: int, width: int, packed: bool) -> None:
     check(conv_inputs(length, width, packed, channels=11))
+
+
+@pytest.mark.parametrize(("channels", "programs"), [(256, 1), (300, 1), (512, 1), (520, 3)])
+def test_channels_of_the_table(channels: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert -(-channels // TABLE(channels).block) == programs
+    monkeypatch.setattr(launch, "forward_shape", TABLE)
+    x, weight, bias = torch.randn(2, 9, channels), torch.randn(channels, 4), torch.randn(channels)
+    exact = reference.causal_conv1d_op._init_fn(x.double(), weight.double(), bias.double(), True, None, None)
+    for found, expected in zip(launch.forward(x, weight, bias, True, None, None), exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("absent", [["bias"], ["initial_state"]])
