@@ -15,6 +15,7 @@ from torch import Tensor
 
 ROW_ALIGNMENT = 64  # elements from one row of a buffer to the next: whole lines of the GPU's cache
 CLASS_ALIGNMENT = 8  # of the number of classes: bf16 products of other sizes are several times slower
+MOST_KEPT = 2**14  # elements of a row in registers: 64 in each thread of 8 warps
 GRADIENT_CHUNKS = 4  # of logits, whose gradients are multiplied at once
 
 
@@ -28,10 +29,8 @@ class Launch(NamedTuple):
 
 def launch_for(columns: int) -> Launch:
     """The table of launch parameters, from `python -m benchmarks.linear_cross_entropy --sweep`."""
-    if 2**15 < columns <= 2**16:
-        return Launch(kept=2**14, block=2048, warps=8)
-    kept = min(2**12, 1 << (columns.bit_length() - 1))
-    return Launch(kept, block=4096, warps=32) if kept == 2**12 else Launch(kept, block=1024, warps=8)
+    kept = min(MOST_KEPT, 1 << (columns.bit_length() - 1))
+    return Launch(kept, block=1024 if kept <= 4096 else 2048, warps=8)
 
 
 def linear_cross_entropy(

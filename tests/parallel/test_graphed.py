@@ -14,6 +14,19 @@ from mamba_train import ranks
 from mamba_train.parallel.graphed import GraphedPasses, record
 
 
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, graph_class: type, **others: object) -> None:
+    """What recording takes from torch.cuda, on a machine without a GPU."""
+    fakes = {
+        "CUDAGraph": graph_class,
+        "graph_pool_handle": lambda: (0, 1),
+        "graph": lambda *_, **__: nullcontext(),
+        "stream": lambda _: nullcontext(),
+        "current_stream": lambda: None,
+    }
+    for name, fake in (fakes | others).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine that cannot record a graph")
 def test_what_cannot_be_recorded_goes_on_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
     weight = nn.Parameter(torch.ones(3))
@@ -60,14 +73,7 @@ def test_what_is_recorded_has_the_strides_of_what_was_compiled(monkeypatch: pyte
         def replay(self) -> None:
             passes(*recorded[0], variant=None)
 
-    for name, fake in (
-        ("CUDAGraph", Graph),
-        ("graph_pool_handle", lambda: (0, 1)),
-        ("graph", lambda *_, **__: nullcontext()),
-        ("stream", lambda _: nullcontext()),
-        ("current_stream", lambda: None),
-    ):
-        monkeypatch.setattr(torch.cuda, name, fake)
+    fake_cuda(monkeypatch, Graph)
     graphed = GraphedPasses(passes)
     gradients = []
     for seed in range(4):
@@ -92,15 +98,7 @@ def test_a_process_that_leaves_ends_its_graphs(monkeypatch: pytest.MonkeyPatch) 
         def reset(self) -> None:
             ended.append("graph")
 
-    for name, fake in (
-        ("CUDAGraph", Graph),
-        ("graph_pool_handle", lambda: (0, 1)),
-        ("graph", lambda *_, **__: nullcontext()),
-        ("stream", lambda _: nullcontext()),
-        ("current_stream", lambda: None),
-        ("synchronize", lambda: None),
-    ):
-        monkeypatch.setattr(torch.cuda, name, fake)
+    fake_cuda(monkeypatch, Graph, synchronize=lambda: None)
     kept, gone = record(lambda: None, "kept"), record(lambda: None, "gone")
     assert kept is not None
     assert gone is not None
@@ -137,14 +135,7 @@ def test_nothing_is_collected_while_a_graph_is_recorded(
         def pool(self) -> tuple[int, int]:
             return 0, 1
 
-    for name, fake in (
-        ("CUDAGraph", Graph),
-        ("graph_pool_handle", lambda: (0, 1)),
-        ("graph", lambda *_, **__: Recording()),
-        ("stream", lambda _: nullcontext()),
-        ("current_stream", lambda: None),
-    ):
-        monkeypatch.setattr(torch.cuda, name, fake)
+    fake_cuda(monkeypatch, Graph, graph=lambda *_, **__: Recording())
     assert gc.isenabled()
     recorded = record(gc.isenabled, "the step")
     assert recorded is not None
@@ -188,16 +179,13 @@ def test_torch_is_told_that_a_recording_is_over_which_could_not_end(monkeypatch:
         def graphsafe_set_state(self, state: str) -> None:
             told.append(state)
 
-    for name, fake in (
-        ("CUDAGraph", Graph),
-        ("graph_pool_handle", lambda: (0, 1)),
-        ("graph", lambda *_, **__: Recording()),
-        ("stream", lambda _: nullcontext()),
-        ("current_stream", lambda: None),
-        ("current_device", lambda: 0),
-        ("default_generators", [Generator()]),
-    ):
-        monkeypatch.setattr(torch.cuda, name, fake)
+    fake_cuda(
+        monkeypatch,
+        Graph,
+        graph=lambda *_, **__: Recording(),
+        current_device=lambda: 0,
+        default_generators=[Generator()],
+    )
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, lambda device, pool, name=name: told.append((name, device, pool)))
     assert record(lambda: None, "the step") is None
