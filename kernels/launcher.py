@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 INT32_MAX = 2**31 - 1
+SUM_WARPS = 4
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 remembered = functools.lru_cache(maxsize=512)
@@ -24,16 +25,24 @@ remembered = functools.lru_cache(maxsize=512)
 class Launch:
     """A kernel with its grid, numbers and constants: all that it is launched with but its tensors.
 
-    Tensors are its first arguments, then come numbers, then constants. It must specialise on none of the numbers
-    (`do_not_specialize`).
+    Tensors are its first arguments, then come numbers, then constants. Numbers that it specialises on (those not in
+    `do_not_specialize`) are part of what it is compiled for. early: it is launched before the kernel before it has
+    ended, for which it waits by itself (see `early_start`).
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int], numbers: tuple[float, ...], constants: tuple[Any, ...], warps: int
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        numbers: tuple[float, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+        early: bool = False,
     ) -> None:
-        self.kernel, self.grid, self.numbers, self.constants, self.warps = kernel, grid, numbers, constants, warps
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self.options = {"num_warps": warps} | ({"launch_pdl": True} if early else {})
         wide = None if max(numbers) <= INT32_MAX else tuple(number > INT32_MAX for number in numbers)
-        self._same = (kernel, warps, constants, wide)
+        self._same = (kernel, warps, early, constants, wide)
         self._found: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
@@ -52,15 +61,24 @@ class Launch:
 
     def _search(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...]) -> None:
         """Launch a kernel that no launch of this one has had; compile it if nobody has."""
-        compiled = _compiled.get((*self._same, key))
+        parameters = getattr(self.kernel, "params", ())[len(tensors) :]
+        special = [n for n, parameter in zip(self.numbers, parameters, strict=False) if not parameter.do_not_specialize]
+        same = (*self._same, *special, key)
+        compiled = _compiled.get(same)
         arguments = (*tensors, *self.numbers, *self.constants)
         if compiled is None:
-            for parameter in getattr(self.kernel, "params", ())[len(tensors) : len(tensors) + len(self.numbers)]:
-                assert parameter.do_not_specialize, f"{self.kernel.__name__} specialises on {parameter.name}"
-            compiled = self.kernel[self.grid](*arguments, num_warps=self.warps)
+            compiled = self.kernel[self.grid](*arguments, **self.options)
             if compiled is None:  # it is interpreted
                 return
-            _compiled[(*self._same, key)] = compiled
+            _compiled[same] = compiled
         else:
             compiled[(*self.grid, 1)](*arguments)
         self._found[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+
+
+@remembered
+def sum_launch(rows: int, columns: int, kinds: int) -> Launch:
+    """Of `sum_parts`, the second half of a sum of that many parts."""
+    from kernels.sum_parts import COLUMNS, ROWS, sum_parts
+
+    return Launch(sum_parts, (-(-columns // COLUMNS), kinds), (rows, columns), (kinds, ROWS, COLUMNS), SUM_WARPS)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, early_start, processors, triton_unsupported
+from kernels.launcher import Launch, remembered, sum_launch
 
 WIDTHS = (2, 3, 4)
 MAX_WIDTH = max(WIDTHS)
@@ -74,26 +75,36 @@ def forward(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The operator's forward: y and the final state."""
-    from kernels.causal_conv1d.triton_kernels import forward_kernel
-
     (batch, length, channels), width = x.shape, weight.shape[1]
     x, initial_state, bias = _unit(x), _contiguous(initial_state), _contiguous(bias)
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     final_state = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
-    shape = forward_shape(channels)
-    chunks = -(-length // shape.steps)
-    align = alignment(channels, x.stride(0), x.stride(1))
+    strides = (*x.stride()[:2], *((0, 0) if seq_idx is None else seq_idx.stride()))
+    early = early_start(x)["PDL"]
+    launch = _forward_launch(x.shape, strides, width, silu, early, forward_shape(channels))
     with torch.cuda.device_of(x):
-        forward_kernel[(batch * chunks * -(-channels // shape.block),)](
-            *(x, weight.contiguous(), bias, seq_idx, initial_state, y, final_state),
-            *(x.stride(0) // align, x.stride(1) // align),
-            *((0, 0) if seq_idx is None else seq_idx.stride()),
-            *(length, channels // align, chunks, shape.steps),
-            *(width, silu, align, shape.block, shape.unroll),
-            num_warps=shape.warps,
-            **early_start(x),
-        )
+        launch(x, weight.contiguous(), bias, seq_idx, initial_state, y, final_state)
     return y, final_state
+
+
+@remembered
+def _forward_launch(
+    x_shape: torch.Size, strides: tuple[int, ...], width: int, silu: bool, early: bool, shape: Shape
+) -> Launch:
+    """strides: of x and seq_idx, along batch and length."""
+    from kernels.causal_conv1d.triton_kernels import forward_kernel
+
+    batch, length, channels = x_shape
+    chunks = -(-length // shape.steps)
+    align = alignment(channels, *strides[:2])
+    return Launch(
+        forward_kernel,
+        (batch * chunks * -(-channels // shape.block), 1),
+        (*(s // align for s in strides[:2]), *strides[2:], length, channels // align, chunks, shape.steps),
+        (width, silu, align, shape.block, shape.unroll, early),
+        shape.warps,
+        early,
+    )
 
 
 def backward(
@@ -112,9 +123,6 @@ def backward(
 
     x_grad: where the first one goes, with neighbouring channels side by side. more: what there is to add to y_grad.
     """
-    from kernels.causal_conv1d.triton_kernels import backward_kernel
-    from kernels.sum_parts import COLUMNS, ROWS, sum_parts
-
     (batch, length, channels), width = x.shape, weight.shape[1]
     y_grad = torch.zeros_like(x) if y_grad is None else y_grad
     x, y_grad = _unit(x), _unit(y_grad)
@@ -130,22 +138,32 @@ def backward(
     chunks = -(-length // (shape.steps - (width - 1)))
     parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
     strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]
-    align = alignment(channels, *strides)
+    strides += (0, 0) if seq_idx is None else seq_idx.stride()
+    launch = _backward_launch(x.shape, tuple(strides), width, silu, shape)
     with torch.cuda.device_of(x):
-        backward_kernel[(batch * chunks * -(-channels // shape.block),)](
+        launch(
             *(y_grad, _contiguous(more), final_grad, x, weight.contiguous(), bias, seq_idx, initial_state),
             *(x_grad, state_grad, parts),
-            *(stride // align for stride in strides),
-            *((0, 0) if seq_idx is None else seq_idx.stride()),
-            *(length, channels // align, chunks, shape.steps),
-            *(width, silu, align, shape.block, shape.unroll),
-            num_warps=shape.warps,
         )
-        sum_parts[(-(-channels // COLUMNS), kinds)](
-            *(parts, weight_grad, None if bias is None else bias_grad, batch * chunks, channels),
-            *(kinds, ROWS, COLUMNS),
-        )
+        sum_launch(batch * chunks, channels, kinds)(parts, weight_grad, None if bias is None else bias_grad)
     return x_grad, weight_grad, bias_grad, state_grad
+
+
+@remembered
+def _backward_launch(x_shape: torch.Size, strides: tuple[int, ...], width: int, silu: bool, shape: Shape) -> Launch:
+    """strides: of the gradient of y, x, that of x, and seq_idx, along batch and length."""
+    from kernels.causal_conv1d.triton_kernels import backward_kernel
+
+    batch, length, channels = x_shape
+    chunks = -(-length // (shape.steps - (width - 1)))
+    align = alignment(channels, *strides[:6])
+    return Launch(
+        backward_kernel,
+        (batch * chunks * -(-channels // shape.block), 1),
+        (*(s // align for s in strides[:6]), *strides[6:], length, channels // align, chunks, shape.steps),
+        (width, silu, align, shape.block, shape.unroll),
+        shape.warps,
+    )
 
 
 def _unit(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, early_start, processors, shared_bytes, triton_unsupported
+from kernels.launcher import Launch, remembered, sum_launch
 
 MAX_SIZE = 16384  # channels that a program holds in registers
 MANY = 2**20  # bytes of shared memory, more than a program uses
@@ -153,31 +154,47 @@ def _forward(
     norm_before_gate: bool = False,
     with_total: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from kernels.rms_norm.triton_kernels import forward_kernel
-
     shape, channels, device = x.shape, x.shape[-1], x.device
     groups = channels // size
     y = torch.empty(shape, dtype=x.dtype, device=device)
     total = torch.empty(shape, dtype=torch.float32, device=device) if with_total else None
     inverse_rms = torch.empty((*shape[:-1], groups), dtype=torch.float32, device=device)
     x, residual, z, weight = _rows(x), _rows(residual), _rows(z), weight.contiguous()  # type: ignore[assignment]
-    strides = [0 if t is None else t.stride(0) for t in (x, residual, z)]
+    strides = tuple([0 if t is None else t.stride(0) for t in (x, residual, z)])
     align = _alignment(size, strides, (x, residual, z, total))
-    launch = forward_shape(size, z is not None)
+    cut = forward_shape(size, z is not None)
     # Programs of an early start begin 1.2 ns apart: shorter ones than this would wait for that.
-    early = {"PDL": False} if z is not None and launch.rows * size < 768 else early_start(x)
-    programs = -(-x.shape[0] // launch.rows) * groups
-    if programs:
+    early = early_start(x)["PDL"] and not (z is not None and cut.rows * size < 768)
+    if x.shape[0]:
+        launch = _forward_launch(x.shape[0], size, groups, strides, align, eps, norm_before_gate, early, cut)
         with torch.cuda.device_of(x):
-            forward_kernel[(programs,)](
-                *(x, residual, z, weight, y, total, inverse_rms),
-                *(stride // align for stride in strides),
-                *(x.shape[0], size // align, groups, eps),
-                *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows),
-                num_warps=launch.warps,
-                **early,
-            )
+            launch(x, residual, z, weight, y, total, inverse_rms)
     return y, y if total is None else total, inverse_rms
+
+
+@remembered
+def _forward_launch(
+    rows: int,
+    size: int,
+    groups: int,
+    strides: tuple[int, ...],
+    align: int,
+    eps: float,
+    norm_before_gate: bool,
+    early: bool,
+    shape: Shape,
+) -> Launch:
+    """strides: of the rows of x, residual and z."""
+    from kernels.rms_norm.triton_kernels import forward_kernel
+
+    return Launch(
+        forward_kernel,
+        (-(-rows // shape.rows) * groups, 1),
+        (*(stride // align for stride in strides), rows, size // align, groups, eps),
+        (norm_before_gate, align, -(-size // shape.block), shape.block, shape.rows, early),
+        shape.warps,
+        early,
+    )
 
 
 def _backward(
@@ -194,9 +211,6 @@ def _backward(
     z_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """z_grad: where that gradient goes, rows at equal distances."""
-    from kernels.rms_norm.triton_kernels import backward_kernel
-    from kernels.sum_parts import COLUMNS, ROWS, sum_parts
-
     shape, channels, device = x.shape, x.shape[-1], x.device
     groups = channels // size
     x_grad = torch.empty(shape, dtype=dtype, device=device)
@@ -206,27 +220,43 @@ def _backward(
     weight_grad = torch.empty((channels,), dtype=weight.dtype, device=device)
     tensors = y_grad, through, x, z = [_rows(t) for t in (y_grad, through, x, z)]  # type: ignore[assignment]
     z_grad_rows = None if z_grad is None else z_grad.view(-1, channels)
-    strides = [0 if t is None else t.stride(0) for t in (*tensors, z_grad_rows)]
+    strides = tuple([0 if t is None else t.stride(0) for t in (*tensors, z_grad_rows)])
     align = _alignment(size, strides, (y_grad, through, x, z))
     row_bytes = sum(t.element_size() for t in tensors if t is not None)
-    launch = backward_shape(size, z is not None, row_bytes, shared_bytes(device.index) if x.is_cuda else MANY)
-    programs, span = _programs(x, groups, launch)
+    cut = backward_shape(size, z is not None, row_bytes, shared_bytes(device.index) if x.is_cuda else MANY)
+    programs, span = _programs(x, groups, cut)
     if not programs:
         return x_grad, total_grad, z_grad, weight_grad.zero_()
     parts = torch.empty((programs, channels), dtype=torch.float32, device=device)
+    launch = _backward_launch(programs, x.shape[0], size, groups, span, strides, align, norm_before_gate, cut)
     with torch.cuda.device_of(x):
-        backward_kernel[(programs * groups,)](
-            *(y_grad, through, x, z, weight.contiguous(), inverse_rms, x_grad, total_grad, z_grad, parts),
-            *(stride // align for stride in strides),
-            *(x.shape[0], size // align, groups, span),
-            *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows, launch.stages),
-            num_warps=launch.warps,
-        )
-        sum_parts[(-(-channels // COLUMNS), 1)](
-            *(parts, weight_grad, None, programs, channels),
-            *(1, ROWS, COLUMNS),
-        )
+        launch(y_grad, through, x, z, weight.contiguous(), inverse_rms, x_grad, total_grad, z_grad, parts)
+        sum_launch(programs, channels, 1)(parts, weight_grad, None)
     return x_grad, total_grad, z_grad, weight_grad
+
+
+@remembered
+def _backward_launch(
+    programs: int,
+    rows: int,
+    size: int,
+    groups: int,
+    span: int,
+    strides: tuple[int, ...],
+    align: int,
+    norm_before_gate: bool,
+    shape: LoopShape,
+) -> Launch:
+    """programs: of a group; strides: of the rows of the gradient of y, `through`, x, z and the gradient of z."""
+    from kernels.rms_norm.triton_kernels import backward_kernel
+
+    return Launch(
+        backward_kernel,
+        (programs * groups, 1),
+        (*(stride // align for stride in strides), rows, size // align, groups, span),
+        (norm_before_gate, align, -(-size // shape.block), shape.block, shape.rows, shape.stages),
+        shape.warps,
+    )
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -245,7 +275,7 @@ def _programs(x: Tensor, groups: int, launch: LoopShape) -> tuple[int, int]:
     return (-(-rows // span) if rows else 0), span
 
 
-def _alignment(size: int, strides: list[int], tensors: tuple[Tensor | None, ...]) -> int:
+def _alignment(size: int, strides: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> int:
     """Elements that rows are read in at a time: the same for all, or values would have to change threads."""
     widest = max(tensor.element_size() for tensor in tensors if tensor is not None)
     return alignment(size, 16 // widest, *strides)

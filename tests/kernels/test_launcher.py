@@ -21,12 +21,14 @@ class Kernel:
     def __init__(self, specialises: bool = False) -> None:
         self.params = [SimpleNamespace(name=n, do_not_specialize=n == "number" and not specialises) for n in NAMES]
         self.compiled: list[tuple[Any, ...]] = []
+        self.early: list[bool] = []
         self.launched: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(*arguments: Any, num_warps: int) -> Any:
+        def run(*arguments: Any, num_warps: int, launch_pdl: bool = False) -> Any:
             assert len(grid) == 2
             self.compiled.append((grid, arguments, num_warps))
+            self.early.append(launch_pdl)
             return Compiled(self)
 
         return run
@@ -83,20 +85,22 @@ def test_equal_launches_share_a_kernel() -> None:
         {"numbers": (2**31,)},
         {"constants": (32,)},
         {"warps": 8},
+        {"early": True},
     ],
     ids=str,
 )
 def test_what_another_kernel_is_compiled_for(other: dict[str, Any]) -> None:
-    usual = {"tensors": (torch.zeros(16), None), "numbers": (1,), "constants": (64,), "warps": 4}
+    usual = {"tensors": (torch.zeros(16), None), "numbers": (1,), "constants": (64,), "warps": 4, "early": False}
     kernel = Kernel()
     launches = {}
     for _ in range(3):
         for arguments in (usual, usual | other):
-            made = tuple(arguments[name] for name in ("numbers", "constants", "warps"))
+            made = tuple(arguments[name] for name in ("numbers", "constants", "warps", "early"))
             launch = launches.setdefault(made, Launch(kernel, (1, 1), *made))
             launch(*arguments["tensors"])
     assert len(kernel.compiled) == 2
     assert len(kernel.launched) == 4
+    assert kernel.early == [False, "early" in other]
 
 
 def test_what_is_interpreted_is_launched_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +112,12 @@ def test_what_is_interpreted_is_launched_by_triton(monkeypatch: pytest.MonkeyPat
     assert len(kernel.compiled) == 2
 
 
-def test_a_kernel_that_specialises_on_numbers_is_refused() -> None:
-    with pytest.raises(AssertionError, match="kernel specialises on number"):
-        Launch(Kernel(specialises=True), (1, 1), (1,), (64,), 4)(torch.zeros(1), None)
+def test_a_kernel_that_specialises_on_a_number_is_compiled_for_each() -> None:
+    kernel, x = Kernel(specialises=True), torch.zeros(16)
+    for number in (1, 2, 2, 1):
+        Launch(kernel, (1, 1), (number,), (64,), 4)(x, None)
+    assert [arguments for _, arguments, _ in kernel.compiled] == [(x, None, 1, 64), (x, None, 2, 64)]
+    assert [launched[3] for launched in kernel.launched] == [2, 1]
 
 
 def test_launches_are_remembered_by_what_they_depend_on() -> None:
