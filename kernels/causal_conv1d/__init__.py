@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from kernels.causal_conv1d import dispatch  # noqa: F401  registers torch.ops.mamba_train.causal_conv1d
+from kernels.causal_conv1d.reference import causal_conv1d_op
 from kernels.causal_conv1d.step import advance
 from kernels.checks import (
     check_floating,
@@ -16,6 +16,7 @@ from kernels.checks import (
     check_same_device,
     check_seq_idx,
     check_tensor,
+    once_for_each_kind,
 )
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
@@ -66,22 +67,9 @@ def causal_conv1d(
     (batch, width-1, channel) in the dtype of x, zero where the last document had not begun. Both are
     differentiable; the backward is deterministic. Raises ValueError naming the argument that does not fit.
     """
-    name = "causal_conv1d"
-    check_tensor(name, "x", x, [("batch", None), ("length", None), ("channel", None)])
-    check_not_empty(name, "x", x)
-    batch, length, channels = x.shape
-    _check_filter(name, weight, bias, activation, channels)
-    if seq_idx is not None:
-        check_seq_idx(name, seq_idx, batch, length)
-    if initial_state is not None:
-        expected = [("batch", batch), ("width-1", weight.shape[1] - 1), ("channel", channels)]
-        check_tensor(name, "initial_state", initial_state, expected)
-    floating = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
-    check_floating(name, **floating)
-    check_same_device(name, "x", **floating, seq_idx=seq_idx)
-    y, final_state = torch.ops.mamba_train.causal_conv1d.default(
-        x, weight, bias, activation == "silu", seq_idx, initial_state
-    )
+    _check(x, weight, bias, seq_idx, initial_state)
+    _check_activation("causal_conv1d", activation)
+    y, final_state = causal_conv1d_op(x, weight, bias, activation == "silu", seq_idx, initial_state)
     return (y, final_state) if return_final_state else y
 
 
@@ -104,7 +92,8 @@ def causal_conv1d_step(
     name = "causal_conv1d_step"
     check_tensor(name, "x", x, [("batch", None), ("channel", None)])
     batch, channels = x.shape
-    _check_filter(name, weight, bias, activation, channels)
+    _check_filter(name, weight, bias, channels)
+    _check_activation(name, activation)
     expected = [("batch", batch), ("width-1", weight.shape[1] - 1), ("channel", channels)]
     check_tensor(name, "state", state, expected)
     check_floating(name, state=state, x=x, weight=weight, bias=bias)
@@ -114,11 +103,33 @@ def causal_conv1d_step(
     return advance(state, x, weight, bias, activation == "silu", in_place)
 
 
-def _check_filter(name: str, weight: Tensor, bias: Tensor | None, activation: str | None, channels: int) -> None:
+@once_for_each_kind
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial_state: Tensor | None
+) -> None:
+    name = "causal_conv1d"
+    check_tensor(name, "x", x, [("batch", None), ("length", None), ("channel", None)])
+    check_not_empty(name, "x", x)
+    batch, length, channels = x.shape
+    _check_filter(name, weight, bias, channels)
+    if seq_idx is not None:
+        check_seq_idx(name, seq_idx, batch, length)
+    if initial_state is not None:
+        expected = [("batch", batch), ("width-1", weight.shape[1] - 1), ("channel", channels)]
+        check_tensor(name, "initial_state", initial_state, expected)
+    floating = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
+    check_floating(name, **floating)
+    check_same_device(name, "x", **floating, seq_idx=seq_idx)
+
+
+def _check_filter(name: str, weight: Tensor, bias: Tensor | None, channels: int) -> None:
     check_tensor(name, "weight", weight, [("channel", channels), ("width", None)])
     if weight.shape[1] < 1:
         raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}, expected a width of at least 1")
     if bias is not None:
         check_tensor(name, "bias", bias, [("channel", channels)])
+
+
+def _check_activation(name: str, activation: str | None) -> None:
     if activation not in (None, "silu"):
         raise ValueError(f"{name}: activation is {activation!r}, expected None or 'silu'")

@@ -105,7 +105,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, y_grad, final_state_grad):
     x, weight, bias, seq_idx, initial_state = ctx.saved_tensors
-    x_grad, weight_grad, bias_grad, state_grad = torch.ops.mamba_train.causal_conv1d_backward.default(
+    x_grad, weight_grad, bias_grad, state_grad = causal_conv1d_backward_op(
         y_grad, final_state_grad, x, weight, bias, ctx.silu, seq_idx, initial_state
     )
     return (

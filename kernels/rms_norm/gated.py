@@ -77,7 +77,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, y_grad, _inverse_rms_grad):
-    grads = torch.ops.mamba_train.gated_rms_norm_backward.default(y_grad, *ctx.saved_tensors, ctx.norm_before_gate)
+    grads = gated_rms_norm_backward_op(y_grad, *ctx.saved_tensors, ctx.norm_before_gate)
     return *grads, None, None, None
 
 

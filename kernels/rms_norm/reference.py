@@ -88,9 +88,7 @@ def _setup_norm(ctx, inputs, output) -> None:
 
 def _norm_backward(ctx, y_grad, _inverse_rms_grad):
     x, weight, inverse_rms = ctx.saved_tensors
-    x_grad, _, weight_grad = torch.ops.mamba_train.rms_norm_backward.default(
-        y_grad, None, x, inverse_rms, weight, x.dtype, False
-    )
+    x_grad, _, weight_grad = rms_norm_backward_op(y_grad, None, x, inverse_rms, weight, x.dtype, False)
     return x_grad, weight_grad, None
 
 
@@ -115,7 +113,7 @@ def _add_norm_backward(ctx, y_grad, total_grad, _inverse_rms_grad):
     else:
         # The residual's gradient is that of the sum; where x has the dtype of the sum, theirs are one tensor.
         with_total = ctx.residual_dtype is not None and ctx.x_dtype != total.dtype
-        x_grad, total_grad, weight_grad = torch.ops.mamba_train.rms_norm_backward.default(
+        x_grad, total_grad, weight_grad = rms_norm_backward_op(
             y_grad, total_grad, total, inverse_rms, weight, ctx.x_dtype, with_total
         )
         total_grad = total_grad if with_total else x_grad

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from kernels.checks import (
@@ -14,8 +13,10 @@ from kernels.checks import (
     check_seq_idx,
     check_tensor,
     needs_gradient,
+    once_for_each_kind,
 )
 from kernels.selective_scan import dispatch  # noqa: F401  registers torch.ops.mamba_train.selective_scan
+from kernels.selective_scan.reference import selective_scan_op
 from kernels.selective_scan.step import selective_scan_step
 
 __all__ = ["selective_scan", "selective_scan_step"]
@@ -85,7 +86,7 @@ def selective_scan(
     Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", equations 2a, 2b, 4.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
-    y, final_state, _, _ = torch.ops.mamba_train.selective_scan.default(
+    y, final_state, _, _ = selective_scan_op(
         x,
         dt,
         A,
@@ -102,6 +103,7 @@ def selective_scan(
     return (y, final_state) if return_final_state else y
 
 
+@once_for_each_kind
 def _check(
     x: Tensor,
     dt: Tensor,

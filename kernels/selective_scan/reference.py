@@ -151,7 +151,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, y_grad, final_state_grad, _starts_grad, _ungated_grad):
     x, dt, A, B, C, D, z, dt_bias, seq_idx, starts, ungated = ctx.saved_tensors
-    *grads, initial_state_grad = torch.ops.mamba_train.selective_scan_backward.default(
+    *grads, initial_state_grad = selective_scan_backward_op(
         y_grad, final_state_grad, x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, seq_idx, starts, ungated
     )
     wanted = [

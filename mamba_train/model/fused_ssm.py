@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.causal_conv1d.backward_into import causal_conv1d_backward_into
+from kernels.causal_conv1d.reference import causal_conv1d_op
 from kernels.selective_scan.backward_into import selective_scan_backward_into
+from kernels.selective_scan.reference import selective_scan_op
 from mamba_train.model.projection import references, references_alone, weight_gradient
 
 
@@ -55,7 +57,7 @@ class FusedSSM(torch.autograd.Function):
             derived = Derived(x_proj_weight.to(xz.dtype), dt_proj, -torch.exp(A_log))
         x_proj, dt_proj, A = derived
         x_given, _ = xz.chunk(2, dim=-1)
-        x, _ = torch.ops.mamba_train.causal_conv1d.default(x_given, conv_weight, conv_bias, True, seq_idx, None)
+        x, _ = causal_conv1d_op(x_given, conv_weight, conv_bias, True, seq_idx, None)
         projected = F.linear(x, x_proj)
         if recompute:  # copies, as above
             D, dt_bias = D.clone(), dt_bias.clone()
@@ -173,7 +175,5 @@ def _scan(
     dt_low, B, C = projected.split((dt_proj.shape[1], A.shape[1], A.shape[1]), dim=-1)
     dt = F.linear(dt_low, dt_proj)
     z = xz.chunk(2, dim=-1)[1]
-    y, _, starts, ungated = torch.ops.mamba_train.selective_scan.default(
-        x, dt, A, B, C, D, z, dt_bias, True, seq_idx, None, for_backward
-    )
+    y, _, starts, ungated = selective_scan_op(x, dt, A, B, C, D, z, dt_bias, True, seq_idx, None, for_backward)
     return y, dt, starts, ungated
