@@ -103,14 +103,18 @@ def once(call: Callable[[], object]) -> float:
 
 
 def eager_time(call: Callable[[], object], calls: int = 10) -> float:
-    """Wall time of a call when many follow each other."""
+    """Wall time of a call when many follow each other, the median of a few times that: hosts do other things, too."""
+
+    def mean() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / calls
+
     call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start) / calls
+    return statistics.median(mean() for _ in range(5))
 
 
 def make_inputs(batch: int, length: int, channels: int, states: int) -> dict[str, Tensor]:
