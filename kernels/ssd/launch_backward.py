@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, processors
-from kernels.launcher import Launch, remembered
+from kernels.launcher import SUM_WARPS, Launch, remembered, sum_launch
 from kernels.ssd import kept
 from kernels.ssd.launch import (
     DECAY_HEADS,
@@ -27,7 +27,6 @@ from kernels.ssd.launch import (
 )
 
 GATE_BLOCK, GATE_WARPS = 1024, 4
-SUM_WARPS = 4
 PART_COST = 3  # what a program of `gradients_kernel` costs besides its heads, in heads
 
 
@@ -355,10 +354,7 @@ def _head_sums_launch(rows: int, kinds: int, heads: int) -> Launch:
 
 def _sum(parts: Tensor) -> Tensor:
     """The sum over the first axis of parts (row, column), in a fixed order."""
-    from kernels.sum_parts import COLUMNS, ROWS, sum_parts
-
     rows, columns = parts.shape
     total = parts.new_empty((columns,))
-    grid = (-(-columns // COLUMNS), 1)
-    Launch(sum_parts, grid, (rows, columns), (1, ROWS, COLUMNS), SUM_WARPS)(parts, total, None)
+    sum_launch(rows, columns, 1)(parts, total, None)
     return total

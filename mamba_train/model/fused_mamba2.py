@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from kernels.causal_conv1d.backward_into import causal_conv1d_backward_into
+from kernels.causal_conv1d.reference import causal_conv1d_op
 from kernels.rms_norm.backward_into import gated_rms_norm_backward_into
+from kernels.rms_norm.gated import gated_rms_norm_op
 from kernels.ssd.backward_into import ssd_backward_into
+from kernels.ssd.reference import ssd_op
 from mamba_train.model.fused_ssm import last_walk
 
 
@@ -45,16 +48,14 @@ class FusedMamba2(torch.autograd.Function):
         # Not `.float()`: that would hide from the audit that A_log arrived rounded.
         A = -torch.exp(A_log)
         z, xBC, dt = _parts(projected, conv_weight.shape[0], A.shape[0])
-        conv, _ = torch.ops.mamba_train.causal_conv1d.default(xBC, conv_weight, conv_bias, True, seq_idx, None)
+        conv, _ = causal_conv1d_op(xBC, conv_weight, conv_bias, True, seq_idx, None)
         x, B, C = _split(conv, z.shape[2], head_dim, groups)
-        y, _, starts, _ = torch.ops.mamba_train.ssd.default(
+        y, _, starts, _ = ssd_op(
             *(x, dt, A, B, C, D, None, dt_bias, True, 0.0, float("inf")),
             *(min(chunk_size, x.shape[1]), seq_idx, None, not recompute),
         )
         y = y.flatten(2)
-        out, inverse_rms = torch.ops.mamba_train.gated_rms_norm.default(
-            y, z, norm_weight, eps, y.shape[2] // groups, False
-        )
+        out, inverse_rms = gated_rms_norm_op(y, z, norm_weight, eps, y.shape[2] // groups, False)
         ctx.save_for_backward(
             *(projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, seq_idx, conv, y, starts, inverse_rms)
         )
