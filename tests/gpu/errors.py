@@ -14,7 +14,7 @@ ROUNDING = {torch.float32: 5e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MORE_THAN_OFFICIAL = 1.1
 # Beside two errors of this size, about one unit in the last place of fp32, their ratio means nothing.
 FP32_UNIT = 1.2e-7
-DRAWS = 16
+DRAWS = 32
 
 
 @pytest.fixture
