@@ -159,7 +159,7 @@ def state_powers(totals, row, t, block, blocks, is_head, CHUNK: tl.constexpr, HA
 @triton.jit(
     do_not_specialize=[
         *("dt_grad_batch", "dt_grad_row", "dt_batch", "dt_row", "dt_head"),
-        *("dt_min", "dt_max", "length", "heads", "group_heads", "blocks", "through_parts"),
+        *("dt_min", "dt_max", "length", "heads", "group_heads", "blocks"),
     ]
 )
 def delta_kernel(
@@ -184,7 +184,6 @@ def delta_kernel(
     heads,
     group_heads,
     blocks,
-    through_parts,
     SOFTPLUS: tl.constexpr,
     EXACT: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -196,9 +195,8 @@ def delta_kernel(
     The gradient of a decay's logarithm is what all products that the decay is part of add to the loss: those that
     begin before it and are read at it or later. What position s wrote adds to the gradient of Δ[s] by way of later
     positions of its block (written), of later blocks (to_later), and itself (own). For the gradient of A the pairs in
-    a block come with the sum of Δ in between: among sums of them large numbers would cancel. sums, own_products: what
-    `flows_kernel` left, through: `states_kernel`, in through_parts; owns (batch, head, padded): y_grad·x; parts:
-    (batch x blocks, 3, head) fp32.
+    a block come with the sum of Δ in between: among sums of them large numbers would cancel. sums, own_products,
+    through: what `flows_kernel` left; owns (batch, head, padded): y_grad·x; parts: (batch x blocks, 3, head) fp32.
     Programs: (batch x blocks, heads / HEADS).
     """
     Q: tl.constexpr = HALVES * CHUNK
@@ -242,10 +240,7 @@ def delta_kernel(
     read = tl.load(near_reads + place, mask=mask & (block > 0), other=0.0).to(tl.float64)
     read += (tl.load(from_states + place, mask=mask, other=0.0) * exp2(from_before)).to(tl.float64)
     to_later = wide * to_later.to(tl.float64)
-    passed = tl.zeros([HEADS], tl.float32)
-    through += (batch * heads + head) * blocks + block
-    for part in range(0, through_parts):
-        passed += tl.load(through + part * (plane // Q), mask=head < heads, other=0.0)
+    passed = tl.load(through + (batch * heads + head) * blocks + block, mask=head < heads, other=0.0)
     passed = (passed * exp2(through_block)).to(tl.float64)
     beyond = tl.sum(read, axis=0)[None, :] - tl.cumsum(read, axis=0) + read
     beyond += tl.cumsum(to_later, axis=0) - to_later + passed[None, :]

@@ -3,7 +3,7 @@
 They decide how exact dA is. Time is cut into blocks here, of one or two chunks. Pairs of positions in one block or in
 neighbouring ones are computed as pairs, of factors that were never rounded; those further apart by way of the states at
 the ends of blocks, which are kept in the activations' dtype, and which have decayed through a whole block when they are
-read. What passes through a block is `states_kernel`'s matter.
+read.
 """
 
 import triton
@@ -119,6 +119,7 @@ def flows_kernel(
     end_grads,
     sums,
     own_products,
+    through,
     y_grad_batch,
     y_grad_row,
     y_grad_head,
@@ -150,15 +151,16 @@ def flows_kernel(
 ):
     """What pairs of positions and states add to the loss, head after head of a part of a group.
 
-    starts, end_grads: what `states_kernel` left, of chunks. sums (plane, batch, head, padded) and own_products (batch,
-    group, padded), fp32, are for `delta_kernel`. A block has HALVES chunks; padded is the length in whole blocks. What
-    goes by way of states comes without the decays on its way: `delta_kernel` puts them in.
-    Programs: batch x blocks x groups x parts x (2 HALVES + 2), the last fastest: what each chunk of a block reads of
+    starts, end_grads: what `states_kernel` left, of chunks. sums (plane, batch, head, padded), own_products (batch,
+    group, padded), through (batch, head, block), all fp32, are for `delta_kernel`. A block has HALVES chunks; padded is
+    the length in whole blocks. What goes by way of states comes without the decays on its way: `delta_kernel` puts them
+    in.
+    Programs: batch x blocks x groups x parts x (2 HALVES + 3), the last fastest: what each chunk of a block reads of
     the block up to it, and of the block before; what the block reads of the state before that; what it writes to the
-    state after the next block.
+    state after the next block; what passes through it.
     """
     Q: tl.constexpr = HALVES * CHUNK
-    roles: tl.constexpr = 2 * HALVES + 2
+    roles: tl.constexpr = 2 * HALVES + 3
     head_dim = head_dim * ALIGN
     states = states * ALIGN
     groups = heads // group_heads
@@ -229,7 +231,7 @@ def flows_kernel(
                 _, near_reads, _, near_writtens, _, _, _ = sum_planes(sums + head * padded, plane, HALVES)
                 tl.store(near_reads + t_begin + t, read)
                 tl.store(near_writtens + of_half, written)
-    else:
+    elif role < 2 * HALVES + 2:
         # What is read of the state before the last block, or written to that after the next one.
         is_write = role > 2 * HALVES
         other = tl.where(is_write, tl.minimum(block + 1, blocks - 1), tl.maximum(block - 1, 0))
@@ -252,3 +254,15 @@ def flows_kernel(
             found = tl.sum(product(columns_tile, state, None, EXACT) * rows_tile.to(tl.float32), axis=1)
             _, _, _, _, _, from_states, to_states = sum_planes(sums + head * padded, plane, HALVES)
             tl.store(tl.where(is_write, to_states, from_states) + begin + q, found)
+    else:
+        starts += (batch * blocks + block) * HALVES * heads * size
+        end_grads += ((batch * blocks + block) * HALVES + HALVES - 1) * heads * size
+        for head in tl.range(first, last, num_stages=STAGES):
+            if WHOLE:
+                start = tl.load(starts + head * size + state_place)
+                end_grad = tl.load(end_grads + head * size + state_place)
+            else:
+                start = tl.load(starts + head * size + state_place, mask=is_state, other=0.0)
+                end_grad = tl.load(end_grads + head * size + state_place, mask=is_state, other=0.0)
+            passed = tl.sum(start.to(tl.float32) * end_grad.to(tl.float32))
+            tl.store(through + (batch * heads + head) * blocks + block, passed)

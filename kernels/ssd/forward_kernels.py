@@ -193,25 +193,34 @@ def forward_kernel(
 @triton.jit(
     do_not_specialize=[
         *("x_batch", "x_row", "x_head", "B_batch", "B_row", "B_group"),
+        *("y_grad_batch", "y_grad_row", "y_grad_head", "C_batch", "C_row", "C_group"),
         *("length", "heads", "group_heads", "head_dim", "states", "chunks", "segments", "segment_chunks"),
     ]
 )
 def states_kernel(
     x,
     B,
+    y_grad,
+    C,
     decays,
     first,
-    carried,
+    last_grad,
+    starts,
+    end_grads,
     ends,
     powers,
-    starts,
-    through,
     x_batch,
     x_row,
     x_head,
     B_batch,
     B_row,
     B_group,
+    y_grad_batch,
+    y_grad_row,
+    y_grad_head,
+    C_batch,
+    C_row,
+    C_group,
     length,
     heads,
     group_heads,
@@ -220,93 +229,111 @@ def states_kernel(
     chunks,
     segments,
     segment_chunks,
+    BOTH: tl.constexpr,
     BACK: tl.constexpr,
     WHOLE: tl.constexpr,
     EXACT: tl.constexpr,
     ALIGN: tl.constexpr,
-    HALVES: tl.constexpr,
     Q: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What is carried between chunks: the states before each or, walking BACK, the gradients of those after each.
+    """What is carried between chunks: the states before each and, walking back, the gradients of those after each.
 
-    For the latter x and B are y_grad and C. carried (batch, chunk, head, state, head_dim), None where only the end
-    counts; first, from where it begins, None for 0, and ends, None where it is not wanted: (batch, segment, head,
-    head_dim, state) fp32; powers (batch, segment, head): the logarithms of the segments' decays, None without segments.
-    BACK: in one segment, with starts, the states before chunks, and through (part of a state, batch, head, block) fp32:
-    what passes through a block of HALVES chunks. What the sum is made of is rounded but for the gradient carried here.
+    BOTH: half of the programs walk forward, from x, B and `first` (None for 0) to `starts`; the others back, from
+    y_grad, C and `last_grad` (None for 0) to `end_grads` and `ends`, the gradient of `first` (None where it is not
+    wanted). starts, end_grads: (batch, chunk, head, state, head_dim); first, last_grad, ends: (batch, head, head_dim,
+    state) fp32. With BACK, too, all walk back.
+    Otherwise all walk forward, each through a segment of the sequence, from 0: `ends` (batch, segment, head, head_dim,
+    state) are the states there, powers (batch, segment, head) the logarithms of the segments' decays.
     Strides, head_dim and states in units of ALIGN.
-    Programs: batch x segments x heads x (states / N) x (head_dim / P), the last fastest.
+    Programs: (2 if BOTH and not BACK) x batch x segments x heads x (states / N) x (head_dim / P), the last fastest.
     """
     head_dim = head_dim * ALIGN
     states = states * ALIGN
     p_parts, n_parts = tl.cdiv(head_dim, P), tl.cdiv(states, N)
-    parts = p_parts * n_parts
-    pid, walks = tl.program_id(0), tl.num_programs(0) // parts
-    walk = (pid // parts).to(tl.int64)
-    head = pid // parts % heads
-    segment = pid // parts // heads % segments
-    batch = walk // heads // segments
+    programs = tl.num_programs(0)
+    rows, columns, outputs = x, B, starts
+    pid, is_back = tl.program_id(0), False
+    if BOTH:
+        if BACK:
+            is_back = pid >= 0
+        else:
+            programs = programs // 2
+            is_back, pid = pid >= programs, pid % programs
+        rows, columns, outputs = (
+            tl.where(is_back, y_grad, x),
+            tl.where(is_back, C, B),
+            tl.where(is_back, end_grads, starts),
+        )
+        x_batch, x_row = tl.where(is_back, y_grad_batch, x_batch), tl.where(is_back, y_grad_row, x_row)
+        x_head, B_group = tl.where(is_back, y_grad_head, x_head), tl.where(is_back, C_group, B_group)
+        B_batch, B_row = tl.where(is_back, C_batch, B_batch), tl.where(is_back, C_row, B_row)
+    head = pid // p_parts // n_parts % heads
+    segment = pid // p_parts // n_parts // heads % segments
+    batch = (pid // p_parts // n_parts // heads // segments).to(tl.int64)
     group = head // group_heads
     q = tl.arange(0, Q)
     n = pid // p_parts % n_parts * N + tl.arange(0, N)
     p = pid % p_parts * P + tl.arange(0, P)
-    x += batch * x_batch * ALIGN + head.to(tl.int64) * x_head * ALIGN
-    B += batch * B_batch * ALIGN + group.to(tl.int64) * B_group * ALIGN
+    rows += batch * x_batch * ALIGN + head.to(tl.int64) * x_head * ALIGN
+    columns += batch * B_batch * ALIGN + group.to(tl.int64) * B_group * ALIGN
     x_row, B_row = x_row * ALIGN, B_row * ALIGN
     padded = chunks.to(tl.int64) * Q
-    plane = walks // segments * padded
+    plane = programs // (p_parts * n_parts * segments) * padded
     totals, origins, _, _, totals_low, origins_low = decay_planes(decays + (batch * heads + head) * padded, plane)
 
     is_state = (n < states)[:, None] & (p < head_dim)[None, :]
     size = head_dim * states
     state_place = p[None, :] * states + n[:, None]
-    carried_place = n[:, None] * head_dim + p[None, :]
+    walk = (batch * segments + segment) * heads + head
     carry = tl.zeros([N, P], tl.float32)
     if first is not None:
-        carry = tl.load(first + walk * size + state_place, mask=is_state, other=0.0)
+        carry = tl.load(first + walk * size + state_place, mask=is_state & (is_back == 0), other=0.0)
+    if last_grad is not None:
+        carry += tl.load(last_grad + walk * size + state_place, mask=is_state & is_back, other=0.0)
 
     begin_chunk, end_chunk = segment * segment_chunks, min((segment + 1) * segment_chunks, chunks)
     number, step = begin_chunk, 1
-    if BACK:
-        number, step = end_chunk - 1, -1
-        starts += ((batch * chunks + chunks - HALVES) * heads + head) * size
-        through += (pid % parts * walks.to(tl.int64) + walk) * (chunks // HALVES)
-    if carried is not None:
-        carried += ((batch * chunks + number) * heads + head) * size
+    if BOTH:
+        number, step = tl.where(is_back, end_chunk - 1, begin_chunk), tl.where(is_back, -1, 1)
+        target = outputs + ((batch * chunks + number) * heads + head) * size
+        target_step = heads.to(tl.int64) * size * step
     begin = number.to(tl.int64) * Q
     all_power = 0.0
     for _ in tl.range(begin_chunk, end_chunk, num_stages=STAGES):
         remaining = (length - begin).to(tl.int32)
-        x_tile = tile(x + begin * x_row, q, x_row, remaining, p, head_dim, WHOLE)
-        B_tile = tile(B + begin * B_row, q, B_row, remaining, n, states, WHOLE)
+        rows_tile = tile(rows + begin * x_row, q, x_row, remaining, p, head_dim, WHOLE)
+        columns_tile = tile(columns + begin * B_row, q, B_row, remaining, n, states, WHOLE)
         end = tl.load(totals + begin + Q - 1)
-        power = tl.load(totals + begin + q) if BACK else end - tl.load(origins + begin + q)
+        power = end - tl.load(origins + begin + q)
+        if BOTH:
+            power = tl.where(is_back, tl.load(totals + begin + q), power)
         if EXACT:
             low = tl.load(totals_low + begin + Q - 1)
             end += low
-            power += tl.load(totals_low + begin + q) if BACK else low - tl.load(origins_low + begin + q)
-        if BACK:
-            is_end = number % HALVES == HALVES - 1
-            start = tl.load(starts + carried_place, mask=is_end if WHOLE else is_state & is_end, other=0.0)
-            tl.store(through + number // HALVES, tl.sum(carry * start.to(tl.float32)), mask=is_end)
-            starts -= tl.where(is_end & (number >= HALVES), HALVES * heads.to(tl.int64) * size, 0)
-        if carried is not None:
+            low -= tl.load(origins_low + begin + q)
+            if BOTH:
+                low = tl.where(is_back, tl.load(totals_low + begin + q), low)
+            power += low
+        if BOTH:
+            place = target + (n[:, None] * head_dim + p[None, :])
             if WHOLE:
-                tl.store(carried + carried_place, carry.to(carried.dtype.element_ty))
+                tl.store(place, carry.to(starts.dtype.element_ty))
             else:
-                tl.store(carried + carried_place, carry.to(carried.dtype.element_ty), mask=is_state)
-            carried += heads.to(tl.int64) * size * step
-        all_power += end
-        weighted = (x_tile.to(tl.float32) * exp2(power)[:, None]).to(x_tile.dtype)
-        carry = product(tl.trans(B_tile), weighted, carry * exp2(end), EXACT)
-        number += step
+                tl.store(place, carry.to(starts.dtype.element_ty), mask=is_state)
+            target += target_step
+        else:
+            all_power += end
+        weighted = (rows_tile.to(tl.float32) * exp2(power)[:, None]).to(rows_tile.dtype)
+        carry = product(tl.trans(columns_tile), weighted, carry * exp2(end), EXACT)
         begin += Q * step
-    if ends is not None:
+    if BOTH:
+        if ends is not None:
+            tl.store(ends + walk * size + state_place, carry, mask=is_state & is_back)
+    else:
         tl.store(ends + walk * size + state_place, carry, mask=is_state)
-    if powers is not None:
         tl.store(powers + walk, all_power)
 
 

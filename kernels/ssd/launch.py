@@ -247,7 +247,7 @@ def _segment_starts(
     (batch, _, heads, head_dim), states = x.shape, B.shape[3]
     ends = torch.empty((batch, segments, heads, head_dim, states), dtype=torch.float32, device=x.device)
     powers = torch.empty((batch, segments, heads), dtype=torch.float32, device=x.device)
-    walk(x, B, decays, None, (None, ends, powers), chunk)
+    walk(x, B, decays, None, (None, None), (None, None, ends, powers), chunk)
     _segments_launch(batch, heads, head_dim * states, segments)(ends, first, powers)
     return ends
 
@@ -264,71 +264,64 @@ def walk(
     x: Tensor,
     B: Tensor,
     decays: Tensor,
-    first: Tensor | None,
-    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    back: tuple[Tensor, Tensor] | None,
+    states: tuple[Tensor | None, Tensor | None],
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     chunk: int,
-    passing: tuple[Tensor, Tensor] | None = None,
+    only_back: bool = False,
 ) -> None:
-    """Launch `states_kernel`. outputs: carried, ends, powers; passing: starts, through, for a walk back."""
-    powers = outputs[2]
+    """Launch `states_kernel`. back: y_grad, C; states: first, last_grad; outputs: starts, end_grads, ends, powers.
+
+    only_back: `starts` is there already.
+    """
+    powers = outputs[3]
     segments = 1 if powers is None else powers.shape[1]
-    starts, through = passing or (None, None)
-    halves = 1 if through is None else decays.shape[3] // chunk // through.shape[3]
-    tile, shape = state_tile(x, B, segments), shapes(x, B).states
-    exact, chunks = x.dtype == torch.float32, decays.shape[3] // chunk
-    sizes = (segments, chunk, chunks, halves, tile, shape.warps, shape.stages)
-    launch = _walk_launch(x.shape, B.shape, x.stride(), B.stride(), passing is not None, exact, *sizes)
-    launch(x, B, decays, first, *outputs, starts, through)
+    y_grad, C = back or (None, None)
+    of_back = None if y_grad is None or C is None else (y_grad.stride(), C.stride())
+    enough = PROGRAMS_PER_PROCESSOR * processors(x.device.index)
+    exact, shape = x.dtype == torch.float32, shapes(x, B).states
+    of_x = (x.stride(), B.stride())
+    chunks = decays.shape[3] // chunk
+    launch = _walk_launch(x.shape, B.shape, of_x, of_back, only_back, segments, enough, exact, chunk, chunks, shape)
+    launch(x, B, y_grad, C, decays, *states, *outputs)
 
 
 @remembered
 def _walk_launch(
     x_shape: torch.Size,
     B_shape: torch.Size,
-    x_strides: tuple[int, ...],
-    B_strides: tuple[int, ...],
-    back: bool,
-    exact: bool,
+    forth: tuple[tuple[int, ...], ...],
+    back: tuple[tuple[int, ...], ...] | None,
+    only_back: bool,
     segments: int,
+    enough: int,
+    exact: bool,
     chunk: int,
     chunks: int,
-    halves: int,
-    tile: tuple[int, int],
-    warps: int,
-    stages: int,
+    shape: Shape,
 ) -> Launch:
+    """forth: strides of x and B; back: of y_grad and C; enough: programs."""
     from kernels.ssd.forward_kernels import states_kernel
 
     (batch, length, heads, head_dim), (groups, n_states) = x_shape, B_shape[2:]
-    p, n = tile
-    strides = (*x_strides[:3], *B_strides[:3])
+    p, n = min(shape.head_dim, block(head_dim)), min(shape.states, block(n_states))
+    walks = batch * segments * heads * (1 if back is None or only_back else 2)
+    # A state in several parts: more programs, which read the same rows and columns.
+    while n > 64 and walks * -(-n_states // n) * -(-head_dim // p) < enough:
+        n //= 2
+    while p > 32 and walks * -(-n_states // n) * -(-head_dim // p) < enough:
+        p //= 2
+    strides = [stride for rows in (*forth, *(back or forth)) for stride in rows[:3]]
     align = alignment(head_dim, n_states, *strides)
     sizes = (length, heads, heads // groups, head_dim // align, n_states // align, chunks)
     whole = head_dim % p == 0 and n_states % n == 0
     return Launch(
         states_kernel,
-        (batch * segments * heads * -(-n_states // n) * -(-head_dim // p), 1),
+        (walks * -(-n_states // n) * -(-head_dim // p), 1),
         (*[s // align for s in strides], *sizes, segments, -(-chunks // segments)),
-        (back, whole, exact, align, halves, chunk, p, n, stages),
-        warps,
+        (back is not None, only_back, whole, exact, align, chunk, p, n, shape.stages),
+        shape.warps,
     )
-
-
-def state_tile(x: Tensor, B: Tensor, segments: int = 1) -> tuple[int, int]:
-    """Channels and states of a program of `states_kernel`."""
-    walks, enough = x.shape[0] * x.shape[2] * segments, PROGRAMS_PER_PROCESSOR * processors(x.device.index)
-    return _state_tile(walks, x.shape[3], B.shape[3], enough, shapes(x, B).states)
-
-
-@functools.cache
-def _state_tile(walks: int, head_dim: int, states: int, enough: int, shape: Shape) -> tuple[int, int]:
-    """A state in several parts where it takes that for enough programs; they read the same rows and columns."""
-    p, n = min(shape.head_dim, block(head_dim)), min(shape.states, block(states))
-    while n > 64 and walks * -(-states // n) * -(-head_dim // p) < enough:
-        n //= 2
-    while p > 32 and walks * -(-states // n) * -(-head_dim // p) < enough:
-        p //= 2
-    return p, n
 
 
 def fill_decays(

@@ -22,7 +22,6 @@ from kernels.ssd.launch import (
     of_states,
     shapes,
     state_blocks,
-    state_tile,
     unit,
     walk,
 )
@@ -90,15 +89,15 @@ def backward(
             D_parts = torch.empty((rows // chunk, heads * head_dim), dtype=torch.float32, device=device)
         owns = torch.empty(decays.shape[1:], dtype=torch.float32, device=device)
         D_sums = owns, D_parts
-        initial_grad, sums, own_products, through = _of_all_states(
+        initial_grad, *sums = _of_all_states(
             *((y_grad, y_grad_lost), x, B, C, D, D_sums, decays, initial, carried, final_state_grad, outputs),
             *(wants_initial_grad, shape),
         )
         launch = _delta_launch(
             *(dt.shape, B.shape[2], dt.stride(), outputs.dt.stride(), dt_softplus, dt_min, dt_max),
-            *(dtype == torch.float32, chunk, halves, through.shape[0]),
+            *(dtype == torch.float32, chunk, halves),
         )
-        launch(dt, A, dt_bias, decays, sums, own_products, through, owns, outputs.dt, parts)
+        launch(dt, A, dt_bias, decays, *sums, owns, outputs.dt, parts)
         A_grad, bias_grad, D_grad = _head_sums(parts)
         if D_parts is not None:
             D_grad = _sum(D_parts).view(heads, head_dim)
@@ -122,7 +121,6 @@ def _delta_launch(
     exact: bool,
     chunk: int,
     halves: int,
-    through_parts: int,
 ) -> Launch:
     from kernels.ssd.decay_kernels import delta_kernel
 
@@ -131,7 +129,7 @@ def _delta_launch(
     return Launch(
         delta_kernel,
         (batch * blocks, -(-heads // DECAY_HEADS)),
-        (*dt_grad_strides[:2], *dt_strides, dt_min, dt_max, length, heads, heads // groups, blocks, through_parts),
+        (*dt_grad_strides[:2], *dt_strides, dt_min, dt_max, length, heads, heads // groups, blocks),
         (dt_softplus, exact, chunk, halves, DECAY_HEADS),
         DECAY_WARPS,
     )
@@ -173,10 +171,8 @@ def _of_all_states(
         if totals is None:
             totals = found
         else:
-            sums, own_products, through = totals
-            sums += found[0]
-            own_products += found[1]
-            totals = [sums, own_products, torch.cat((through, found[2]))]
+            for total, part in zip(totals, found, strict=True):
+                total += part
     assert totals is not None
     return torch.cat(initial_grads, dim=3), *totals  # type: ignore[return-value]
 
@@ -207,28 +203,24 @@ def _run(
     wanted_states = states if wants_initial_grad else 0
     initial_grad = torch.empty((batch, heads, head_dim, wanted_states), dtype=torch.float32, device=x.device)
     end_grads = torch.empty((batch, chunks, heads, states, head_dim), dtype=x.dtype, device=x.device)
+    starts = torch.empty_like(end_grads) if carried is None else carried
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
-    if carried is None:
-        carried = torch.empty_like(end_grads)
-        walk(x, B, decays, first, (carried, None, None), chunk)
-    starts, (y_grad, y_grad_lost), (p, n) = carried, y_grads, state_tile(x, B)
-    state_parts = -(-head_dim // p) * -(-states // n)
-    through = torch.empty((state_parts, batch, heads, blocks), dtype=torch.float32, device=x.device)
-    into = (end_grads, initial_grad if wants_initial_grad else None, None)
-    walk(y_grad, C, decays, last_grad, into, chunk, passing=(starts, through))
+    y_grad, y_grad_lost = y_grads
+    into = (starts, end_grads, initial_grad if wants_initial_grad else None, None)
+    walk(x, B, decays, (y_grad, C), (first, last_grad), into, chunk, only_back=carried is not None)
 
     exact, n_processors = x.dtype == torch.float32, processors(x.device.index)
-    parts = _parts((2 * halves + 2) * batch * blocks * groups, heads // groups, 2 * n_processors)
-    sizes = _buffer_sizes(batch, heads, groups, decays.shape[3], halves)
+    parts = _parts((2 * halves + 3) * batch * blocks * groups, heads // groups, 2 * n_processors)
+    sizes = _buffer_sizes(batch, heads, groups, decays.shape[3], blocks, halves)
     numbers = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
-    sums, own_products = torch.split_with_sizes(numbers, sizes)
+    sums, own_products, through = torch.split_with_sizes(numbers, sizes)
     strides = (y_grad.stride(), x.stride(), B.stride(), C.stride())
     launch = _flows_launch(x.shape, B.shape, strides, parts, blocks, exact, chunk, shape.flows)
     # First, as outputs may lie where x, B and C do.
-    launch(y_grad, x, B, C, decays, starts, end_grads, sums, own_products)
+    launch(y_grad, x, B, C, decays, starts, end_grads, sums, own_products, through)
     if y_grad_lost is not None:  # of the strides of y_grad
-        lost, unused = torch.split_with_sizes(torch.empty_like(numbers), sizes)
-        launch(y_grad_lost, x, B, C, decays, starts, end_grads, lost, unused)
+        lost, *unused = torch.split_with_sizes(torch.empty_like(numbers), sizes)
+        launch(y_grad_lost, x, B, C, decays, starts, end_grads, lost, *unused)
         of_starts = (3 * halves + 3) * batch * heads * decays.shape[3]  # what comes after is of end_grads
         sums[:of_starts] += lost[:of_starts]
 
@@ -248,12 +240,12 @@ def _run(
 
 
 @functools.cache
-def _buffer_sizes(batch: int, heads: int, groups: int, padded: int, halves: int) -> list[int]:
-    """Numbers in `sums` and `own_products`: of one tensor, as asking takes time.
+def _buffer_sizes(batch: int, heads: int, groups: int, padded: int, blocks: int, halves: int) -> list[int]:
+    """Numbers in `sums`, `own_products` and `through`: of one tensor, as asking takes time.
 
     Multiples of 4, so that each begins at an address that Triton takes for aligned.
     """
-    shapes = (3 * halves + 4, batch, heads, padded), (batch, groups, padded)
+    shapes = (3 * halves + 4, batch, heads, padded), (batch, groups, padded), (batch, heads, blocks)
     return [-(-math.prod(sizes) // 4) * 4 for sizes in shapes]
 
 
@@ -278,7 +270,7 @@ def _flows_launch(
     sizes = (length, heads, heads // groups, head_dim // align, states // align, blocks, parts)
     return Launch(
         flows_kernel,
-        (batch * blocks * groups * parts * (2 * halves + 2), 1),
+        (batch * blocks * groups * parts * (2 * halves + 3), 1),
         (*[stride // align for stride in outer], *sizes, -(-heads // groups // parts)),
         (head_dim == p and states == n, exact, align, chunk, halves, p, n, shape.stages),
         shape.warps,

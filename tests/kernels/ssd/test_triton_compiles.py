@@ -71,9 +71,9 @@ def arguments_of(kernel: Any, shape: launch.Shape, everything: bool = False, **c
 def test_table(capability: int, tmp_path: Path) -> None:
     for kernel, shape, constants in (
         (forward_kernel, launch.FORWARD, {}),
-        (states_kernel, launch.STATES, {"starts": None, "through": None}),
-        (states_kernel, launch.STATES, {"BACK": True}),
-        (states_kernel, launch.STATES, {"carried": None, "starts": None, "through": None, "powers": "*fp32"}),
+        (states_kernel, launch.STATES, {"BOTH": True}),
+        (states_kernel, launch.STATES, {"BOTH": True, "BACK": True}),
+        (states_kernel, launch.STATES, {"BOTH": False, "y_grad": None, "C": None, "starts": None, "powers": "*fp32"}),
         (gradients_kernel, launch.GRADIENTS, {}),
         (flows_kernel, launch.FLOWS, {}),
     ):
@@ -91,7 +91,7 @@ def test_the_steps_of_a_product_do_not_wait_for_each_other(tmp_path: Path) -> No
         *((forward_kernel, launch.FORWARD), (states_kernel, launch.STATES)),
         *((gradients_kernel, launch.GRADIENTS), (flows_kernel, launch.FLOWS)),
     ):
-        compiled = compiled_for(kernel, arguments_of(kernel, shape, BACK=True), 90, shape.warps)
+        compiled = compiled_for(kernel, arguments_of(kernel, shape, BOTH=True), 90, shape.warps)
         assert "wgmma.mma_async" in compiled.asm["ptx"]
         said = assembler_report(compiled, "sm_90a", tmp_path)
         assert "registers" in said
@@ -101,7 +101,7 @@ def test_the_steps_of_a_product_do_not_wait_for_each_other(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_every_option(tmp_path: Path) -> None:
     resources(forward_kernel, launch.FORWARD, tmp_path, everything=True)
-    resources(states_kernel, launch.STATES, tmp_path, everything=True, BACK=True)
+    resources(states_kernel, launch.STATES, tmp_path, everything=True, BOTH=True)
     resources(gradients_kernel, launch.GRADIENTS, tmp_path, everything=True)
     resources(flows_kernel, launch.FLOWS, tmp_path, everything=True)
 
@@ -122,4 +122,4 @@ def test_tiles_fit_into_shared_memory(
     assert resources(gradients_kernel, shapes.gradients, tmp_path, capability, True, **constants).shared <= limit
     assert resources(flows_kernel, shapes.flows, tmp_path, capability, True, **constants).shared <= limit
     assert resources(forward_kernel, shapes.forward, tmp_path, capability, True).shared <= limit
-    assert resources(states_kernel, shapes.states, tmp_path, capability, True, BACK=True).shared <= limit
+    assert resources(states_kernel, shapes.states, tmp_path, capability, True, BOTH=True).shared <= limit
