@@ -71,16 +71,18 @@ def weight_gradient(y_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient (columns of y_grad, columns of x) of the weight in x · weightᵀ, summed in fp32, in `dtype`."""
     left, right = y_grad.flatten(0, -2).t(), x.flatten(0, -2)
     rows, columns = left.shape[0], right.shape[1]
-    is_mixed = x.is_cuda and x.dtype != dtype and not torch.compiler.is_compiling()
-    if is_mixed and rows * columns <= LARGEST_IN_FP32:
-        return torch.mm(left, right, out_dtype=dtype)
-    first = rows_at_once(rows, columns, processors(x.device.index)) if is_mixed else rows
-    if first == rows:
+    if not x.is_cuda or x.dtype == dtype or torch.compiler.is_compiling():
         return torch.mm(left, right).to(dtype)
-    grad = x.new_empty((rows, columns))
+    if rows * columns <= LARGEST_IN_FP32:
+        return torch.mm(left, right, out_dtype=dtype)
+    first = rows_at_once(rows, columns, processors(x.device.index))
+    grad, converted = x.new_empty((rows, columns)), x.new_empty((rows, columns), dtype=dtype)
     torch.mm(left[:first], right, out=grad[:first])
-    torch.mm(left[first:], right, out=grad[first:])
-    return grad.to(dtype)
+    if first < rows:
+        torch.mm(left[first:], right, out=grad[first:])
+    # On an H100, 8512 x 2048: 46 us, `to` 56.
+    torch._foreach_copy_([converted], [grad])
+    return converted
 
 
 def rows_at_once(rows: int, columns: int, n_processors: int) -> int:

@@ -46,7 +46,8 @@ def test_a_tile_in_part_costs_no_round(sizes: tuple[int, int], first: int) -> No
     assert rows_at_once(*sizes, 132) == first
 
 
-def test_a_gradient_in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", [3, 5])
+def test_a_large_gradient_at_once_or_in_two_parts(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y_grad = torch.randn(3, 50, 8).bfloat16(), torch.randn(3, 50, 5).bfloat16()
     expected = weight_gradient(y_grad, x, torch.float32)
 
@@ -55,7 +56,7 @@ def test_a_gradient_in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(projection, "LARGEST_IN_FP32", 0)
     monkeypatch.setattr(projection, "processors", lambda index: 132)
-    monkeypatch.setattr(projection, "rows_at_once", lambda *sizes: 3)
+    monkeypatch.setattr(projection, "rows_at_once", lambda *sizes: first)
     found = weight_gradient(y_grad, x.as_subclass(OnGPU), torch.float32)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
