@@ -20,6 +20,7 @@ class Shape(NamedTuple):
     warps: int
     unroll: int  # steps whose inputs are asked for at once
     steps: int  # of a program, a multiple of `unroll`
+    stretches: int = 1  # of so many steps, side by side
 
 
 # Milliseconds on an H100, bf16, width 4, of (block, warps, unroll, steps), from `--sweep`:
@@ -52,6 +53,8 @@ def backward_shape(batch: int, length: int, channels: int, processors: int, with
     unroll, most, least = 4, 192, 32
     sequences = batch * -(-channels // block)
     places = processors * at_once
+    if not with_more and sequences * length <= places * least:
+        return Shape(128, 4, unroll, steps=20, stretches=4)
     rounds = max(1, -(-sequences * length // (places * most)))
     chunks = max(1, rounds * places // sequences)
     steps = -(-length // chunks) + MAX_WIDTH - 1
@@ -81,7 +84,7 @@ def forward(
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     final_state = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
     shape = forward_shape(channels)
-    chunks = -(-length // shape.steps)
+    chunks = -(-length // (shape.stretches * shape.steps))
     align = alignment(channels, x.stride(0), x.stride(1))
     with torch.cuda.device_of(x):
         forward_kernel[(batch * chunks * -(-channels // shape.block),)](
@@ -89,7 +92,7 @@ def forward(
             *(x.stride(0) // align, x.stride(1) // align),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             *(length, channels // align, chunks, shape.steps),
-            *(width, silu, align, shape.block, shape.unroll),
+            *(width, silu, align, shape.block, shape.unroll, shape.stretches),
             num_warps=shape.warps,
             **early_start(x),
         )
@@ -127,7 +130,7 @@ def backward(
     at_once = processors(x.device.index) if x.is_cuda else 1
     shape = backward_shape(batch, length, channels, at_once, more is not None)
     kinds = width + (bias is not None)
-    chunks = -(-length // (shape.steps - (width - 1)))
+    chunks = -(-length // (shape.stretches * (shape.steps - (width - 1))))
     parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
     strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]
     align = alignment(channels, *strides)
@@ -138,12 +141,14 @@ def backward(
             *(stride // align for stride in strides),
             *((0, 0) if seq_idx is None else seq_idx.stride()),
             *(length, channels // align, chunks, shape.steps),
-            *(width, silu, align, shape.block, shape.unroll),
+            *(width, silu, align, shape.block, shape.unroll, shape.stretches),
             num_warps=shape.warps,
+            PDL=early_start(x)["PDL"],
         )
         sum_parts[(-(-channels // COLUMNS), kinds)](
             *(parts, weight_grad, None if bias is None else bias_grad, batch * chunks, channels),
             *(kinds, ROWS, COLUMNS),
+            **early_start(x),
         )
     return x_grad, weight_grad, bias_grad, state_grad
 

@@ -98,6 +98,7 @@ def forward_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    STRETCHES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y of `steps` positions, and by the last program of a sequence the final state.
@@ -113,7 +114,11 @@ def forward_kernel(
     groups = tl.cdiv(channels, BLOCK)
     pid = tl.program_id(0)
     batch = (pid // groups // chunks).to(tl.int64)
-    start = pid // groups % chunks * steps
+    start = pid // groups % chunks * steps * STRETCHES
+    is_last = start + steps * STRETCHES >= length
+    walk = min(steps, length - start)
+    if STRETCHES > 1:
+        start += tl.arange(0, STRETCHES)[:, None] * steps
     c = pid % groups * BLOCK + tl.arange(0, BLOCK)
     is_channel = c < channels
     x += batch * x_batch * ALIGN
@@ -138,7 +143,8 @@ def forward_kernel(
             age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
 
     x_here, y_here = x + start * x_row + c, y + start * y_row + c
-    for t in range(start, min(start + steps, length), UNROLL):
+    for done in range(0, walk, UNROLL):
+        t = start + done
         rows = history
         ages = ()
         for u in tl.static_range(UNROLL):
@@ -155,7 +161,7 @@ def forward_kernel(
         x_here += UNROLL * x_row
         y_here += UNROLL * y_row
 
-    if start + steps >= length:
+    if is_last:
         final_state += batch * (WIDTH - 1) * channels
         for lag in tl.static_range(WIDTH - 1, 0, -1):
             t = length - lag
@@ -202,6 +208,8 @@ def backward_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    STRETCHES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x_grad of `steps` - (WIDTH-1) positions, and this program's part of the gradients of weight and bias.
 
@@ -210,6 +218,8 @@ def backward_kernel(
     incomplete ones. more: a second summand of the gradient of y, contiguous. parts: (program, WIDTH by lag from the
     longest, then the bias, channel), fp32.
     """
+    if PDL:
+        gdc_wait()
     PACKED: tl.constexpr = seq_idx is not None
     owned = steps - (WIDTH - 1)
     KINDS: tl.constexpr = WIDTH + (bias is not None)
@@ -217,8 +227,11 @@ def backward_kernel(
     groups = tl.cdiv(channels, BLOCK)
     pid = tl.program_id(0)
     batch = (pid // groups // chunks).to(tl.int64)
-    start = pid // groups % chunks * owned
-    stop = min(start + owned, length)
+    start = pid // groups % chunks * owned * STRETCHES
+    walk = min(steps, length + (WIDTH - 1) - start)
+    if STRETCHES > 1:
+        start += tl.arange(0, STRETCHES)[:, None] * owned
+    stop = tl.minimum(start + owned, length)
     c = pid % groups * BLOCK + tl.arange(0, BLOCK)
     is_channel = c < channels
     x += batch * x_batch * ALIGN
@@ -236,9 +249,9 @@ def backward_kernel(
     if final_grad is not None:
         final_grad += batch * (WIDTH - 1) * channels
 
-    zeros = tl.zeros([BLOCK], tl.float32)
+    zeros = tl.zeros([BLOCK] if STRETCHES == 1 else [STRETCHES, BLOCK], tl.float32)
     taps = _taps(weight, c, is_channel, WIDTH, BLOCK)
-    offset = zeros
+    offset = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
         offset = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
     history = ()
@@ -254,7 +267,7 @@ def backward_kernel(
 
     x_here, y_grad_here = x + start * x_row + c, y_grad + start * grad_row + c
     x_grad_here = x_grad + (start - (WIDTH - 1)) * out_row + c
-    read_stop = min(stop + WIDTH - 1, length)
+    read_stop = tl.minimum(stop + WIDTH - 1, length)
     more_row = channels.to(tl.int64)
     x_ahead = ()  # what the next round reads is asked for before this one computes
     y_grad_ahead = ()
@@ -267,7 +280,8 @@ def backward_kernel(
         y_grad_ahead = y_grad_ahead + (tl.load(y_grad_here + u * grad_row, mask=mask, other=0.0),)
         if more is not None:
             more_ahead = more_ahead + (tl.load(more + u * more_row, mask=mask, other=0.0),)
-    for t0 in range(start, stop + WIDTH - 1, UNROLL):
+    for done in range(0, walk, UNROLL):
+        t0 = start + done
         rows = history
         grads = ()
         ages = ()
@@ -337,8 +351,12 @@ def backward_kernel(
         history = rows[UNROLL:]
         x_grad_here += UNROLL * out_row
 
+    if PDL:  # only now: what waits for this kernel takes places that its programs may still need
+        gdc_launch_dependents()
     parts += (pid // groups).to(tl.int64) * KINDS * channels + c
     for lag in tl.static_range(WIDTH):
-        tl.store(parts + (WIDTH - 1 - lag) * channels, weight_sums[lag], mask=is_channel)
+        total = weight_sums[lag] if STRETCHES == 1 else tl.sum(weight_sums[lag], axis=0)
+        tl.store(parts + (WIDTH - 1 - lag) * channels, total, mask=is_channel)
     if bias is not None:
-        tl.store(parts + WIDTH * channels, bias_sum, mask=is_channel)
+        total = bias_sum if STRETCHES == 1 else tl.sum(bias_sum, axis=0)
+        tl.store(parts + WIDTH * channels, total, mask=is_channel)

@@ -221,10 +221,12 @@ def _backward(
             *(x.shape[0], size // align, groups, span),
             *(norm_before_gate, align, -(-size // launch.block), launch.block, launch.rows, launch.stages),
             num_warps=launch.warps,
+            PDL=early_start(x)["PDL"],
         )
         sum_parts[(-(-channels // COLUMNS), 1)](
             *(parts, weight_grad, None, programs, channels),
             *(1, ROWS, COLUMNS),
+            **early_start(x),
         )
     return x_grad, total_grad, z_grad, weight_grad
 

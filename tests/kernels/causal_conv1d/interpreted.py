@@ -18,11 +18,12 @@ TABLE = launch.forward_shape
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[1, 2], ids=lambda stretches: f"{stretches} stretches")
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs small enough for a few positions to need several."""
-    monkeypatch.setattr(launch, "forward_shape", lambda *_: launch.Shape(block=8, warps=1, unroll=4, steps=8))
-    monkeypatch.setattr(launch, "backward_shape", lambda *_: launch.Shape(block=8, warps=1, unroll=4, steps=12))
+    shape = launch.Shape(block=8, warps=1, unroll=4, steps=8 // request.param, stretches=request.param)
+    monkeypatch.setattr(launch, "forward_shape", lambda *_: shape)
+    monkeypatch.setattr(launch, "backward_shape", lambda *_: shape._replace(steps=12 if request.param == 1 else 8))
 
 
 def check(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, silu: bool = True) -> None:
