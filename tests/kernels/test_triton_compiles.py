@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
+from kernels import sum_parts as sums
 from kernels.causal_conv1d import launch as conv
 from kernels.causal_conv1d import triton_kernels as conv_kernels
 from kernels.rms_norm import launch as norm
@@ -140,6 +141,24 @@ def test_the_convolution_waits_first() -> None:
     kernel, shape, with_more = CONVOLUTIONS[0]
     arguments = conv_arguments(kernel, shape, with_more, everything=True)
     assert accesses_after_the_wait(compiled_for(kernel, arguments, 90, shape.warps).asm["ptx"])
+
+
+def test_sums_wait_for_their_parts() -> None:
+    arguments: dict[str, Any] = dict.fromkeys(("parts", "sums", "last"), "*fp32") | {"rows": "i32", "columns": "i32"}
+    arguments |= {"KINDS": 5, "ROWS": sums.ROWS, "COLUMNS": sums.COLUMNS, "PDL": True}
+    assert accesses_after_the_wait(compiled_for(sums.sum_parts, arguments, 90, warps=4).asm["ptx"])
+
+
+def test_backwards_let_their_sums_start_at_their_end() -> None:
+    """What waits on a multiprocessor takes places there: nothing but the parts is written after that."""
+    kernel, shape, with_more = CONVOLUTIONS[2]
+    convolution = kernel, conv_arguments(kernel, shape, with_more), shape.warps
+    gated = norm_kernels.backward_kernel, *norm_arguments(norm_kernels.backward_kernel, 768, gated=True)
+    for kernel, arguments, warps in (convolution, gated):
+        before, after = compiled_for(kernel, arguments, 90, warps).asm["ptx"].split("griddepcontrol.launch_dependents")
+        assert "ld.global" not in after
+        assert "st.global" in before
+        assert "st.global" in after
 
 
 def accesses_after_the_wait(ptx: str) -> list[str]:
