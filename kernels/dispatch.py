@@ -69,7 +69,7 @@ def _try(index: int) -> None:
 
     with torch.cuda.device(index):
         ones = torch.ones((2, 8), device=f"cuda:{index}")
-        sum_parts[(1, 1)](ones, ones, None, 2, 8, KINDS=1, ROWS=ROWS, COLUMNS=COLUMNS, PDL=False)
+        sum_parts[(1, 1)](ones, ones, None, 2, 8, KINDS=1, ROWS=ROWS, COLUMNS=COLUMNS)
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ROWS = 128  # few programs, so many loads at once of each
 COLUMNS = 16
@@ -20,24 +19,11 @@ def sum_rows(parts, kind, column, is_column, rows, columns, KINDS: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
-def sum_parts(
-    parts,
-    sums,
-    last,
-    rows,
-    columns,
-    KINDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+def sum_parts(parts, sums, last, rows, columns, KINDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """sums (column, kind) = sum over rows of parts (row, kind, column), fp32; where `last` is given, the last kind's.
 
     Programs: (columns / COLUMNS rounded up, KINDS).
     """
-    if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
-        gdc_wait()
-        gdc_launch_dependents()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     kind = tl.program_id(1)
     is_column = column < columns

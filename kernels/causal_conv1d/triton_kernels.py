@@ -98,7 +98,6 @@ def forward_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
-    STRETCHES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y of `steps` positions, and by the last program of a sequence the final state.
@@ -114,11 +113,7 @@ def forward_kernel(
     groups = tl.cdiv(channels, BLOCK)
     pid = tl.program_id(0)
     batch = (pid // groups // chunks).to(tl.int64)
-    start = pid // groups % chunks * steps * STRETCHES
-    is_last = start + steps * STRETCHES >= length
-    walk = min(steps, length - start)
-    if STRETCHES > 1:
-        start += tl.arange(0, STRETCHES)[:, None] * steps
+    start = pid // groups % chunks * steps
     c = pid % groups * BLOCK + tl.arange(0, BLOCK)
     is_channel = c < channels
     x += batch * x_batch * ALIGN
@@ -143,8 +138,7 @@ def forward_kernel(
             age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
 
     x_here, y_here = x + start * x_row + c, y + start * y_row + c
-    for done in range(0, walk, UNROLL):
-        t = start + done
+    for t in range(start, min(start + steps, length), UNROLL):
         rows = history
         ages = ()
         for u in tl.static_range(UNROLL):
@@ -161,7 +155,7 @@ def forward_kernel(
         x_here += UNROLL * x_row
         y_here += UNROLL * y_row
 
-    if is_last:
+    if start + steps >= length:
         final_state += batch * (WIDTH - 1) * channels
         for lag in tl.static_range(WIDTH - 1, 0, -1):
             t = length - lag
@@ -209,17 +203,15 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     STRETCHES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """x_grad of `steps` - (WIDTH-1) positions, and this program's part of the gradients of weight and bias.
 
+    STRETCHES: a program walks down so many neighbouring stretches of so many positions side by side.
     The gradient of a position is complete WIDTH-1 positions later: the walk goes that far into the next program's
     positions, and past the end, where the final state stands for what would have read them. `pending` holds the
     incomplete ones. more: a second summand of the gradient of y, contiguous. parts: (program, WIDTH by lag from the
     longest, then the bias, channel), fp32.
     """
-    if PDL:
-        gdc_wait()
     PACKED: tl.constexpr = seq_idx is not None
     owned = steps - (WIDTH - 1)
     KINDS: tl.constexpr = WIDTH + (bias is not None)
@@ -258,7 +250,8 @@ def backward_kernel(
     pending = ()
     age = WIDTH - 1
     for lag in tl.static_range(WIDTH - 1, 0, -1):
-        history = history + (_row_before(x, initial_state, start - lag, x_row, channels, c, is_channel, WIDTH),)
+        is_read = is_channel & (start - lag < length)  # which a program's last stretches may be past
+        history = history + (_row_before(x, initial_state, start - lag, x_row, channels, c, is_read, WIDTH),)
         pending = pending + (zeros,)
         if PACKED:
             age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
@@ -351,8 +344,6 @@ def backward_kernel(
         history = rows[UNROLL:]
         x_grad_here += UNROLL * out_row
 
-    if PDL:  # only now: what waits for this kernel takes places that its programs may still need
-        gdc_launch_dependents()
     parts += (pid // groups).to(tl.int64) * KINDS * channels + c
     for lag in tl.static_range(WIDTH):
         total = weight_sums[lag] if STRETCHES == 1 else tl.sum(weight_sums[lag], axis=0)

@@ -140,7 +140,6 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Gradients of x and z, and in `parts` (program, channel), fp32, what these rows add to that of the weight.
 
@@ -220,8 +219,6 @@ def backward_kernel(
             _store(x_grad, row, out_row, channel, is_inside, slope)
             if total_grad is not None:
                 _store(total_grad, row, out_row, channel, is_inside, slope)
-    if PDL:  # only now: what waits for this kernel takes places that its programs may still need
-        gdc_launch_dependents()
     part = parts + (tl.program_id(0) // groups).to(tl.int64) * groups * size + first_channel
     for piece in tl.static_range(PIECES):
         c = piece * BLOCK + tl.arange(0, BLOCK)

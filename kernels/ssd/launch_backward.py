@@ -360,5 +360,5 @@ def _sum(parts: Tensor) -> Tensor:
     rows, columns = parts.shape
     total = parts.new_empty((columns,))
     grid = (-(-columns // COLUMNS), 1)
-    Launch(sum_parts, grid, (rows, columns), (1, ROWS, COLUMNS, False), SUM_WARPS)(parts, total, None)
+    Launch(sum_parts, grid, (rows, columns), (1, ROWS, COLUMNS), SUM_WARPS)(parts, total, None)
     return total

@@ -8,7 +8,6 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
-from kernels import sum_parts as sums
 from kernels.causal_conv1d import launch as conv
 from kernels.causal_conv1d import triton_kernels as conv_kernels
 from kernels.rms_norm import launch as norm
@@ -49,8 +48,9 @@ def conv_arguments(
     arguments |= dict.fromkeys(("initial_state", "final_grad", "state_grad"), dtype if everything else None)
     arguments["more"] = dtype if with_more else None
     arguments |= {"WIDTH": width, "SILU": True, "ALIGN": align}
-    arguments |= {"BLOCK": shape.block, "UNROLL": shape.unroll, "STRETCHES": shape.stretches}
-    return arguments | ({"PDL": capability >= 90} if "PDL" in arguments else {})
+    arguments |= {"BLOCK": shape.block, "UNROLL": shape.unroll}
+    is_forward = "PDL" in arguments
+    return arguments | ({"PDL": capability >= 90} if is_forward else {"STRETCHES": shape.stretches})
 
 
 def conv_resources(
@@ -85,7 +85,7 @@ def norm_arguments(
     if not (gated or is_forward):
         arguments["x"] = "*fp32"
     constants = {"NORM_FIRST": before, "ALIGN": align, "ROWS": shape.rows}
-    constants |= {"PDL": capability >= 90} | ({"groups": groups} if is_forward else {"STAGES": loop.stages})
+    constants |= {"PDL": capability >= 90, "groups": groups} if is_forward else {"STAGES": loop.stages}
     constants |= {"PIECES": -(-size // shape.block), "BLOCK": shape.block}
     return arguments | {"eps": "fp32"} | constants, shape.warps
 
@@ -141,24 +141,6 @@ def test_the_convolution_waits_first() -> None:
     kernel, shape, with_more = CONVOLUTIONS[0]
     arguments = conv_arguments(kernel, shape, with_more, everything=True)
     assert accesses_after_the_wait(compiled_for(kernel, arguments, 90, shape.warps).asm["ptx"])
-
-
-def test_sums_wait_for_their_parts() -> None:
-    arguments: dict[str, Any] = dict.fromkeys(("parts", "sums", "last"), "*fp32") | {"rows": "i32", "columns": "i32"}
-    arguments |= {"KINDS": 5, "ROWS": sums.ROWS, "COLUMNS": sums.COLUMNS, "PDL": True}
-    assert accesses_after_the_wait(compiled_for(sums.sum_parts, arguments, 90, warps=4).asm["ptx"])
-
-
-def test_backwards_let_their_sums_start_at_their_end() -> None:
-    """What waits on a multiprocessor takes places there: nothing but the parts is written after that."""
-    kernel, shape, with_more = CONVOLUTIONS[2]
-    convolution = kernel, conv_arguments(kernel, shape, with_more), shape.warps
-    gated = norm_kernels.backward_kernel, *norm_arguments(norm_kernels.backward_kernel, 768, gated=True)
-    for kernel, arguments, warps in (convolution, gated):
-        before, after = compiled_for(kernel, arguments, 90, warps).asm["ptx"].split("griddepcontrol.launch_dependents")
-        assert "ld.global" not in after
-        assert "st.global" in before
-        assert "st.global" in after
 
 
 def accesses_after_the_wait(ptx: str) -> list[str]:
