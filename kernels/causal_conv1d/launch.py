@@ -12,6 +12,7 @@ from kernels.launcher import Launch, remembered, sum_launch
 
 WIDTHS = (2, 3, 4)
 MAX_WIDTH = max(WIDTHS)
+FEW = 24_000  # elements for each multiprocessor, up to which a tensor is small
 
 
 class Shape(NamedTuple):
@@ -21,6 +22,7 @@ class Shape(NamedTuple):
     warps: int
     unroll: int  # steps whose inputs are asked for at once
     steps: int  # of a program, a multiple of `unroll`
+    stretches: int = 1  # of so many steps that a program of the backward walks down side by side
 
 
 # Milliseconds on an H100, bf16, width 4, of (block, warps, unroll, steps), from `--sweep`:
@@ -32,6 +34,13 @@ class Shape(NamedTuple):
 #   backward (128, 1, 4, 164)     0.1912
 #            (128, 1, 4, 112)     0.1939                            0.0647
 #            (128, 1, 4, 48)                                                        0.0299
+#
+# Of small tensors, microseconds of forward + backward beside causal-conv1d's (last line):
+#
+#                       (1, 300, 256) (1, 1834, 1240) (8, 1256, 288) (1, 3101, 944) (2, 601, 2992) (2, 1892, 1072)
+#   (128, 1, 4, 32)                        17.7            21.4           18.5           21.0           23.8
+#   4 x (64, 2, 4, 16)       9.7           15.6            20.9           18.1           23.3           23.9
+#   causal-conv1d           11.1           19.5            23.6           21.0           23.2           26.2
 
 
 def forward_shape(channels: int) -> Shape:
@@ -46,9 +55,12 @@ def forward_shape(channels: int) -> Shape:
 def backward_shape(batch: int, length: int, channels: int, processors: int, with_more: bool) -> Shape:
     """The backward kernel: rounds of programs that fill the GPU, as few as give a program about 200 steps at most.
 
-    Each has sums to leave, and some steps to walk for its neighbour, so that short ones cost more. with_more: three
-    inputs, which need 202 registers where a lane has four channels and 96 where it has two.
+    Each has sums to leave, and some steps to walk for its neighbour, so that short ones cost more. A small tensor takes
+    as long as a walk, which waits for memory again and again: there a program walks four short stretches side by side.
+    with_more: three inputs, which need 202 registers where a lane has four channels and 96 where it has two.
     """
+    if not with_more and batch * length * channels <= FEW * processors:
+        return Shape(block=64, warps=2, unroll=4, steps=16, stretches=4)
     block, warps, at_once = (256, 4, 5) if with_more else (128, 1, 16)  # at once: on a multiprocessor
     unroll, most, least = 4, 192, 32
     sequences = batch * -(-channels // block)
@@ -135,7 +147,7 @@ def backward(
     at_once = processors(x.device.index) if x.is_cuda else 1
     shape = backward_shape(batch, length, channels, at_once, more is not None)
     kinds = width + (bias is not None)
-    chunks = -(-length // (shape.steps - (width - 1)))
+    chunks = -(-length // (shape.stretches * (shape.steps - (width - 1))))
     parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
     strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]
     strides += (0, 0) if seq_idx is None else seq_idx.stride()
@@ -155,13 +167,13 @@ def _backward_launch(x_shape: torch.Size, strides: tuple[int, ...], width: int, 
     from kernels.causal_conv1d.triton_kernels import backward_kernel
 
     batch, length, channels = x_shape
-    chunks = -(-length // (shape.steps - (width - 1)))
+    chunks = -(-length // (shape.stretches * (shape.steps - (width - 1))))
     align = alignment(channels, *strides[:6])
     return Launch(
         backward_kernel,
         (batch * chunks * -(-channels // shape.block), 1),
         (*(s // align for s in strides[:6]), *strides[6:], length, channels // align, chunks, shape.steps),
-        (width, silu, align, shape.block, shape.unroll),
+        (width, silu, align, shape.block, shape.unroll, shape.stretches),
         shape.warps,
     )
 

@@ -33,13 +33,17 @@ class LoopShape(NamedTuple):
 
 
 # Milliseconds on an H100, bf16, 16,384 rows or as told, of the best shapes and a few near them; shapes as (block,
-# warps, programs, stages), one row at a time. All without the early start.
+# warps, programs, stages), one row at a time. Without the early start but where told.
 #
 #   add, forward     608  (128, 1) .0184   (256, 1) .0185   2 rows of (256, 2) .0189   (1024, 2) .0189   (7,328 rows)
 #                    768  (256, 2) .0527   (1024, 2) .0528   (256, 1) .0530
 #                   2560  (4096, 8) .1691   (1024, 4) .1698   (512, 4) .1700
 #                   4400  (8192, 8) .1617   (8192, 16) .1623   (2048, 8) .1630   (1024, 8) .1636   (9,108 rows)
 #                   5120  (8192, 16) .3354   (8192, 8) .3358   (2048, 8) .3371
+#         with it   2512  2 rows of (4096, 16) .2203   (4096, 16) .2210   (4096, 8) .2212   (21,608 rows)
+#                   3264  (4096, 32) .2630   2 rows of (4096, 16) .2638   (4096, 8) .2641   (20,000 rows)
+#                   4088  (4096, 32) .3744   (4096, 16) .3771   (4096, 8) .3801   (22,747 rows)
+#                   5120  (8192, 16) .3366   (8192, 8) .3378
 #   gated, forward  1536  2 rows of (2048, 8) .0520   (2048, 4) .0521   (512, 4) .0523
 #                   4096  (2048, 16) .1335   (1024, 4) .1341   (4096, 8) .1342
 #                   5120  (2048, 16) .1659   (2048, 4) .1661   (1024, 8) .1667
@@ -51,7 +55,10 @@ class LoopShape(NamedTuple):
 def forward_shape(size: int, gated: bool) -> Shape:
     """The forward kernel for groups of `size` channels: each program has its rows once."""
     if not gated and 1024 < size <= 8192:
-        return Shape(rows=1, block=_power_of_two(size), warps=8)
+        if 2048 < size <= 3072:
+            return Shape(rows=2, block=4096, warps=16)
+        warps = 32 if 3072 < size <= 4096 else 16 if size > 4608 else 8
+        return Shape(rows=1, block=_power_of_two(size), warps=warps)
     block = piece(size)
     rows = max(1, 512 // block) if size <= 512 else 1
     each = 32 if gated and size > 4096 else 16  # channels of a thread, about

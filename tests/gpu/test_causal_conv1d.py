@@ -63,9 +63,16 @@ def check(inputs: Inputs, silu: bool = True) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 61, 64, 65, 125, 129, 700])
-@pytest.mark.parametrize("channels", [1, 8, 50, 256, 1000])
+@pytest.mark.parametrize("channels", [1, 8, 50, 256, 300, 1000])
 def test_lengths_and_channels(length: int, channels: int) -> None:
     check(make_inputs(2, length, channels, torch.bfloat16, packed=length > 60))
+
+
+@pytest.mark.parametrize("shape", [(2, 333, 1240), (8, 2048, 1000), (64, 1700, 512)], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_sizes_that_are_divided_differently(shape: tuple[int, int, int], packed: bool) -> None:
+    """Among programs of several short stretches, of one round, and of several rounds of programs."""
+    check(make_inputs(*shape, torch.bfloat16, packed=packed))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -71,7 +71,7 @@ def check(operator: Operator, inputs: Inputs) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [2, 8, 50, 64, 768, 1000, 2560, 5120, 8200])
+@pytest.mark.parametrize("channels", [2, 8, 50, 64, 608, 768, 1000, 1288, 2560, 4088, 5120, 8200])
 @pytest.mark.parametrize("rows", [(1, 1), (3, 77)])
 def test_sizes(rows: tuple[int, int], channels: int, dtype: torch.dtype) -> None:
     if channels == 2 and rows == (1, 1):

@@ -18,11 +18,13 @@ TABLE = launch.forward_shape
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[1, 2], ids=lambda stretches: f"{stretches} stretches")
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs small enough for a few positions to need several."""
-    monkeypatch.setattr(launch, "forward_shape", lambda *_: launch.Shape(block=8, warps=1, unroll=4, steps=8))
-    monkeypatch.setattr(launch, "backward_shape", lambda *_: launch.Shape(block=8, warps=1, unroll=4, steps=12))
+    shape = launch.Shape(block=8, warps=1, unroll=4, steps=8)
+    monkeypatch.setattr(launch, "forward_shape", lambda *_: shape)
+    backward_shape = shape._replace(stretches=2) if request.param == 2 else shape._replace(steps=12)
+    monkeypatch.setattr(launch, "backward_shape", lambda *_: backward_shape)
 
 
 def check(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, silu: bool = True) -> None:
@@ -91,6 +93,18 @@ def test_views_are_read_as_they_are(channels: int, monkeypatch: pytest.MonkeyPat
     expected = causal_conv1d(x.contiguous(), weight, bias, activation="silu")
     monkeypatch.setattr(Tensor, "contiguous", lambda tensor: pytest.fail("a copy") if tensor.dim() == 3 else tensor)
     assert torch.equal(causal_conv1d(x, weight, bias, activation="silu"), expected)
+
+
+def test_what_lies_past_the_end_takes_no_part() -> None:
+    """Nor is it multiplied by 0: NaN would stay. A program's last stretches begin past the end."""
+    inputs = conv_inputs(21, packed=True, channels=11)
+    x, weight, bias = (inputs[name].detach().float() for name in ("x", "weight", "bias"))
+    grad, wide = torch.randn_like(x), torch.full((2, x.shape[0], 37, 11), float("nan"))
+    expected = launch.backward(grad, None, x, weight, bias, True, None, None)
+    wide[:, :, :21] = torch.stack([grad, x])
+    grad, x = wide[:, :, :21]
+    for found, wanted in zip(launch.backward(grad, None, x, weight, bias, True, None, None), expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("summands", [1, 2])

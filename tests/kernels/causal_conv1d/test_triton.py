@@ -22,6 +22,6 @@ def test_rounds_of_programs_are_full(with_more: bool, at_once: int, shape: tuple
     launched = launch.backward_shape(*shape, processors=132, with_more=with_more)
     assert launched.steps % launched.unroll == 0
     sequences = batch * math.ceil(channels / launched.block)
-    programs = sequences * math.ceil(length / (launched.steps - launch.MAX_WIDTH + 1))
+    programs = sequences * math.ceil(length / (launched.stretches * (launched.steps - launch.MAX_WIDTH + 1)))
     rounds = programs / places
     assert rounds <= 1 or sequences >= places or rounds > 0.9 * math.ceil(rounds)
