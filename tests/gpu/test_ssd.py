@@ -180,13 +180,13 @@ def test_packed_equals_separate(dtype: torch.dtype) -> None:
         last = begin + length == sum(lengths)
         found = run(part, (grads[0][:, here], grads[1] if last else torch.zeros_like(grads[1])))
         for name, value in found.items():
-            if name == "y" or name[1:] in along:
-                error = (packed[name][:, here].double() - value.double()).norm() / value.double().norm()
+            if name == "y" or name[1:] in along or (name == "state" and last):
+                expected = packed[name] if name == "state" else packed[name][:, here]
+                error = (expected.double() - value.double()).norm() / value.double().norm()
                 assert error < (1e-5 if dtype == torch.float32 else 8e-3), f"{name}: {error:.1e}"
             elif name != "state":
                 total[name] = total.get(name, torch.zeros_like(value)) + value
         begin += length
-    torch.testing.assert_close(packed["state"], found["state"], rtol=1e-2, atol=1e-2)
     for name, value in total.items():
         error = (packed[name] - value).norm() / value.norm()
         assert error < (1e-5 if dtype == torch.float32 else 1e-2), f"{name}: {error:.1e}"
