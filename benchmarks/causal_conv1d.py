@@ -30,12 +30,13 @@ from benchmarks.selective_scan import (
 from kernels.causal_conv1d import causal_conv1d, launch
 
 ROWS = [(8, 2048, 5120), (1, 131072, 5376), (8, 2048, 5376), (8, 2048, 1536), (8, 2048, 4096), (1, 2048, 5120)]
+SMALL = [(1, 150, 3000), (1, 501, 4800), (8, 1256, 288), (2, 1892, 1072)]  # swept besides
 WIDTH = 4
 LAUNCHES = {  # channels of a program, its warps, steps at once
     "forward_shape": [(128, 1, 4), (256, 1, 4), (256, 2, 4), (256, 2, 8), (512, 4, 8)],
     "backward_shape": [(128, 1, 4), (256, 2, 4), (256, 4, 4)],
 }
-STEPS = {"forward_shape": (8, 16, 32, 64), "backward_shape": (32, 44, 64, 100, 132, 164, 192, 256)}
+STEPS = {"forward_shape": (8, 16, 32, 64), "backward_shape": (16, 20, 24, 32, 44, 64, 100, 132, 164, 192, 256)}
 FORWARD_TENSORS, BOTH_TENSORS = 2, 5  # that must be read or written once: x, y; and x, dy, dx
 
 
@@ -88,7 +89,7 @@ def main() -> None:
     quick = arguments.quick
     print(ask_device("name,driver_version,clocks.max.sm,clocks.max.mem"))
     if arguments.sweep:
-        for shape in ROWS:
+        for shape in ROWS + SMALL:
             sweep(shape)
         return
     import causal_conv1d as peer

@@ -12,7 +12,6 @@ from kernels.launcher import Launch, remembered, sum_launch
 
 WIDTHS = (2, 3, 4)
 MAX_WIDTH = max(WIDTHS)
-FEW = 24_000  # elements for each multiprocessor, up to which a tensor is small
 
 
 class Shape(NamedTuple):
@@ -22,7 +21,6 @@ class Shape(NamedTuple):
     warps: int
     unroll: int  # steps whose inputs are asked for at once
     steps: int  # of a program, a multiple of `unroll`
-    stretches: int = 1  # of so many steps that a program of the backward walks down side by side
 
 
 # Milliseconds on an H100, bf16, width 4, of (block, warps, unroll, steps), from `--sweep`:
@@ -35,19 +33,28 @@ class Shape(NamedTuple):
 #            (128, 1, 4, 112)     0.1939                            0.0647
 #            (128, 1, 4, 48)                                                        0.0299
 #
-# Of small tensors, microseconds of forward + backward beside causal-conv1d's (last line):
+# Of small tensors, how many times as fast as causal-conv1d, forward and forward + backward:
 #
-#                       (1, 300, 256) (1, 1834, 1240) (8, 1256, 288) (1, 3101, 944) (2, 601, 2992) (2, 1892, 1072)
-#   (128, 1, 4, 32)                        17.7            21.4           18.5           21.0           23.8
-#   4 x (64, 2, 4, 16)       9.7           15.6            20.9           18.1           23.3           23.9
-#   causal-conv1d           11.1           19.5            23.6           21.0           23.2           26.2
+#                    (1, 150, 3000) (1, 501, 4800) (5, 200, 2400) (8, 1256, 288) (1, 1068, 2896) (2, 1892, 1072)
+#   (256, 2, 4, 8)            1.387          0.928          0.968          0.913           1.043           1.159
+#   (128, 1, 4, 8)            1.395          0.966          1.035          1.073           1.121           1.150
+#   (128, 1, 4, 16)                          1.178          1.251          1.142           1.295
+#   backward (128, 1, 4, 16)  1.047          0.977          1.064          0.899           1.146           0.992
+#            (128, 1, 4, 24)  0.910          0.930          1.015          1.066           1.128           1.088
+#            (128, 1, 4, 32)  0.812          0.853          0.939          1.054           1.104           1.065
+#
+# (the latter with (256, 2, 4, 8) forward, and (512, 4, 4, 8) at 288 channels; 16 programs fit on a multiprocessor).
 
 
-def forward_shape(channels: int) -> Shape:
+def forward_shape(batch: int, length: int, channels: int, processors: int) -> Shape:
     """The forward kernel: programs so short and many that the last ones leave little of the GPU idle.
 
-    One takes up to 512 channels: two, of which the second has few, would take longer to start than to run.
+    A small tensor takes as long as programs take to start: few and narrow ones, that all run at once. Otherwise one
+    takes up to 512 channels: two, of which the second has few, would take longer to start than to run.
     """
+    for steps, at_once in (8, 8), (16, 16):  # programs of a multiprocessor
+        if batch * -(-length // steps) * -(-channels // 128) <= at_once * processors:
+            return Shape(128, 1, unroll=4, steps=steps)
     block, warps = (512, 4) if 256 < channels <= 512 else (256, 2)
     return Shape(block, warps, unroll=4, steps=8)
 
@@ -55,14 +62,11 @@ def forward_shape(channels: int) -> Shape:
 def backward_shape(batch: int, length: int, channels: int, processors: int, with_more: bool) -> Shape:
     """The backward kernel: rounds of programs that fill the GPU, as few as give a program about 200 steps at most.
 
-    Each has sums to leave, and some steps to walk for its neighbour, so that short ones cost more. A small tensor takes
-    as long as a walk, which waits for memory again and again: there a program walks four short stretches side by side.
-    with_more: three inputs, which need 202 registers where a lane has four channels and 96 where it has two.
+    Each has sums to leave, and some steps to walk for its neighbour, so that short ones cost more. with_more: three
+    inputs, which need 202 registers where a lane has four channels and 96 where it has two.
     """
-    if not with_more and batch * length * channels <= FEW * processors:
-        return Shape(block=64, warps=2, unroll=4, steps=16, stretches=4)
     block, warps, at_once = (256, 4, 5) if with_more else (128, 1, 16)  # at once: on a multiprocessor
-    unroll, most, least = 4, 192, 32
+    unroll, most, least = 4, 192, 32 if with_more else 16
     sequences = batch * -(-channels // block)
     places = processors * at_once
     rounds = max(1, -(-sequences * length // (places * most)))
@@ -93,7 +97,9 @@ def forward(
     final_state = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
     strides = (*x.stride()[:2], *((0, 0) if seq_idx is None else seq_idx.stride()))
     early = early_start(x)["PDL"]
-    launch = _forward_launch(x.shape, strides, width, silu, early, forward_shape(channels))
+    at_once = processors(x.device.index) if x.is_cuda else 1
+    shape = forward_shape(batch, length, channels, at_once)
+    launch = _forward_launch(x.shape, strides, width, silu, early, shape)
     with torch.cuda.device_of(x):
         launch(x, weight.contiguous(), bias, seq_idx, initial_state, y, final_state)
     return y, final_state
@@ -147,7 +153,7 @@ def backward(
     at_once = processors(x.device.index) if x.is_cuda else 1
     shape = backward_shape(batch, length, channels, at_once, more is not None)
     kinds = width + (bias is not None)
-    chunks = -(-length // (shape.stretches * (shape.steps - (width - 1))))
+    chunks = -(-length // (shape.steps - (width - 1)))
     parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
     strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]
     strides += (0, 0) if seq_idx is None else seq_idx.stride()
@@ -167,13 +173,13 @@ def _backward_launch(x_shape: torch.Size, strides: tuple[int, ...], width: int, 
     from kernels.causal_conv1d.triton_kernels import backward_kernel
 
     batch, length, channels = x_shape
-    chunks = -(-length // (shape.stretches * (shape.steps - (width - 1))))
+    chunks = -(-length // (shape.steps - (width - 1)))
     align = alignment(channels, *strides[:6])
     return Launch(
         backward_kernel,
         (batch * chunks * -(-channels // shape.block), 1),
         (*(s // align for s in strides[:6]), *strides[6:], length, channels // align, chunks, shape.steps),
-        (width, silu, align, shape.block, shape.unroll, shape.stretches),
+        (width, silu, align, shape.block, shape.unroll),
         shape.warps,
     )
 

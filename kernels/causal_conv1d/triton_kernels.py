@@ -202,11 +202,9 @@ def backward_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
-    STRETCHES: tl.constexpr,
 ):
     """x_grad of `steps` - (WIDTH-1) positions, and this program's part of the gradients of weight and bias.
 
-    STRETCHES: a program walks down so many neighbouring stretches of so many positions side by side.
     The gradient of a position is complete WIDTH-1 positions later: the walk goes that far into the next program's
     positions, and past the end, where the final state stands for what would have read them. `pending` holds the
     incomplete ones. more: a second summand of the gradient of y, contiguous. parts: (program, WIDTH by lag from the
@@ -219,11 +217,8 @@ def backward_kernel(
     groups = tl.cdiv(channels, BLOCK)
     pid = tl.program_id(0)
     batch = (pid // groups // chunks).to(tl.int64)
-    start = pid // groups % chunks * owned * STRETCHES
-    walk = min(steps, length + (WIDTH - 1) - start)
-    if STRETCHES > 1:
-        start += tl.arange(0, STRETCHES)[:, None] * owned
-    stop = tl.minimum(start + owned, length)
+    start = pid // groups % chunks * owned
+    stop = min(start + owned, length)
     c = pid % groups * BLOCK + tl.arange(0, BLOCK)
     is_channel = c < channels
     x += batch * x_batch * ALIGN
@@ -241,17 +236,16 @@ def backward_kernel(
     if final_grad is not None:
         final_grad += batch * (WIDTH - 1) * channels
 
-    zeros = tl.zeros([BLOCK] if STRETCHES == 1 else [STRETCHES, BLOCK], tl.float32)
+    zeros = tl.zeros([BLOCK], tl.float32)
     taps = _taps(weight, c, is_channel, WIDTH, BLOCK)
-    offset = tl.zeros([BLOCK], tl.float32)
+    offset = zeros
     if bias is not None:
         offset = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
     history = ()
     pending = ()
     age = WIDTH - 1
     for lag in tl.static_range(WIDTH - 1, 0, -1):
-        is_read = is_channel & (start - lag < length)  # which a program's last stretches may be past
-        history = history + (_row_before(x, initial_state, start - lag, x_row, channels, c, is_read, WIDTH),)
+        history = history + (_row_before(x, initial_state, start - lag, x_row, channels, c, is_channel, WIDTH),)
         pending = pending + (zeros,)
         if PACKED:
             age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
@@ -260,7 +254,7 @@ def backward_kernel(
 
     x_here, y_grad_here = x + start * x_row + c, y_grad + start * grad_row + c
     x_grad_here = x_grad + (start - (WIDTH - 1)) * out_row + c
-    read_stop = tl.minimum(stop + WIDTH - 1, length)
+    read_stop = min(stop + WIDTH - 1, length)
     more_row = channels.to(tl.int64)
     x_ahead = ()  # what the next round reads is asked for before this one computes
     y_grad_ahead = ()
@@ -273,8 +267,7 @@ def backward_kernel(
         y_grad_ahead = y_grad_ahead + (tl.load(y_grad_here + u * grad_row, mask=mask, other=0.0),)
         if more is not None:
             more_ahead = more_ahead + (tl.load(more + u * more_row, mask=mask, other=0.0),)
-    for done in range(0, walk, UNROLL):
-        t0 = start + done
+    for t0 in range(start, stop + WIDTH - 1, UNROLL):
         rows = history
         grads = ()
         ages = ()
@@ -346,8 +339,6 @@ def backward_kernel(
 
     parts += (pid // groups).to(tl.int64) * KINDS * channels + c
     for lag in tl.static_range(WIDTH):
-        total = weight_sums[lag] if STRETCHES == 1 else tl.sum(weight_sums[lag], axis=0)
-        tl.store(parts + (WIDTH - 1 - lag) * channels, total, mask=is_channel)
+        tl.store(parts + (WIDTH - 1 - lag) * channels, weight_sums[lag], mask=is_channel)
     if bias is not None:
-        total = bias_sum if STRETCHES == 1 else tl.sum(bias_sum, axis=0)
-        tl.store(parts + WIDTH * channels, total, mask=is_channel)
+        tl.store(parts + WIDTH * channels, bias_sum, mask=is_channel)

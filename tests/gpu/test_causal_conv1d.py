@@ -68,10 +68,10 @@ def test_lengths_and_channels(length: int, channels: int) -> None:
     check(make_inputs(2, length, channels, torch.bfloat16, packed=length > 60))
 
 
-@pytest.mark.parametrize("shape", [(2, 333, 1240), (8, 2048, 1000), (64, 1700, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 333, 1240), (1, 501, 4800), (8, 2048, 1000), (64, 1700, 512)], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_sizes_that_are_divided_differently(shape: tuple[int, int, int], packed: bool) -> None:
-    """Among programs of several short stretches, of one round, and of several rounds of programs."""
+    """Among narrow programs of 8 and 16 steps, among wide ones, and in the backward in one round and in several."""
     check(make_inputs(*shape, torch.bfloat16, packed=packed))
 
 

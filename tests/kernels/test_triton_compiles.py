@@ -18,10 +18,10 @@ SPILLED_BYTES = 160  # the gated backward of 5,120 channels
 SIZES = [768, 5120]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # that a program may have
 CONVOLUTIONS = (  # the last ones with a second summand of the gradient
-    (conv_kernels.forward_kernel, conv.forward_shape(5120), False),
-    (conv_kernels.forward_kernel, conv.forward_shape(288), False),
+    (conv_kernels.forward_kernel, conv.forward_shape(8, 2048, 5120, 132), False),
+    (conv_kernels.forward_kernel, conv.forward_shape(8, 2048, 288, 132), False),
+    (conv_kernels.forward_kernel, conv.forward_shape(1, 501, 4800, 132), False),
     (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=False), False),
-    (conv_kernels.backward_kernel, conv.backward_shape(1, 1834, 1240, 132, with_more=False), False),
     (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=True), True),
 )
 
@@ -47,10 +47,8 @@ def conv_arguments(
     arguments |= {"weight": "*fp32", "bias": "*fp32", "parts": "*fp32", "seq_idx": "*i32" if everything else None}
     arguments |= dict.fromkeys(("initial_state", "final_grad", "state_grad"), dtype if everything else None)
     arguments["more"] = dtype if with_more else None
-    arguments |= {"WIDTH": width, "SILU": True, "ALIGN": align}
-    arguments |= {"BLOCK": shape.block, "UNROLL": shape.unroll}
-    is_forward = "PDL" in arguments
-    return arguments | ({"PDL": capability >= 90} if is_forward else {"STRETCHES": shape.stretches})
+    arguments |= {"WIDTH": width, "SILU": True, "ALIGN": align, "BLOCK": shape.block, "UNROLL": shape.unroll}
+    return arguments | ({"PDL": capability >= 90} if "PDL" in arguments else {})
 
 
 def conv_resources(
@@ -103,7 +101,7 @@ def test_convolution(capability: int, tmp_path: Path) -> None:
         found = conv_resources(kernel, shape, with_more, tmp_path, capability)
         print(kernel.__name__, f"sm_{capability}", found)
         assert found.stack == 0
-        channels_of_a_lane = shape.block * shape.stretches // shape.warps // 32
+        channels_of_a_lane = shape.block // shape.warps // 32
         assert found.widest_store >= 2 * channels_of_a_lane, "a lane stores its channels one by one"
 
 

@@ -18,13 +18,11 @@ TABLE = launch.forward_shape
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(autouse=True, params=[1, 2], ids=lambda stretches: f"{stretches} stretches")
-def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs small enough for a few positions to need several."""
-    shape = launch.Shape(block=8, warps=1, unroll=4, steps=8)
-    monkeypatch.setattr(launch, "forward_shape", lambda *_: shape)
-    backward_shape = shape._replace(stretches=2) if request.param == 2 else shape._replace(steps=12)
-    monkeypatch.setattr(launch, "backward_shape", lambda *_: backward_shape)
+    monkeypatch.setattr(launch, "forward_shape", lambda *_: launch.Shape(block=8, warps=1, unroll=4, steps=8))
+    monkeypatch.setattr(launch, "backward_shape", lambda *_: launch.Shape(block=8, warps=1, unroll=4, steps=12))
 
 
 def check(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, silu: bool = True) -> None:
@@ -54,11 +52,21 @@ def test_equals_the_definition(length: int, width: int, packed: bool) -> None:
     check(conv_inputs(length, width, packed, channels=11))
 
 
-@pytest.mark.parametrize(("channels", "programs"), [(256, 1), (300, 1), (512, 1), (520, 3)])
-def test_channels_of_the_table(channels: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert -(-channels // TABLE(channels).block) == programs
+@pytest.mark.parametrize(
+    ("shape", "chosen"),
+    [
+        *(((2, 9, 256), (128, 8)), ((2, 9, 300), (128, 16)), ((6, 40, 256), (256, 8))),
+        *(((6, 40, 300), (512, 8)), ((6, 40, 512), (512, 8)), ((6, 40, 520), (256, 8))),
+    ],
+    ids=str,
+)
+def test_shapes_of_the_table(
+    shape: tuple[int, int, int], chosen: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = TABLE(*shape, processors=1)
+    assert (cut.block, cut.steps) == chosen
     monkeypatch.setattr(launch, "forward_shape", TABLE)
-    x, weight, bias = torch.randn(2, 9, channels), torch.randn(channels, 4), torch.randn(channels)
+    x, weight, bias = torch.randn(*shape), torch.randn(shape[2], 4), torch.randn(shape[2])
     exact = reference.causal_conv1d_op._init_fn(x.double(), weight.double(), bias.double(), True, None, None)
     for found, expected in zip(launch.forward(x, weight, bias, True, None, None), exact, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -93,18 +101,6 @@ def test_views_are_read_as_they_are(channels: int, monkeypatch: pytest.MonkeyPat
     expected = causal_conv1d(x.contiguous(), weight, bias, activation="silu")
     monkeypatch.setattr(Tensor, "contiguous", lambda tensor: pytest.fail("a copy") if tensor.dim() == 3 else tensor)
     assert torch.equal(causal_conv1d(x, weight, bias, activation="silu"), expected)
-
-
-def test_what_lies_past_the_end_takes_no_part() -> None:
-    """Nor is it multiplied by 0: NaN would stay. A program's last stretches begin past the end."""
-    inputs = conv_inputs(21, packed=True, channels=11)
-    x, weight, bias = (inputs[name].detach().float() for name in ("x", "weight", "bias"))
-    grad, wide = torch.randn_like(x), torch.full((2, x.shape[0], 37, 11), float("nan"))
-    expected = launch.backward(grad, None, x, weight, bias, True, None, None)
-    wide[:, :, :21] = torch.stack([grad, x])
-    grad, x = wide[:, :, :21]
-    for found, wanted in zip(launch.backward(grad, None, x, weight, bias, True, None, None), expected, strict=True):
-        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("summands", [1, 2])

@@ -13,7 +13,13 @@ def test_in_the_interpreter() -> None:
     run_interpreted(Path(__file__).with_name("interpreted.py"))
 
 
-@pytest.mark.parametrize("shape", [(8, 2048, 5120), (1, 131072, 5376), (3, 4063, 4200), (64, 100, 5120), (1, 7, 8)])
+SHAPES = [
+    *((8, 2048, 5120), (1, 131072, 5376), (3, 4063, 4200), (64, 100, 5120), (1, 7, 8)),
+    *((1, 501, 4800), (8, 1256, 288), (2, 1892, 1072), (2, 601, 2992)),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("with_more", "at_once"), [(False, 16), (True, 5)])
 def test_rounds_of_programs_are_full(with_more: bool, at_once: int, shape: tuple[int, int, int]) -> None:
     """None has a last round for a few programs, which would take as long as the others."""
@@ -22,6 +28,17 @@ def test_rounds_of_programs_are_full(with_more: bool, at_once: int, shape: tuple
     launched = launch.backward_shape(*shape, processors=132, with_more=with_more)
     assert launched.steps % launched.unroll == 0
     sequences = batch * math.ceil(channels / launched.block)
-    programs = sequences * math.ceil(length / (launched.stretches * (launched.steps - launch.MAX_WIDTH + 1)))
+    programs = sequences * math.ceil(length / (launched.steps - launch.MAX_WIDTH + 1))
     rounds = programs / places
     assert rounds <= 1 or sequences >= places or rounds > 0.9 * math.ceil(rounds)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_narrow_programs_of_the_forward_all_run_at_once(shape: tuple[int, int, int]) -> None:
+    batch, length, channels = shape
+    launched = launch.forward_shape(*shape, processors=132)
+    programs = batch * math.ceil(length / launched.steps) * math.ceil(channels / launched.block)
+    if launched.block == 128:
+        assert programs <= 132 * launched.steps
+    else:
+        assert batch * math.ceil(length / 16) * math.ceil(channels / 128) > 132 * 16
