@@ -91,7 +91,10 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{run_dir}: not the folder of a run (there is no {SUMMARY}); give a run_dir of train.py")
     summary = read_json(path)
-    if "data_folder" not in summary:
+    several = [summary.get(key, {}) for key in ("sources", "held_out")]
+    places = [{"": summary.get("data_folder")}, *several]
+    as_written = all(isinstance(named, dict) and all(isinstance(p, str) for p in named.values()) for named in places)
+    if not as_written or not isinstance(summary.get("n_parameters", 0), int):
         raise ValueError(f"{path}: not what train.py writes; run train.py again to renew it")
     return summary
 

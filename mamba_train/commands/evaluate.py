@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_SPLIT = "validation"
+LONGEST_NAME = 100  # of a list of lengths in a file's name, in characters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -260,7 +261,19 @@ def _asked_for(args: argparse.Namespace, domains: "Mapping[str, Corpus]") -> str
     """What of a file's name tells an evaluation from others of the same step, which it must not replace."""
     given = {name: getattr(args, name) for name in ("split", "length", "stride", "max_tokens", "precision")}
     parts = [f"{name}_{value}" for name, value in given.items() if value not in (None, DEFAULT_SPLIT)]
+    if args.lengths is not None:
+        # The longest of them decides which tokens are scored: results of two lists are not of the same text.
+        parts.insert(0, _short("_".join(map(str, sorted(set(_check(args)))))))
     if args.data:
         fingerprints = "".join(corpus.fingerprint for corpus in domains.values())
-        parts.append(f"data_{hashlib.sha256(fingerprints.encode()).hexdigest()[:8]}")
+        parts.append(f"data_{_hash(fingerprints)}")
     return "".join(f"-{part}" for part in parts)
+
+
+def _short(name: str) -> str:
+    """A name that a file may have."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}_{_hash(name)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -37,10 +37,10 @@ def test_more_context_per_token_and_other_lengths(run_dir: Path, tmp_path: Path)
     assert "protocol sliding, length 32, stride 8" in sliding.stdout
     lengths = mamba_train("evaluate", str(run_dir), "--lengths", "32,128", "--output", str(tmp_path))
     assert lengths.returncode == 0, lengths.stderr
-    found = json.loads((tmp_path / "evaluation" / "lengths-step_00000010.json").read_text())
+    found = json.loads((tmp_path / "evaluation" / "lengths-32_128-step_00000010.json").read_text())
     assert set(found["lengths"]) == {"32", "128"}
     assert found["trained_length"] == 32
-    assert (tmp_path / "evaluation" / "lengths-step_00000010.png").stat().st_size > 10_000
+    assert (tmp_path / "evaluation" / "lengths-32_128-step_00000010.png").stat().st_size > 10_000
 
 
 def test_another_question_does_not_replace_the_answer(run_dir: Path, tmp_path: Path) -> None:
@@ -49,11 +49,14 @@ def test_another_question_does_not_replace_the_answer(run_dir: Path, tmp_path: P
     data = json.loads((run_dir / "summary.json").read_text())["data_folder"]
     common = [str(run_dir), "--max-tokens", "64", "--output", str(tmp_path)]
     asked: list[list[str]] = [[], ["--length", "16"], ["--split", "train"], ["--data", data], ["--precision", "bf16"]]
+    many = ",".join(str(length) for length in range(1, 64))  # a name with all of them would be too long for a file
+    asked += [["--lengths", "16,32"], ["--lengths", "16"], ["--lengths", many], ["--lengths", many + ",64"]]
     for arguments in [*asked, []]:
         evaluate.run(parser.parse_args([*common, *arguments]))
-    found = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").iterdir()]
+    evaluate.run(parser.parse_args([*common, "--lengths", "32,16,32"]))  # asked before, in other words
+    found = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     assert len(found) == len(asked)
-    assert sorted(result["split"] for result in found) == ["train", *["validation"] * 4]
+    assert sorted(result["split"] for result in found) == ["train", *["validation"] * 8]
     assert [result["data"] for result in found].count([data]) == 1
 
 

@@ -64,7 +64,7 @@ def test_evaluations_and_samples_are_shown(tmp_path: Path) -> None:
         "all (packed, length 32)",
         "2.5000 nats per token, 1.2500 bits per byte",
         "length 64",
-        "length 128, split test, books=FOLDER",
+        "length 128, first 10 tokens, split test, books=FOLDER",
         "mqar, length 512",
         "50.00%",
         "100% somewhere",
