@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print one line for each domain and write the results; raises ValueError, one line, for bad arguments."""
     lengths = _check(args)
+    _check_output(args)
     import torch
 
     from mamba_train.convert.source import load_pretrained
@@ -103,6 +105,24 @@ def _check(args: argparse.Namespace) -> list[int]:
     if args.protocol != "packed" or args.length is not None:
         raise ValueError("--lengths takes the place of --protocol and --length")
     return lengths
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Raise ValueError where the results, which may take hours, could not be written."""
+    if (folder := _output(args)) is None:
+        return
+    place = (folder / EVALUATION).absolute()
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{existing} is not a folder that can be written to; choose one for the results by --output DIR"
+        )
+
+
+def _output(args: argparse.Namespace) -> Path | None:
+    """Where the folder of the results goes; None for weights that no run has made."""
+    is_run = (Path(args.source) / SUMMARY).is_file()
+    return args.output or (Path(args.source) if is_run else None)
 
 
 def _domains(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "dict[str, Corpus]":
@@ -244,9 +264,7 @@ def _write(
 ) -> Path | None:
     from mamba_train.evaluation.results import results_path, write_results
 
-    folder = args.output
-    if folder is None and (Path(args.source) / SUMMARY).is_file():
-        folder = Path(args.source)
+    folder = _output(args)
     if folder is None:
         print(json.dumps(content))
         return None

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -287,7 +286,7 @@ def _describe(config: Config, engine: Engine, data: AnyOpened, source: Source, l
 
 def _write_run_files(run_dir: Path, config: Config, data: AnyOpened, engine: Engine) -> None:
     """What the commands that read a run folder need besides checkpoints and metrics."""
-    OmegaConf.save(OmegaConf.structured(config), run_dir / run_folder.CONFIG)
+    run_folder.replace(run_dir / run_folder.CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)))
     # With it the run can be moved, sampled and exported without its data.
     run_folder.write_summary(
         run_dir,
@@ -296,7 +295,7 @@ def _write_run_files(run_dir: Path, config: Config, data: AnyOpened, engine: Eng
         sources=data.folders if config.data.sources and isinstance(data, OpenedData) else {},
         held_out=data.held_out,
     )
-    shutil.copyfile(data.folder / TOKENIZER_NAME, run_dir / run_folder.TOKENIZER)
+    run_folder.replace(run_dir / run_folder.TOKENIZER, (data.folder / TOKENIZER_NAME).read_bytes())
 
 
 def _n_parameters(engine: Engine) -> int:

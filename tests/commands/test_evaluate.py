@@ -71,6 +71,7 @@ def test_another_question_does_not_replace_the_answer(run_dir: Path, tmp_path: P
         (["RUN", "--data", "/no/such/data"], "/no/such/data"),
         (["RUN", "--data", "/no/such/data", "--data", "/nor/such"], "--data NAME=FOLDER"),
         (["RUN", "--split", "test"], "--split test"),
+        (["RUN", "--output", __file__], "--output DIR"),
     ],
 )
 def test_mistakes_are_one_line(run_dir: Path, arguments: list[str], expected: str) -> None:

@@ -1,5 +1,6 @@
 """The commands as a person gives them, with processes of their own."""
 
+import errno
 import gzip
 import json
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from data_prep import stats, tokenize
-from data_prep.__main__ import COMMANDS
+from data_prep.__main__ import COMMANDS, main
 from mamba_train.data.manifest import file_sha256, read_manifest
 from tests.data_prep.conftest import LABELS, write_rows
 from tests.data_prep.helpers import REPOSITORY, Row, command, contents, documents, make_shards, members, start
@@ -369,3 +370,17 @@ def test_a_tokenizer_needs_text_and_a_file_to_go_to(tmp_path: Path, capsys: pyte
             command("train-tokenizer", "--vocab-size", 300, *arguments)
         assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_full_disk_names_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(arguments: Namespace) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # of a write, which names no file
+
+    monkeypatch.setattr(tokenize, "run", full)
+    monkeypatch.setattr(sys, "argv", ["data_prep", "tokenize", "--input", "x", "--output", str(tmp_path / "shards")])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 2
+    assert (
+        capsys.readouterr().err == f"error: --output {tmp_path}/shards: cannot be written (No space left on device)\n"
+    )
