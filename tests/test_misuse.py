@@ -48,6 +48,7 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["logging.wandb=onlin"], ["logging.wandb=onlin", "offline", "did you mean online?"]),
         (["model.d_model=null"], ["model.d_model=null", "a value is needed"]),
         (["model.d_model"], ["cannot read the command line", "KEY=VALUE"]),
+        (["run_dir=läufe/1"], ["cannot read the command line", "quotes around a value with", "letters beyond ASCII"]),
         (["training.global_batch_size=7"], ["training.global_batch_size=7", "training.micro_batch_size (8)"]),
         (["schedule.warmup_steps=900"], ["schedule.warmup_steps=900", "training.total_steps"]),
         (["model.dt_min=0.5"], ["model.dt_min=0.5", "model.dt_max (0.1)"]),
