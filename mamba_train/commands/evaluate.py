@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_SPLIT = "validation"
+DEFAULT_PRECISION = "fp32"
 LONGEST_NAME = 100  # of a list of lengths in a file's name, in characters
 
 
@@ -78,8 +79,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.source}: there is no tokenizer.json here, so bytes of text cannot be counted")
     tokenizer = TextTokenizer(pretrained.tokenizer, f"the tokenizer of {args.source}")
     domains = _domains(args, tokenizer)
-    is_bf16 = (args.precision or ("bf16" if args.device == "cuda" else "fp32")) == "bf16"
-    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    dtype = torch.bfloat16 if _precision(args) == "bf16" else torch.float32
     model = inference_model(pretrained.config, pretrained.tensors, torch.device(args.device), dtype)
     if lengths:
         _by_length(args, pretrained, domains, tokenizer, losses_of(model), lengths)
@@ -123,6 +123,11 @@ def _output(args: argparse.Namespace) -> Path | None:
     """Where the folder of the results goes; None for weights that no run has made."""
     is_run = (Path(args.source) / SUMMARY).is_file()
     return args.output or (Path(args.source) if is_run else None)
+
+
+def _precision(args: argparse.Namespace) -> str:
+    """Of the matrices; what is not said depends on the device."""
+    return args.precision or ("bf16" if args.device == "cuda" else DEFAULT_PRECISION)
 
 
 def _domains(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "dict[str, Corpus]":
@@ -269,7 +274,7 @@ def _write(
         print(json.dumps(content))
         return None
     path = results_path(folder, kind + _asked_for(args, domains), pretrained.step)
-    origin = {"source": str(args.source), "data": args.data, "split": args.split}
+    origin = {"source": str(args.source), "data": args.data, "split": args.split, "precision": _precision(args)}
     write_results(path, {"kind": kind, "step": pretrained.step, **origin, **content})
     print(f"results: {path}")
     return path
@@ -277,8 +282,10 @@ def _write(
 
 def _asked_for(args: argparse.Namespace, domains: "Mapping[str, Corpus]") -> str:
     """What of a file's name tells an evaluation from others of the same step, which it must not replace."""
-    given = {name: getattr(args, name) for name in ("split", "length", "stride", "max_tokens", "precision")}
-    parts = [f"{name}_{value}" for name, value in given.items() if value not in (None, DEFAULT_SPLIT)]
+    given = {name: getattr(args, name) for name in ("split", "length", "stride", "max_tokens")}
+    given["precision"] = _precision(args)
+    usual = (None, DEFAULT_SPLIT, DEFAULT_PRECISION)
+    parts = [f"{name}_{value}" for name, value in given.items() if value not in usual]
     if args.lengths is not None:
         # The longest of them decides which tokens are scored: results of two lists are not of the same text.
         parts.insert(0, _short("_".join(map(str, sorted(set(_check(args)))))))

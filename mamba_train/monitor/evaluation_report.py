@@ -81,9 +81,13 @@ def _protocol(result: dict[str, Any]) -> str:
 
 
 def _where(result: dict[str, Any]) -> list[str]:
-    """Of which text, where it is not what the run validates on."""
-    split = result.get("split", "validation")
-    return [*([] if split == "validation" else [f"split {split}"]), *(result.get("data") or [])]
+    """Of which text, and in which precision, where it is not what the run validates on, and fp32."""
+    split, precision = result.get("split", "validation"), result.get("precision", "fp32")
+    return [
+        *([] if split == "validation" else [f"split {split}"]),
+        *([] if precision == "fp32" else [precision]),
+        *(result.get("data") or []),
+    ]
 
 
 def _score(score: dict[str, float]) -> str:

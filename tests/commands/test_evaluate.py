@@ -51,12 +51,16 @@ def test_another_question_does_not_replace_the_answer(run_dir: Path, tmp_path: P
     asked: list[list[str]] = [[], ["--length", "16"], ["--split", "train"], ["--data", data], ["--precision", "bf16"]]
     many = ",".join(str(length) for length in range(1, 64))  # a name with all of them would be too long for a file
     asked += [["--lengths", "16,32"], ["--lengths", "16"], ["--lengths", many], ["--lengths", many + ",64"]]
-    for arguments in [*asked, []]:
+    for arguments in [*asked, [], ["--precision", "fp32"]]:
         evaluate.run(parser.parse_args([*common, *arguments]))
     evaluate.run(parser.parse_args([*common, "--lengths", "32,16,32"]))  # asked before, in other words
     found = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     assert len(found) == len(asked)
     assert sorted(result["split"] for result in found) == ["train", *["validation"] * 8]
+    assert [result["precision"] for result in found].count("bf16") == 1
+    # A GPU's default is another precision than the CPU's, so another answer.
+    on_gpu = parser.parse_args([*common, "--device", "cuda"])
+    assert evaluate._asked_for(on_gpu, {}) == "-max_tokens_64-precision_bf16"
     assert [result["data"] for result in found].count([data]) == 1
 
 
