@@ -174,6 +174,15 @@ def test_resume_false_starts_over_and_keeps_the_earlier_run(tmp_path: Path, corp
     assert len(metrics(run_dir)) == len(metrics(tmp_path / "run.old-1")) == 5
 
 
+def test_resume_false_moves_nothing_that_the_run_needs(tmp_path: Path, corpus: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(run_dir, corpus, "training.total_steps=5").returncode == 0
+    check(train(run_dir, corpus, "checkpoint.resume=false", f"init_from={run_dir}"), "another run_dir", str(run_dir))
+    tokenizer = run_dir / "tokenizer.json"
+    check(train(run_dir, corpus, "checkpoint.resume=false", f"data.tokenizer={tokenizer}"), str(tokenizer), "needs")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_no_space_for_checkpoints_does_not_stop_the_training(tmp_path: Path, corpus: Path) -> None:
     run_dir = tmp_path / "run"
     result = train(run_dir, corpus, "training.total_steps=12", "checkpoint.reserve_gib=1e9")

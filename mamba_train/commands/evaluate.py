@@ -133,11 +133,13 @@ def _precision(args: argparse.Namespace) -> str:
 def _domains(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "dict[str, Corpus]":
     """The corpora to score, by name."""
     from mamba_train.data.corpus import Corpus
-    from mamba_train.data.manifest import read_manifest
+    from mamba_train.data.manifest import MANIFEST_NAME, read_manifest
     from mamba_train.data.prepare import check_prepared
 
     found: dict[str, Corpus] = {}
     for name, folder in _folders(args).items():
+        if not args.data and not (folder / MANIFEST_NAME).exists():  # moved, removed, or weights that were imported
+            raise ValueError(f"{args.source}: its data are not in {folder}; name some by --data FOLDER")
         check_prepared(folder, f"--data {folder}")
         manifest = read_manifest(folder)
         if manifest.tokenizer_sha256 != tokenizer.sha256:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_another_question_does_not_replace_the_answer(run_dir: Path, tmp_path: P
     on_gpu = parser.parse_args([*common, "--device", "cuda"])
     assert evaluate._asked_for(on_gpu, {}) == "-max_tokens_64-precision_bf16"
     assert [result["data"] for result in found].count([data]) == 1
+
+
+def test_a_run_whose_data_are_gone_asks_for_others(run_dir: Path, tmp_path: Path) -> None:
+    """Its cache was removed, or the weights were imported: nobody gave a --data that could be wrong."""
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").write_text(json.dumps({**summary, "data_folder": str(tmp_path / "gone")}))
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    with pytest.raises(ValueError, match=r"run: its data are not in .*/gone; name some by --data FOLDER"):
+        evaluate.run(parser.parse_args([str(copy)]))
 
 
 @pytest.mark.parametrize(
