@@ -221,6 +221,14 @@ def test_slurm_says_which_task_this_is(
     assert tokenize._task(Namespace(tasks=5, task_index=4)) == (5, 4)
 
 
+def test_an_array_of_unknown_size_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.delenv("SLURM_ARRAY_TASK_COUNT", raising=False)
+    with pytest.raises(ValueError, match="--tasks: SLURM does not say how many tasks"):
+        tokenize._task(Namespace(tasks=None, task_index=None))
+    assert tokenize._task(Namespace(tasks=5, task_index=4)) == (5, 4)
+
+
 def test_checksums_are_matched_by_the_end_of_the_path(tmp_path: Path) -> None:
     file = tmp_path / "SHA256SUMS"
     file.write_text(f"{'a' * 64}  train/00.jsonl.zst\n{'B' * 64} *./01.jsonl.zst\n")
