@@ -17,6 +17,7 @@ def run(config: Config, stop: StopRequest) -> None:
         from mamba_train.checkpoint import NotEnoughDiskSpace
         from mamba_train.data.corpus import ReadError
         from mamba_train.training.build import build_trainer
+        from mamba_train.training.hooks.recording import CannotRecord
         from mamba_train.training.hooks.rollback import GaveUp
 
         trainer = build_trainer(config, stop)
@@ -32,7 +33,7 @@ def run(config: Config, stop: StopRequest) -> None:
         trainer.run()
     except ReadError as error:  # of this rank, while the others are in a step
         composition.exit_with_error(error, code=1, alone=True)
-    except (NotEnoughDiskSpace, GaveUp, ranks.OtherRankFailed) as error:
+    except (NotEnoughDiskSpace, CannotRecord, GaveUp, ranks.OtherRankFailed) as error:
         composition.exit_with_error(error, code=1)
     except Stopped as stopped:
         print(f"{stopped}: the same command goes on from there", file=sys.stderr)

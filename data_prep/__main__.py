@@ -1,6 +1,7 @@
 """`python -m data_prep COMMAND`: train a tokenizer, tokenise to shards, verify, inspect, stats."""
 
 import argparse
+import errno
 import importlib
 
 # Each is a module of data_prep with `add_arguments(parser)` and `run(arguments)`.
@@ -31,6 +32,10 @@ def main() -> None:
     with user_errors_exit():
         try:
             arguments.run(arguments)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+                raise ValueError(f"--output {arguments.output}: cannot be written ({error.strerror})") from error
+            raise
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on where it stopped") from None
 

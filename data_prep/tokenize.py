@@ -115,6 +115,8 @@ def _task(arguments: argparse.Namespace) -> tuple[int, int]:
     if n_tasks is None and task is None and "SLURM_ARRAY_TASK_ID" in environment:
         if environment.get("SLURM_ARRAY_TASK_STEP", "1") != "1":
             raise ValueError("--tasks: the SLURM array has a step; give --tasks and --task-index")
+        if "SLURM_ARRAY_TASK_COUNT" not in environment:  # older SLURMs do not say it
+            raise ValueError("--tasks: SLURM does not say how many tasks the array has; give --tasks and --task-index")
         n_tasks = int(environment["SLURM_ARRAY_TASK_COUNT"])
         # An array may begin at any number.
         task = int(environment["SLURM_ARRAY_TASK_ID"]) - int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))

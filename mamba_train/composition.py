@@ -166,7 +166,8 @@ def explain(error: Exception) -> str:
     if re.search("parsing override|mismatched input|[Nn]o ?[Vv]iable ?[Aa]lt|extraneous input|Ambiguous value", text):
         return (
             f"cannot read the command line: {text.splitlines()[0]}; expected KEY=VALUE or GROUP=OPTION, and quotes "
-            "around a value with spaces or any of ()[]{}=,:;~&!# such as \"data.path='my texts (1)'\""
+            "around a value with spaces, letters beyond ASCII, or any of ()[]{}=,:;~&!# such as "
+            "\"data.path='my texts (1)'\""
         )
     return " ".join(text.split())
 

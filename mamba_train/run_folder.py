@@ -1,5 +1,6 @@
 """The files of a run folder that are neither checkpoints nor metrics."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -82,7 +83,19 @@ def write_summary(
         "sources": resolved(sources),
         "held_out": resolved(held_out),
     }
-    (run_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    replace(run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file that may be there: a reader, and whoever comes after a kill or on a full disk, finds one of both."""
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error  # that of a full disk names no file
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
@@ -91,7 +104,10 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{run_dir}: not the folder of a run (there is no {SUMMARY}); give a run_dir of train.py")
     summary = read_json(path)
-    if "data_folder" not in summary:
+    several = [summary.get(key, {}) for key in ("sources", "held_out")]
+    places = [{"": summary.get("data_folder")}, *several]
+    as_written = all(isinstance(named, dict) and all(isinstance(p, str) for p in named.values()) for named in places)
+    if not as_written or not isinstance(summary.get("n_parameters", 0), int):
         raise ValueError(f"{path}: not what train.py writes; run train.py again to renew it")
     return summary
 

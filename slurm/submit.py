@@ -110,8 +110,8 @@ def _pinned(overrides: list[str], run_dir: str) -> list[str]:
     """With the run's folder in so many words: `${now:...}` would name another one at each start."""
     if f"run_dir={run_dir}" in overrides:
         return overrides
-    # Without a slash it might be read as a number.
-    plain = re.fullmatch(r"[\w.-]*/[\w./-]*", run_dir)
+    # Without a slash it might be read as a number; and Hydra knows no letters but those of ASCII.
+    plain = re.fullmatch(r"[\w.-]*/[\w./-]*", run_dir, re.ASCII)
     return [*overrides, "run_dir=" + (run_dir if plain else "'" + run_dir.replace("'", "\\'") + "'")]
 
 

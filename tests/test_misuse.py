@@ -48,6 +48,7 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["logging.wandb=onlin"], ["logging.wandb=onlin", "offline", "did you mean online?"]),
         (["model.d_model=null"], ["model.d_model=null", "a value is needed"]),
         (["model.d_model"], ["cannot read the command line", "KEY=VALUE"]),
+        (["run_dir=läufe/1"], ["cannot read the command line", "quotes around a value with", "letters beyond ASCII"]),
         (["training.global_batch_size=7"], ["training.global_batch_size=7", "training.micro_batch_size (8)"]),
         (["schedule.warmup_steps=900"], ["schedule.warmup_steps=900", "training.total_steps"]),
         (["model.dt_min=0.5"], ["model.dt_min=0.5", "model.dt_max (0.1)"]),
@@ -171,6 +172,15 @@ def test_resume_false_starts_over_and_keeps_the_earlier_run(tmp_path: Path, corp
     again = train(run_dir, corpus, "training.total_steps=5", "model.d_model=48", "checkpoint.resume=false")
     assert again.returncode == 0, again.stderr
     assert len(metrics(run_dir)) == len(metrics(tmp_path / "run.old-1")) == 5
+
+
+def test_resume_false_moves_nothing_that_the_run_needs(tmp_path: Path, corpus: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(run_dir, corpus, "training.total_steps=5").returncode == 0
+    check(train(run_dir, corpus, "checkpoint.resume=false", f"init_from={run_dir}"), "another run_dir", str(run_dir))
+    tokenizer = run_dir / "tokenizer.json"
+    check(train(run_dir, corpus, "checkpoint.resume=false", f"data.tokenizer={tokenizer}"), str(tokenizer), "needs")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_no_space_for_checkpoints_does_not_stop_the_training(tmp_path: Path, corpus: Path) -> None:

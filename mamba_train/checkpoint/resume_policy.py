@@ -29,6 +29,7 @@ class Rule:
     action: Action
     reason: str
     engine: EngineKind | None = None  # the only one that reads the key; None: all do
+    alike: tuple[Any, ...] = ()  # values that compute the same bits
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ RULES: tuple[Rule, ...] = (
     Rule("engine.device", Action.warn, _OTHER_ARITHMETIC),
     Rule("engine.precision", Action.warn, _OTHER_ARITHMETIC),
     Rule("engine.compile", Action.warn, _OTHER_ARITHMETIC),
-    Rule("engine.cuda_graphs", Action.warn, _OTHER_ARITHMETIC),
+    # null is recorded as false where it finds that graphs would change bits, which depends on other keys.
+    Rule("engine.cuda_graphs", Action.warn, _OTHER_ARITHMETIC, EngineKind.fsdp, alike=(None, False)),
     Rule("engine.recompute*", Action.warn, _OTHER_ARITHMETIC),
     Rule("engine.reduce_precision", Action.warn, _OTHER_ARITHMETIC),
     Rule("engine.zero_stage", Action.warn, _OTHER_ARITHMETIC, EngineKind.deepspeed),
@@ -133,10 +135,14 @@ RULES: tuple[Rule, ...] = (
 
 def table() -> list[tuple[str, str, str]]:
     """Rows (key pattern, action, reason) of the table, for the documentation."""
-    return [
-        (rule.pattern, rule.action.value, rule.reason + (f" (engine={rule.engine} only)" if rule.engine else ""))
-        for rule in RULES
-    ]
+    return [(rule.pattern, rule.action.value, rule.reason + _except(rule)) for rule in RULES]
+
+
+def _except(rule: Rule) -> str:
+    limits = [f"engine={rule.engine} only"] if rule.engine else []
+    if rule.alike:
+        limits.append("not between " + " and ".join(_show(value) for value in rule.alike))
+    return f" ({', '.join(limits)})" if limits else ""
 
 
 def rules_for(key: str) -> list[Rule]:
@@ -167,7 +173,8 @@ def compare(old_config: Mapping[str, Any], new_config: Mapping[str, Any]) -> lis
         if before != after:
             rule = next(iter(rules_for(key)), Rule(key, Action.refuse, _UNLISTED))
             is_read = rule.engine is None or rule.engine in (old.get("engine.name"), new.get("engine.name"))
-            changes.append(Change(key, before, after, rule.action if is_read else Action.allow, rule.reason))
+            matters = is_read and not (before in rule.alike and after in rule.alike)
+            changes.append(Change(key, before, after, rule.action if matters else Action.allow, rule.reason))
     return changes
 
 

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_SPLIT = "validation"
+DEFAULT_PRECISION = "fp32"
+LONGEST_NAME = 100  # of a list of lengths in a file's name, in characters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print one line for each domain and write the results; raises ValueError, one line, for bad arguments."""
     lengths = _check(args)
+    _check_output(args)
     import torch
 
     from mamba_train.convert.source import load_pretrained
@@ -75,8 +79,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.source}: there is no tokenizer.json here, so bytes of text cannot be counted")
     tokenizer = TextTokenizer(pretrained.tokenizer, f"the tokenizer of {args.source}")
     domains = _domains(args, tokenizer)
-    is_bf16 = (args.precision or ("bf16" if args.device == "cuda" else "fp32")) == "bf16"
-    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    dtype = torch.bfloat16 if _precision(args) == "bf16" else torch.float32
     model = inference_model(pretrained.config, pretrained.tensors, torch.device(args.device), dtype)
     if lengths:
         _by_length(args, pretrained, domains, tokenizer, losses_of(model), lengths)
@@ -104,14 +107,39 @@ def _check(args: argparse.Namespace) -> list[int]:
     return lengths
 
 
+def _check_output(args: argparse.Namespace) -> None:
+    """Raise ValueError where the results, which may take hours, could not be written."""
+    if (folder := _output(args)) is None:
+        return
+    place = (folder / EVALUATION).absolute()
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{existing} is not a folder that can be written to; choose one for the results by --output DIR"
+        )
+
+
+def _output(args: argparse.Namespace) -> Path | None:
+    """Where the folder of the results goes; None for weights that no run has made."""
+    is_run = (Path(args.source) / SUMMARY).is_file()
+    return args.output or (Path(args.source) if is_run else None)
+
+
+def _precision(args: argparse.Namespace) -> str:
+    """Of the matrices; what is not said depends on the device."""
+    return args.precision or ("bf16" if args.device == "cuda" else DEFAULT_PRECISION)
+
+
 def _domains(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "dict[str, Corpus]":
     """The corpora to score, by name."""
     from mamba_train.data.corpus import Corpus
-    from mamba_train.data.manifest import read_manifest
+    from mamba_train.data.manifest import MANIFEST_NAME, read_manifest
     from mamba_train.data.prepare import check_prepared
 
     found: dict[str, Corpus] = {}
     for name, folder in _folders(args).items():
+        if not args.data and not (folder / MANIFEST_NAME).exists():  # moved, removed, or weights that were imported
+            raise ValueError(f"{args.source}: its data are not in {folder}; name some by --data FOLDER")
         check_prepared(folder, f"--data {folder}")
         manifest = read_manifest(folder)
         if manifest.tokenizer_sha256 != tokenizer.sha256:
@@ -243,14 +271,12 @@ def _write(
 ) -> Path | None:
     from mamba_train.evaluation.results import results_path, write_results
 
-    folder = args.output
-    if folder is None and (Path(args.source) / SUMMARY).is_file():
-        folder = Path(args.source)
+    folder = _output(args)
     if folder is None:
         print(json.dumps(content))
         return None
     path = results_path(folder, kind + _asked_for(args, domains), pretrained.step)
-    origin = {"source": str(args.source), "data": args.data, "split": args.split}
+    origin = {"source": str(args.source), "data": args.data, "split": args.split, "precision": _precision(args)}
     write_results(path, {"kind": kind, "step": pretrained.step, **origin, **content})
     print(f"results: {path}")
     return path
@@ -258,9 +284,23 @@ def _write(
 
 def _asked_for(args: argparse.Namespace, domains: "Mapping[str, Corpus]") -> str:
     """What of a file's name tells an evaluation from others of the same step, which it must not replace."""
-    given = {name: getattr(args, name) for name in ("split", "length", "stride", "max_tokens", "precision")}
-    parts = [f"{name}_{value}" for name, value in given.items() if value not in (None, DEFAULT_SPLIT)]
+    given = {name: getattr(args, name) for name in ("split", "length", "stride", "max_tokens")}
+    given["precision"] = _precision(args)
+    usual = (None, DEFAULT_SPLIT, DEFAULT_PRECISION)
+    parts = [f"{name}_{value}" for name, value in given.items() if value not in usual]
+    if args.lengths is not None:
+        # The longest of them decides which tokens are scored: results of two lists are not of the same text.
+        parts.insert(0, _short("_".join(map(str, sorted(set(_check(args)))))))
     if args.data:
         fingerprints = "".join(corpus.fingerprint for corpus in domains.values())
-        parts.append(f"data_{hashlib.sha256(fingerprints.encode()).hexdigest()[:8]}")
+        parts.append(f"data_{_hash(fingerprints)}")
     return "".join(f"-{part}" for part in parts)
+
+
+def _short(name: str) -> str:
+    """A name that a file may have."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}_{_hash(name)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

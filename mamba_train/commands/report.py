@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mamba_train.run_folder import BASELINE, CONFIG, read_config, read_json, read_summary
+from mamba_train.run_folder import BASELINE, CONFIG, read_config, read_json, read_summary, replace
 
 # Counting the pairs of more training tokens than this would take longer than anyone waits for a report.
 MAX_BASELINE_TOKENS = 50_000_000
@@ -91,5 +91,8 @@ def ensure_baseline(run_dir: Path) -> str | None:
     bytes_per_token = sum(domain.n_bytes(tokenizer) for domain in domains) / (len(windows) * length)
     score = bigram_score(corpus.tokens(), windows, corpus.vocab_size, bytes_per_token)
     content = {"bigram": dataclasses.asdict(score), "scored_on": scored_on}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    try:
+        replace(path, json.dumps(content, indent=1) + "\n")
+    except OSError as error:  # the run of somebody else, or a full disk
+        return f"it cannot be kept there ({error})"
     return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from mamba_train.checkpoint import layout as checkpoint_layout
@@ -73,7 +74,11 @@ def locate(source: str | Path, log: Log) -> Path:
 
 def _from_checkpoint(path: Path, origin: str) -> Pretrained:
     tensors, values = load_model_only(path)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values["model"]))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values["model"]))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: its model is of another version of the code, use that one ({reason})") from error
     assert isinstance(config, ModelConfig)
     return Pretrained(
         config=config,

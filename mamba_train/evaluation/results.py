@@ -1,12 +1,11 @@
 """What evaluations found, in a run's folder: one JSON file for each kind and step, which the report shows."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from mamba_train.evaluation.perplexity import Score, Windows
-from mamba_train.run_folder import EVALUATION
+from mamba_train.run_folder import EVALUATION, replace
 
 
 def results_path(folder: Path, kind: str, step: int | None) -> Path:
@@ -18,9 +17,7 @@ def results_path(folder: Path, kind: str, step: int | None) -> Path:
 def write_results(path: Path, content: dict[str, Any]) -> None:
     """Write a result; a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def protocol_of(windows: Windows) -> dict[str, Any]:

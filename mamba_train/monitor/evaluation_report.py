@@ -56,7 +56,11 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
             found.append((f"all ({protocol})", _score(result["all"])))
     elif "lengths" in result:
         where = "".join(f", {part}" for part in _where(result))
-        found = [(f"length {length}{where}", _score(score)) for length, score in result["lengths"].items()]
+        # So many tokens: the windows of another list of lengths, whose result may stand beside this one, have others.
+        found = [
+            (f"length {length}, first {score['n_targets']:,} tokens{where}", _score(score))
+            for length, score in result["lengths"].items()
+        ]
     elif "accuracy" in result:
         found = [(f"{result['task']}, length {length}", f"{value:.2%}") for length, value in result["accuracy"].items()]
         found.append(("the paper", result["paper"]))
@@ -77,9 +81,13 @@ def _protocol(result: dict[str, Any]) -> str:
 
 
 def _where(result: dict[str, Any]) -> list[str]:
-    """Of which text, where it is not what the run validates on."""
-    split = result.get("split", "validation")
-    return [*([] if split == "validation" else [f"split {split}"]), *(result.get("data") or [])]
+    """Of which text, and in which precision, where it is not what the run validates on, and fp32."""
+    split, precision = result.get("split", "validation"), result.get("precision", "fp32")
+    return [
+        *([] if split == "validation" else [f"split {split}"]),
+        *([] if precision == "fp32" else [precision]),
+        *(result.get("data") or []),
+    ]
 
 
 def _score(score: dict[str, float]) -> str:

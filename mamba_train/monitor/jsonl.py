@@ -58,6 +58,24 @@ class JsonlSink:
         lines went to, or None when there was nothing to move.
         """
         kept, cut = self.path.with_suffix(".kept.tmp"), self.path.with_suffix(".cut.tmp")
+        try:
+            n_cut = self._part(step, kept, cut)
+        except OSError:
+            for path in (kept, cut):  # on a full disk they are what is too much
+                path.unlink(missing_ok=True)
+            raise
+        if n_cut == 0:
+            kept.unlink()
+            cut.unlink()
+            return None
+        target = next(path for path in _cut_names(self.path) if not path.exists())
+        os.replace(cut, target)
+        os.replace(kept, self.path)
+        os.close(self._descriptor)
+        self._descriptor = self._open()
+        return target
+
+    def _part(self, step: int, kept: Path, cut: Path) -> int:
         n_cut = 0
         with open(self.path, "rb") as source, open(kept, "wb") as kept_file, open(cut, "wb") as cut_file:
             for line in source:
@@ -70,16 +88,7 @@ class JsonlSink:
             for file in (kept_file, cut_file):
                 file.flush()
                 os.fsync(file.fileno())
-        if n_cut == 0:
-            kept.unlink()
-            cut.unlink()
-            return None
-        target = next(path for path in _cut_names(self.path) if not path.exists())
-        os.replace(cut, target)
-        os.replace(kept, self.path)
-        os.close(self._descriptor)
-        self._descriptor = self._open()
-        return target
+        return n_cut
 
     def close(self) -> None:
         """Close the file; `log` must not be called afterwards."""

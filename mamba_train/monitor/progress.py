@@ -91,7 +91,7 @@ def format_line(metrics: Mapping[str, Any], total_steps: int) -> str:
     width = len(str(total_steps))
     fields = [f"step {metrics['step']:>{width}}/{total_steps}", *_fields(metrics)]
     fields.append(f"eta {format_duration(metrics.get('eta_seconds'))}")
-    skipped = "  SKIPPED (not finite)" if metrics.get("skipped") else ""
+    skipped = "  SKIPPED" if metrics.get("skipped") else ""
     return "  ".join(fields) + _validation_text(metrics) + skipped
 
 

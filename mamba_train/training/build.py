@@ -6,8 +6,7 @@ import json
 import math
 import os
 import platform
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -86,7 +85,9 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
     }
 
     lock = _HoldLock()
-    ranks.first(lambda: lock.claim(run_dir, config.checkpoint.resume, log))
+    named = [config.init_from, config.data.path, config.data.tokenizer, *config.data.sources.values()]
+    needed = [Path.cwd(), data.folder, *data.held_out.values(), *(Path(p).expanduser() for p in named if p)]
+    ranks.first(lambda: lock.claim(run_dir, config.checkpoint.resume, needed, log))
     alerts = Alerts(config.alerts, run_dir, log)
     watchdog = WatchdogHook(run_dir, config.watchdog, data_limit_seconds(config), ranks, alerts)
     if ranks.world_size > 1:  # they wait for each other from here on
@@ -186,21 +187,30 @@ class _HoldLock(Hook):
     def __init__(self) -> None:
         self._lock: TextIO | None = None
 
-    def claim(self, run_dir: Path, resume: bool, log: Log) -> None:
-        self._lock = _claim(run_dir, resume, log)
+    def claim(self, run_dir: Path, resume: bool, needed: Sequence[Path], log: Log) -> None:
+        self._lock = _claim(run_dir, resume, needed, log)
 
     def close(self, failed: bool) -> None:
         if self._lock is not None:
             self._lock.close()
 
 
-def _claim(run_dir: Path, resume: bool, log: Log) -> TextIO:
-    """Lock the run folder; with checkpoint.resume=false, a new one in the place of an earlier run's."""
+def _claim(run_dir: Path, resume: bool, needed: Sequence[Path], log: Log) -> TextIO:
+    """Lock the run folder; with checkpoint.resume=false, a new one in the place of an earlier run's.
+
+    needed: places that this run works with, which must not move.
+    """
     # When a node is lost, its processes may outlive the job that SLURM has started anew elsewhere.
     patience = LOST_NODE_PATIENCE_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0.0
     lock = run_folder.lock(run_dir, patience)
     if resume or not run_folder.holds_run(run_dir):
         return lock
+    for place in needed:
+        if place.resolve().is_relative_to(run_dir.resolve()):
+            raise ValueError(
+                f"run_dir={run_dir}: checkpoint.resume=false would move the earlier run aside, and with it {place}, "
+                "which this one needs; choose another run_dir"
+            )
     _set_aside(run_dir, log)
     lock.close()
     return run_folder.lock(run_dir)
@@ -287,7 +297,7 @@ def _describe(config: Config, engine: Engine, data: AnyOpened, source: Source, l
 
 def _write_run_files(run_dir: Path, config: Config, data: AnyOpened, engine: Engine) -> None:
     """What the commands that read a run folder need besides checkpoints and metrics."""
-    OmegaConf.save(OmegaConf.structured(config), run_dir / run_folder.CONFIG)
+    run_folder.replace(run_dir / run_folder.CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)))
     # With it the run can be moved, sampled and exported without its data.
     run_folder.write_summary(
         run_dir,
@@ -296,7 +306,7 @@ def _write_run_files(run_dir: Path, config: Config, data: AnyOpened, engine: Eng
         sources=data.folders if config.data.sources and isinstance(data, OpenedData) else {},
         held_out=data.held_out,
     )
-    shutil.copyfile(data.folder / TOKENIZER_NAME, run_dir / run_folder.TOKENIZER)
+    run_folder.replace(run_dir / run_folder.TOKENIZER, (data.folder / TOKENIZER_NAME).read_bytes())
 
 
 def _n_parameters(engine: Engine) -> int:

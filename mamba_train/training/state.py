@@ -29,5 +29,11 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """The inverse of `to_json`; raises TypeError for an unknown or missing field."""
-        return cls(**{**values, "guard": GuardState(**values.get("guard", {}))})
+        """The inverse of `to_json`; raises ValueError for an unknown field, as of a later version."""
+        try:
+            return cls(**{**values, "guard": GuardState(**values.get("guard", {}))})
+        except TypeError as error:
+            reason = str(error).partition("() ")[2]
+            raise ValueError(
+                f"the checkpoint is of another version of the code, resume with that one ({reason})"
+            ) from error

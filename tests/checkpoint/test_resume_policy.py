@@ -76,6 +76,7 @@ def test_actions(key, action):
         ("reshard_after_forward", "fsdp"),
         ("reduce_each_micro_batch", "fsdp"),
         ("replicas", "fsdp"),
+        ("cuda_graphs", "fsdp"),
         ("zero_stage", "deepspeed"),
         ("kernel_cache", None),
         ("layer_grad_norms", None),
@@ -88,6 +89,20 @@ def test_what_the_engine_does_not_read_is_no_news(key, reader):
             changes = compare({"engine": {"name": before, key: 1}}, {"engine": {"name": after, key: 2}})
             [of_key] = [change for change in changes if change.key == f"engine.{key}"]
             assert (of_key.action is Action.warn) == (reader in (before, after))
+
+
+def test_graphs_are_news_where_they_change_bits():
+    """Where null becomes false depends on the number of micro-batches, and on the version: no bit changes by it."""
+    for name, before, after, action in (
+        ("fsdp", None, False, Action.allow),
+        ("fsdp", False, None, Action.allow),
+        ("fsdp", None, True, Action.warn),
+        ("fsdp", True, False, Action.warn),
+        ("ddp", None, True, Action.allow),
+        ("single", False, True, Action.allow),
+    ):
+        [change] = compare(*({"engine": {"name": name, "cuda_graphs": value}} for value in (before, after)))
+        assert change.action is action, (name, before, after)
 
 
 class _Kind(enum.StrEnum):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,10 @@ def test_more_context_per_token_and_other_lengths(run_dir: Path, tmp_path: Path)
     assert "protocol sliding, length 32, stride 8" in sliding.stdout
     lengths = mamba_train("evaluate", str(run_dir), "--lengths", "32,128", "--output", str(tmp_path))
     assert lengths.returncode == 0, lengths.stderr
-    found = json.loads((tmp_path / "evaluation" / "lengths-step_00000010.json").read_text())
+    found = json.loads((tmp_path / "evaluation" / "lengths-32_128-step_00000010.json").read_text())
     assert set(found["lengths"]) == {"32", "128"}
     assert found["trained_length"] == 32
-    assert (tmp_path / "evaluation" / "lengths-step_00000010.png").stat().st_size > 10_000
+    assert (tmp_path / "evaluation" / "lengths-32_128-step_00000010.png").stat().st_size > 10_000
 
 
 def test_another_question_does_not_replace_the_answer(run_dir: Path, tmp_path: Path) -> None:
@@ -49,12 +50,30 @@ def test_another_question_does_not_replace_the_answer(run_dir: Path, tmp_path: P
     data = json.loads((run_dir / "summary.json").read_text())["data_folder"]
     common = [str(run_dir), "--max-tokens", "64", "--output", str(tmp_path)]
     asked: list[list[str]] = [[], ["--length", "16"], ["--split", "train"], ["--data", data], ["--precision", "bf16"]]
-    for arguments in [*asked, []]:
+    many = ",".join(str(length) for length in range(1, 64))  # a name with all of them would be too long for a file
+    asked += [["--lengths", "16,32"], ["--lengths", "16"], ["--lengths", many], ["--lengths", many + ",64"]]
+    for arguments in [*asked, [], ["--precision", "fp32"]]:
         evaluate.run(parser.parse_args([*common, *arguments]))
-    found = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").iterdir()]
+    evaluate.run(parser.parse_args([*common, "--lengths", "32,16,32"]))  # asked before, in other words
+    found = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     assert len(found) == len(asked)
-    assert sorted(result["split"] for result in found) == ["train", *["validation"] * 4]
+    assert sorted(result["split"] for result in found) == ["train", *["validation"] * 8]
+    assert [result["precision"] for result in found].count("bf16") == 1
+    # A GPU's default is another precision than the CPU's, so another answer.
+    on_gpu = parser.parse_args([*common, "--device", "cuda"])
+    assert evaluate._asked_for(on_gpu, {}) == "-max_tokens_64-precision_bf16"
     assert [result["data"] for result in found].count([data]) == 1
+
+
+def test_a_run_whose_data_are_gone_asks_for_others(run_dir: Path, tmp_path: Path) -> None:
+    """Its cache was removed, or the weights were imported: nobody gave a --data that could be wrong."""
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").write_text(json.dumps({**summary, "data_folder": str(tmp_path / "gone")}))
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    with pytest.raises(ValueError, match=r"run: its data are not in .*/gone; name some by --data FOLDER"):
+        evaluate.run(parser.parse_args([str(copy)]))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +87,7 @@ def test_another_question_does_not_replace_the_answer(run_dir: Path, tmp_path: P
         (["RUN", "--data", "/no/such/data"], "/no/such/data"),
         (["RUN", "--data", "/no/such/data", "--data", "/nor/such"], "--data NAME=FOLDER"),
         (["RUN", "--split", "test"], "--split test"),
+        (["RUN", "--output", __file__], "--output DIR"),
     ],
 )
 def test_mistakes_are_one_line(run_dir: Path, arguments: list[str], expected: str) -> None:

@@ -64,6 +64,25 @@ def test_a_file_that_cannot_be_read_is_named(run_dir: Path, name: str) -> None:
         call(str(run_dir))
 
 
+@pytest.mark.parametrize(
+    "summary",
+    [
+        "{}",
+        '{"data_folder": 3}',
+        '{"data_folder": null}',
+        '{"data_folder": "/no/such", "n_parameters": "many"}',
+        '{"data_folder": "/no/such", "sources": ["/no/such"]}',
+        '{"data_folder": "/no/such", "held_out": {"a": 1}}',
+    ],
+)
+def test_a_summary_that_nobody_wrote_so_is_named(run_dir: Path, summary: str) -> None:
+    config = "data: {source: local, sequence_length: 8}\ntraining: {validation_sequences: 2}\n"
+    (run_dir / "config.yaml").write_text(config)
+    (run_dir / "summary.json").write_text(summary)
+    with pytest.raises(ValueError, match=r"run/summary.json: not what train.py writes"):
+        call(str(run_dir))
+
+
 def test_a_config_that_was_cut_short_is_named(run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text("data:\n  source: local\n  sequence_length: 8\n")
     (run_dir / "summary.json").write_text('{"data_folder": "/no/such"}\n')

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mamba_train.checkpoint.storage import Checkpoint, save
 from mamba_train.convert import transformers_layout, verify
 from mamba_train.convert.export import export
 from mamba_train.convert.files import new_folder
@@ -327,3 +328,10 @@ def test_a_tokenizer_that_is_none(tmp_path: Path, make_run: MakeRun) -> None:
         export(make_run(MAMBA1), tmp_path / "out", Layout.transformers, silent, tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"--tokenizer .*: there is no such file"):
         import_run(tmp_path / "run", tmp_path / "out", silent, tmp_path / "other.json")
+
+
+def test_a_checkpoint_of_a_later_version_is_named(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(1, {"a": torch.zeros(2)}, config={"model": {"name": "x", "wisdom": 1}})
+    save(tmp_path / "checkpoints", checkpoint, reserve_gib=0)
+    with pytest.raises(ValueError, match=r"step_00000001: its model is of another version .*wisdom"):
+        load_pretrained(tmp_path, print)

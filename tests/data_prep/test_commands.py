@@ -1,5 +1,6 @@
 """The commands as a person gives them, with processes of their own."""
 
+import errno
 import gzip
 import json
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from data_prep import stats, tokenize
-from data_prep.__main__ import COMMANDS
+from data_prep.__main__ import COMMANDS, main
 from mamba_train.data.manifest import file_sha256, read_manifest
 from tests.data_prep.conftest import LABELS, write_rows
 from tests.data_prep.helpers import REPOSITORY, Row, command, contents, documents, make_shards, members, start
@@ -220,6 +221,14 @@ def test_slurm_says_which_task_this_is(
     assert tokenize._task(Namespace(tasks=5, task_index=4)) == (5, 4)
 
 
+def test_an_array_of_unknown_size_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.delenv("SLURM_ARRAY_TASK_COUNT", raising=False)
+    with pytest.raises(ValueError, match="--tasks: SLURM does not say how many tasks"):
+        tokenize._task(Namespace(tasks=None, task_index=None))
+    assert tokenize._task(Namespace(tasks=5, task_index=4)) == (5, 4)
+
+
 def test_checksums_are_matched_by_the_end_of_the_path(tmp_path: Path) -> None:
     file = tmp_path / "SHA256SUMS"
     file.write_text(f"{'a' * 64}  train/00.jsonl.zst\n{'B' * 64} *./01.jsonl.zst\n")
@@ -369,3 +378,17 @@ def test_a_tokenizer_needs_text_and_a_file_to_go_to(tmp_path: Path, capsys: pyte
             command("train-tokenizer", "--vocab-size", 300, *arguments)
         assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_full_disk_names_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(arguments: Namespace) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # of a write, which names no file
+
+    monkeypatch.setattr(tokenize, "run", full)
+    monkeypatch.setattr(sys, "argv", ["data_prep", "tokenize", "--input", "x", "--output", str(tmp_path / "shards")])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 2
+    assert (
+        capsys.readouterr().err == f"error: --output {tmp_path}/shards: cannot be written (No space left on device)\n"
+    )

@@ -186,6 +186,23 @@ def test_a_full_disk_is_said_once_counted_and_leaves_no_half_line(
     assert "No space left" in warnings[0]
 
 
+def test_a_cut_on_a_full_disk_leaves_the_records_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_steps(tmp_path, range(1, 5))
+    sink = JsonlSink(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jsonl.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        sink.cut_at(2)
+    sink.close()
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -125,6 +125,7 @@ def test_a_sweep_gives_every_run_a_folder_of_its_own(tmp_path: Path) -> None:
     [
         ("'runs/${now:%H-%M-%S-%f}'", None),  # as at the submission, at whatever time the job composes it
         ("runs/a", "runs/a"),
+        ("'läufe/ü'", "läufe/ü"),
         ("'my run, (1)'", "my run, (1)"),
         ('"it\'s $HOME `x` # {}"', "it's $HOME `x` # {}"),
         ("001", "001"),

@@ -27,6 +27,17 @@ def test_chosen_steps_are_traced_and_layers_have_norms(tmp_path: Path, corpus: P
         assert sum(part**2 for part in parts) ** 0.5 == pytest.approx(record["grad_norm"], rel=1e-4)
 
 
+def test_a_trace_that_cannot_be_written_costs_nothing_else(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "profiles").write_text("a file in the place of the folder")
+    settings = ("training.total_steps=6", "logging.profile_steps=[1,2]", "logging.progress=plain")
+    build_trainer(make_config(tmp_path / "run", corpus, *settings)).run()
+    assert len(metrics(tmp_path / "run")) == 6
+    assert capsys.readouterr().out.count("warning: not written") == 2
+
+
 def test_only_a_gpu_that_ran_out_of_memory_leaves_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", written.append)

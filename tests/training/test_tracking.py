@@ -107,3 +107,11 @@ def test_a_hang(tmp_path: Path, corpus: Path, untracked: list[tuple]) -> None:
 
 def test_a_full_disk(tmp_path: Path, corpus: Path, untracked: list[tuple], small_disk: None) -> None:
     check("none", "disk is full", tmp_path, corpus, untracked)
+
+
+def test_metrics_that_cannot_be_written_from_the_start_are_one_line(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    result = train(tmp_path / "run", corpus, "training.total_steps=2")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "metrics.jsonl cannot be written (Is a directory)" in result.stderr.splitlines()[-1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mamba_train.training.hooks.base import Hook, Metrics
+from mamba_train.training.hooks.base import Hook, Metrics, write_or_warn
 from mamba_train.training.trainer import Trainer
 
 PROFILES = "profiles"
@@ -34,12 +34,15 @@ class ProfilerHook(Hook):
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         if self._profile is not None:
             self._profile.stop()
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / f"step_{trainer.state.step:08d}.rank_{self._rank:05d}.json.gz"
-            self._profile.export_chrome_trace(str(path))
-            self._profile = None
-            self._log(f"profile of step {trainer.state.step}: {path}")
+            finished, self._profile = self._profile, None
+            write_or_warn(lambda: self._write(trainer.state.step, finished), self._log)
         self._begin_if_chosen(trainer.state.step + 1)
+
+    def _write(self, step: int, finished: profile) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"step_{step:08d}.rank_{self._rank:05d}.json.gz"
+        finished.export_chrome_trace(str(path))
+        self._log(f"profile of step {step}: {path}")
 
     def close(self, failed: bool) -> None:
         if self._profile is not None:  # the run ended in the middle of a step

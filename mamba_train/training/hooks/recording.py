@@ -6,7 +6,7 @@ from typing import Any
 
 from mamba_train.config import LoggingConfig
 from mamba_train.monitor.event_log import LEDGER_NAME, EventLog
-from mamba_train.monitor.jsonl import JsonlSink
+from mamba_train.monitor.jsonl import METRICS_NAME, JsonlSink
 from mamba_train.monitor.progress import Progress
 from mamba_train.monitor.wandb_sink import WandbSink
 from mamba_train.training.hooks.base import Hook, Metrics
@@ -14,6 +14,10 @@ from mamba_train.training.trainer import Trainer
 
 # Starts and ends it sees for itself, and its own failures it cannot be told.
 KNOWN_TO_WANDB = ("start", "stopped", "finished", "failed", "tracking")
+
+
+class CannotRecord(OSError):
+    """metrics.jsonl cannot be written: a run would begin, or go on, that leaves no trace or one with steps twice."""
 
 
 class RecordingHook(Hook):
@@ -42,18 +46,27 @@ class RecordingHook(Hook):
         self._jsonl: JsonlSink | None = None
 
     def on_start(self, trainer: Trainer) -> None:
+        # A step whose hooks were cut short is recorded when they have been done again.
+        recorded = trainer.state.step - (trainer.state.pending_metrics is not None)
+        trainer.engine.ranks.first(lambda: self._take_up(recorded))
         if trainer.engine.rank == 0:
-            self._jsonl = JsonlSink(self._run_dir, self._log)
-            # A step whose hooks were cut short is recorded when they have been done again.
-            recorded = trainer.state.step - (trainer.state.pending_metrics is not None)
-            cut = self._jsonl.cut_at(recorded)
-            if cut is not None:
-                self._log(f"metrics after step {recorded} were moved to {cut}")
             self._wandb = WandbSink(
                 self._run_dir, self._logging, self._shown_config, trainer.state.wandb_run_id, self._on_failure
             )
             trainer.state.wandb_run_id = self._wandb.run_id
         self._progress.__enter__()
+
+    def _take_up(self, recorded: int) -> None:
+        try:
+            self._jsonl = JsonlSink(self._run_dir, self._log)
+            cut = self._jsonl.cut_at(recorded)
+        except OSError as error:
+            path = self._run_dir / METRICS_NAME
+            raise CannotRecord(
+                f"{path} cannot be written ({error.strerror}); the disk may be full, or the file somebody else's"
+            ) from error
+        if cut is not None:
+            self._log(f"metrics after step {recorded} were moved to {cut}")
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         if self._jsonl is not None:
