@@ -31,12 +31,11 @@ from kernels.causal_conv1d import causal_conv1d, launch
 
 ROWS = [(8, 2048, 5120), (1, 131072, 5376), (8, 2048, 5376), (8, 2048, 1536), (8, 2048, 4096), (1, 2048, 5120)]
 WIDTH = 4
-SMALL = [(1, 300, 256), (1, 1834, 1240), (8, 1256, 288), (2, 601, 2992)]
-LAUNCHES = {  # channels of a program, its warps, steps at once, stretches side by side
-    "forward_shape": [(128, 1, 4, 1), (256, 1, 4, 1), (256, 2, 4, 1), (256, 2, 8, 1), (512, 4, 8, 1)],
-    "backward_shape": [(128, 1, 4, 1), (256, 2, 4, 1), (256, 4, 4, 1), (64, 2, 4, 4), (64, 4, 4, 4)],
+LAUNCHES = {  # channels of a program, its warps, steps at once
+    "forward_shape": [(128, 1, 4), (256, 1, 4), (256, 2, 4), (256, 2, 8), (512, 4, 8)],
+    "backward_shape": [(128, 1, 4), (256, 2, 4), (256, 4, 4)],
 }
-STEPS = {"forward_shape": (8, 16, 32, 64), "backward_shape": (16, 32, 44, 64, 100, 132, 164, 192, 256)}
+STEPS = {"forward_shape": (8, 16, 32, 64), "backward_shape": (32, 44, 64, 100, 132, 164, 192, 256)}
 FORWARD_TENSORS, BOTH_TENSORS = 2, 5  # that must be read or written once: x, y; and x, dy, dx
 
 
@@ -73,8 +72,8 @@ def sweep(shape: tuple[int, int, int], best: int = 6) -> None:
     }
     for name, call in passes.items():
         chosen, times = getattr(launch, name), []
-        for (block, warps, unroll, stretches), steps in itertools.product(LAUNCHES[name], STEPS[name]):
-            candidate = launch.Shape(block, warps, unroll, steps, stretches)
+        for (block, warps, unroll), steps in itertools.product(LAUNCHES[name], STEPS[name]):
+            candidate = launch.Shape(block, warps, unroll, steps)
             setattr(launch, name, lambda *_, candidate=candidate: candidate)
             times.append((graph_time(call, replays=3).median, tuple(candidate)))
         setattr(launch, name, chosen)
@@ -89,7 +88,7 @@ def main() -> None:
     quick = arguments.quick
     print(ask_device("name,driver_version,clocks.max.sm,clocks.max.mem"))
     if arguments.sweep:
-        for shape in ROWS + SMALL:
+        for shape in ROWS:
             sweep(shape)
         return
     import causal_conv1d as peer
