@@ -33,8 +33,11 @@ def main() -> None:
         try:
             arguments.run(arguments)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
-                raise ValueError(f"--output {arguments.output}: cannot be written ({error.strerror})") from error
+            output = getattr(
+                arguments, "output", None
+            )  # not all write files; what they print may go to a full disk, too
+            if output is not None and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+                raise ValueError(f"--output {output}: cannot be written ({error.strerror})") from error
             raise
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on where it stopped") from None

@@ -88,7 +88,7 @@ def write_summary(
 
 def replace(path: Path, content: str | bytes) -> None:
     """Write a file that may be there: a reader, and whoever comes after a kill or on a full disk, finds one of both."""
-    aside = path.with_name(f"{path.name}.tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two reports of a run may write its baseline at once
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(aside, path)

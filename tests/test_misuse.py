@@ -180,6 +180,8 @@ def test_resume_false_moves_nothing_that_the_run_needs(tmp_path: Path, corpus: P
     check(train(run_dir, corpus, "checkpoint.resume=false", f"init_from={run_dir}"), "another run_dir", str(run_dir))
     tokenizer = run_dir / "tokenizer.json"
     check(train(run_dir, corpus, "checkpoint.resume=false", f"data.tokenizer={tokenizer}"), str(tokenizer), "needs")
+    (link := run_dir / "texts").symlink_to(corpus.parent)  # which would move with the folder
+    check(train(run_dir, link / corpus.name, "checkpoint.resume=false"), str(link), "needs")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -173,7 +173,7 @@ def _forward(
     # Programs of an early start begin 1.2 ns apart: shorter ones than this would wait for that.
     early = early_start(x)["PDL"] and not (z is not None and cut.rows * size < 768)
     if x.shape[0]:
-        launch = _forward_launch(x.shape[0], size, groups, strides, align, eps, norm_before_gate, early, cut)
+        launch = _forward_launch(x.shape[0], size, groups, strides, align, float(eps), norm_before_gate, early, cut)
         with torch.cuda.device_of(x):
             launch(x, residual, z, weight, y, total, inverse_rms)
     return y, y if total is None else total, inverse_rms

@@ -86,6 +86,7 @@ def build_trainer(config: Config, stop: StopRequest | None = None) -> Trainer:
 
     lock = _HoldLock()
     named = [config.init_from, config.data.path, config.data.tokenizer, *config.data.sources.values()]
+    named.append(config.evaluation.task_folder)
     needed = [Path.cwd(), data.folder, *data.held_out.values(), *(Path(p).expanduser() for p in named if p)]
     ranks.first(lambda: lock.claim(run_dir, config.checkpoint.resume, needed, log))
     alerts = Alerts(config.alerts, run_dir, log)
@@ -205,8 +206,11 @@ def _claim(run_dir: Path, resume: bool, needed: Sequence[Path], log: Log) -> Tex
     lock = run_folder.lock(run_dir, patience)
     if resume or not run_folder.holds_run(run_dir):
         return lock
+    root = run_dir.resolve()
     for place in needed:
-        if place.resolve().is_relative_to(run_dir.resolve()):
+        # Also by way of the run folder to what lies elsewhere: of such a path a part would move.
+        if any(part.resolve() == root for end in (place.absolute(), place.resolve()) for part in (end, *end.parents)):
+            lock.close()
             raise ValueError(
                 f"run_dir={run_dir}: checkpoint.resume=false would move the earlier run aside, and with it {place}, "
                 "which this one needs; choose another run_dir"

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import importlib
 import json
 import os
 import random
@@ -392,3 +393,18 @@ def test_a_full_disk_names_the_output(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (
         capsys.readouterr().err == f"error: --output {tmp_path}/shards: cannot be written (No space left on device)\n"
     )
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "stats"])
+def test_a_full_disk_of_a_command_that_prints_is_one_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(arguments: Namespace) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(importlib.import_module(f"data_prep.{command}"), "run", full)
+    monkeypatch.setattr(sys, "argv", ["data_prep", command, "folder"])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"

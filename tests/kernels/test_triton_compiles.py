@@ -15,7 +15,7 @@ from kernels.rms_norm import triton_kernels as norm_kernels
 from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel, compiled_for
 
 SPILLED_BYTES = 160  # the gated backward of 5,120 channels
-SIZES = [768, 5120]
+SIZES = [768, 2560, 4088, 5120]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # that a program may have
 CONVOLUTIONS = (  # the last ones with a second summand of the gradient
     (conv_kernels.forward_kernel, conv.forward_shape(8, 2048, 5120, 132), False),

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -115,7 +116,9 @@ def test_what_a_resume_refuses_and_what_it_records(
 
 def test_the_bigram_baseline_of_a_mixture_is_scored_on_all_domains(tmp_path: Path, folders: dict[str, Path]) -> None:
     run(shards_config(tmp_path / "run", folders, "training.total_steps=1"))
-    (in_the_way := tmp_path / "run" / "baseline.json.tmp").mkdir()  # or the run is somebody else's, or the disk full
+    (
+        in_the_way := tmp_path / "run" / f"baseline.json.{os.getpid()}.tmp"
+    ).mkdir()  # or the run is somebody else's, or the disk full
     assert str(ensure_baseline(tmp_path / "run")).startswith("it cannot be kept there (")
     in_the_way.rmdir()
     assert ensure_baseline(tmp_path / "run") is None

@@ -111,7 +111,7 @@ def test_a_full_disk(tmp_path: Path, corpus: Path, untracked: list[tuple], small
 
 def test_metrics_that_cannot_be_written_from_the_start_are_one_line(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-    result = train(tmp_path / "run", corpus, "training.total_steps=2")
+    result = train(tmp_path / "run", corpus, "training.total_steps=5")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "metrics.jsonl cannot be written (Is a directory)" in result.stderr.splitlines()[-1]
