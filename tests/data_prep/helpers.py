@@ -17,6 +17,7 @@ from mamba_train.data.text_files import TEXT_SUFFIXES, Fields
 from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
 
 Row = tuple[str, str]  # text, label
+MakePile = Callable[..., dict[str, list[Row]]]
 REPOSITORY = Path(__file__).resolve().parents[2]
 VARYING = ("records", ".work")  # who made it and when; locks
 
@@ -93,6 +94,13 @@ def command(*arguments: object) -> None:
         main()
     finally:
         sys.argv = argv
+
+
+def tokenize_arguments(tmp_path: Path, folder: Path, tokenizer_file: Path, *more: object) -> list[object]:
+    return [
+        "tokenize", "--preset", "pile", "--tokenizer", tokenizer_file, "--output", folder,
+        "--input", f"train={tmp_path}/raw/train/*.zst", f"validation={tmp_path}/raw/val.jsonl.zst", *more,
+    ]  # fmt: skip
 
 
 def start(*arguments: object) -> "subprocess.Popen[str]":
