@@ -7,6 +7,7 @@ compiler starts it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from typing import Any
@@ -20,6 +21,51 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 remembered = functools.lru_cache(maxsize=512)
 """For functions of shapes, strides and dtypes that return a `Launch`: calls repeat."""
+
+
+_HERE = contextlib.nullcontext()
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where launches go: as `torch.cuda.device_of`, which asks the driver twice, also where nothing changes."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+class Piece:
+    """A part of a flat tensor, to launch kernels with: a view takes the host some five times as long."""
+
+    __slots__ = ("_address", "_first", "_size", "_whole", "dtype")
+
+    def __init__(self, whole: Tensor, address: int, first: int, size: int, dtype: torch.dtype) -> None:
+        """address: of `whole`; first, size: in its elements; dtype: what they are read as."""
+        self._whole, self._address, self._first, self._size, self.dtype = whole, address, first, size, dtype
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    @property
+    def device(self) -> torch.device:
+        return self._whole.device
+
+    def tensor(self) -> Tensor:
+        """The view."""
+        return self._whole.narrow(0, self._first, self._size).view(self.dtype)
+
+
+Pointer = Tensor | Piece
+
+
+def pieces(whole: Tensor, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[Piece]:
+    """A flat tensor in parts of so many elements, each with the dtype it is read as."""
+    address, first, found = whole.data_ptr(), 0, []
+    n_bytes = whole.element_size()
+    for size, dtype in zip(sizes, dtypes, strict=True):
+        found.append(Piece(whole, address + first * n_bytes, first, size, dtype))
+        first += size
+    return found
 
 
 class Launch:
@@ -44,8 +90,9 @@ class Launch:
         wide = None if max(numbers) <= INT32_MAX else tuple(number > INT32_MAX for number in numbers)
         self._same = (kernel, warps, early, constants, wide)
         self._found: dict[tuple[Any, ...], Any] = {}
+        self._place, self._rest = (*grid, 1), (*numbers, *constants)
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Pointer | None) -> None:
         """Launch on the current device, where the tensors are, and its current stream. The first tensor is there."""
         addresses = [None if t is None else t.data_ptr() for t in tensors]
         device: int = tensors[0].device.index  # type: ignore[union-attr]
@@ -57,10 +104,11 @@ class Launch:
             return self._search(tensors, key)
         run, function, metadata = found
         stream = torch._C._cuda_getCurrentRawStream(device)
-        run(*self.grid, 1, stream, function, metadata, None, None, None, *addresses, *self.numbers, *self.constants)
+        run(*self._place, stream, function, metadata, None, None, None, *addresses, *self._rest)
 
-    def _search(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...]) -> None:
+    def _search(self, pointers: tuple[Pointer | None, ...], key: tuple[Any, ...]) -> None:
         """Launch a kernel that no launch of this one has had; compile it if nobody has."""
+        tensors = [pointer.tensor() if isinstance(pointer, Piece) else pointer for pointer in pointers]
         parameters = getattr(self.kernel, "params", ())[len(tensors) :]
         special = [n for n, parameter in zip(self.numbers, parameters, strict=False) if not parameter.do_not_specialize]
         same = (*self._same, *special, key)

@@ -246,3 +246,46 @@ def gate_backward_kernel(
     if lost is not None:
         tl.store(lost + target, (exact - rounded.to(tl.float32)).to(lost.dtype.element_ty), mask=mask)
     tl.store(z_grad + target, (grad * before * slope).to(z_grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["grad_batch", "grad_row", "grad_group", "rows", "length", "states", "parts"],
+)
+def sum_BC_kernel(
+    B_parts,
+    C_parts,
+    B_grad,
+    C_grad,
+    grad_batch,
+    grad_row,
+    grad_group,
+    rows,
+    length,
+    states,
+    parts,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+):
+    """The gradients of B and C, of equal strides: sums of parts (part, batch, length, group, state) fp32, in order.
+
+    rows: batch x length. Programs: (rows / ROWS, 2 x groups).
+    """
+    groups = tl.num_programs(1) // 2
+    is_C, group = tl.program_id(1) // groups, (tl.program_id(1) % groups).to(tl.int64)
+    row, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, N)
+    mask = (row < rows)[:, None] & (n < states)[None, :]
+    source = (row.to(tl.int64) * groups + group)[:, None] * states + n[None, :]
+    part_size = rows.to(tl.int64) * groups * states
+    total = tl.zeros([ROWS, N], tl.float32)
+    target = ((row // length).to(tl.int64) * grad_batch + (row % length).to(tl.int64) * grad_row)[:, None] + n[None, :]
+    target += group * grad_group
+    if is_C:
+        for _ in range(parts):
+            total += tl.load(C_parts + source, mask=mask, other=0.0)
+            source += part_size
+        tl.store(C_grad + target, total.to(C_grad.dtype.element_ty), mask=mask)
+    else:
+        for _ in range(parts):
+            total += tl.load(B_parts + source, mask=mask, other=0.0)
+            source += part_size
+        tl.store(B_grad + target, total.to(B_grad.dtype.element_ty), mask=mask)

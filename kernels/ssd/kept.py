@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.launcher import Piece, pieces, remembered
+
 if TYPE_CHECKING:
     from kernels.ssd.launch import Shapes
 
@@ -19,45 +21,55 @@ if TYPE_CHECKING:
 class Kept(NamedTuple):
     """The parts that are there."""
 
-    decays: Tensor | None
-    states: Tensor | None  # (batch, chunk, head, state, head_dim), flat
-    initial: Tensor | None
+    decays: Piece | None
+    states: Piece | None  # (batch, chunk, head, state, head_dim), flat
+    initial: Tensor | None  # (batch, head, head_dim, state), flat
 
 
-def decays_shape(x: Tensor, chunk: int, shapes: Shapes) -> tuple[int, ...]:
-    """(plane, batch, head, length in whole chunks and blocks of the backward)."""
-    batch, length, heads = x.shape[:3]
-    block = max(chunk, shapes.flows.chunk)
-    return 6 if x.dtype == torch.float32 else 4, batch, heads, -(-length // block) * block
+class Layout(NamedTuple):
+    """fp32 numbers of the first two parts."""
+
+    decays: int
+    states: int
+    decays_shape: tuple[int, ...]  # (plane, batch, head, length in whole chunks and blocks of the backward)
 
 
-def numbers(x: Tensor, B: Tensor, initial: Tensor | None, shapes: Shapes) -> int:
+def numbers(layout: Layout, initial: Tensor | None) -> int:
     """How many fp32 numbers are kept."""
-    return sum(_sizes(x, B, shapes)) + (0 if initial is None else initial.numel())
+    return layout.decays + layout.states + (0 if initial is None else initial.numel())
 
 
-def cut(x: Tensor, B: Tensor, kept: Tensor, shapes: Shapes) -> Kept:
-    """Views of the parts."""
-    if not kept.numel():
+def cut(x: Tensor, kept: Tensor, layout: Layout) -> Kept:
+    """The parts."""
+    total, first = kept.numel(), layout.decays + layout.states
+    if not total:
         return Kept(None, None, None)
-    n_decays, n_states = _sizes(x, B, shapes)
-    sizes = (n_decays, n_states, kept.numel() - n_decays - n_states)
-    decays, states, initial = (part if part.numel() else None for part in torch.split_with_sizes(kept, sizes))
+    decays, states = pieces(kept, (layout.decays, layout.states), (torch.float32, x.dtype))
     return Kept(
-        None if decays is None else decays.view(decays_shape(x, shapes.forward.chunk, shapes)),
-        None if states is None else states.view(x.dtype),
-        None if initial is None else initial.view(x.shape[0], *x.shape[2:], B.shape[3]),
+        decays if layout.decays else None,
+        states if layout.states else None,
+        kept[first:] if total > first else None,
     )
 
 
-def _sizes(x: Tensor, B: Tensor, shapes: Shapes) -> tuple[int, int]:
-    """fp32 numbers of the decays and the states: none where the backward has other chunks or blocks of states."""
-    chunk, states = shapes.forward.chunk, B.shape[3]
+def layout_of(x_shape: torch.Size, dtype: torch.dtype, n_states: int, shapes: Shapes) -> Layout:
+    """No decays or states where the backward has other chunks, no states where it has other blocks of them."""
+    chunk = shapes.forward.chunk
+    decays = decays_shape(x_shape, dtype, chunk, shapes)
     if chunk != shapes.gradients.chunk:
-        return 0, 0
-    decays = decays_shape(x, chunk, shapes)
-    if states > min(shapes.forward.states, shapes.gradients.states):
-        return math.prod(decays), 0
-    n_bytes = math.prod(decays[1:]) // chunk * x.shape[3] * states * x.element_size()
+        return Layout(0, 0, decays)
+    if n_states > min(shapes.forward.states, shapes.gradients.states):
+        return Layout(math.prod(decays), 0, decays)
+    n_bytes = math.prod(decays[1:]) // chunk * x_shape[3] * n_states * dtype.itemsize
     # Multiples of 4, so that the next part begins at an address that Triton takes for aligned.
-    return math.prod(decays), -(-n_bytes // 16) * 4
+    return Layout(math.prod(decays), -(-n_bytes // 16) * 4, decays)
+
+
+layout = remembered(layout_of)  # for sizes that are numbers, not symbols
+
+
+def decays_shape(x_shape: torch.Size, dtype: torch.dtype, chunk: int, shapes: Shapes) -> tuple[int, ...]:
+    """See `Layout`."""
+    batch, length, heads, _ = x_shape
+    block = max(chunk, shapes.flows.chunk)
+    return 6 if dtype == torch.float32 else 4, batch, heads, -(-length // block) * block

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, has_large_shared_memory, processors, triton_unsupported
-from kernels.launcher import Launch, remembered
+from kernels.launcher import Launch, Pointer, device_of, remembered
 from kernels.ssd import kept
 
 MAX_HEAD_DIM = 128
@@ -104,10 +104,11 @@ def fake(
     """What `forward` returns, without values."""
     state = (x.shape[0], x.shape[2], x.shape[3], B.shape[3])
     ungated = x.new_empty(x.shape if for_backward and z is not None else (0,))
+    layout = kept.layout_of(x.shape, x.dtype, B.shape[3], shapes(x, B))
     return (
         x.new_empty(x.shape),
         x.new_empty(state, dtype=torch.float32),
-        x.new_empty(kept.numbers(x, B, initial_state, shapes(x, B)) if for_backward else 0, dtype=torch.float32),
+        x.new_empty(kept.numbers(layout, initial_state) if for_backward else 0, dtype=torch.float32),
         ungated,
     )
 
@@ -138,25 +139,26 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ungated = torch.empty_like(y) if for_backward and z is not None else None
     initial = None if initial_state is None else initial_state.float()
-    shape, found = shapes(x, B).forward, shapes(x, B)
-    n_kept = kept.numbers(x, B, initial, found) if for_backward else 0
+    found = shapes(x, B)
+    shape, layout = found.forward, kept.layout(x.shape, x.dtype, B.shape[3], found)
+    n_kept = kept.numbers(layout, initial) if for_backward else 0
     keeps = torch.empty(n_kept, dtype=torch.float32, device=x.device)
-    decays, carried, kept_initial = kept.cut(x, B, keeps, found)
+    kept_decays, carried, kept_initial = kept.cut(x, keeps, layout)
     if kept_initial is not None and initial is not None:
-        kept_initial.copy_(initial)
-    with torch.cuda.device_of(x):
-        if decays is None:
-            decays = torch.empty(kept.decays_shape(x, shape.chunk, found), dtype=torch.float32, device=x.device)
-        fill_decays(decays, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk)
+        kept_initial.copy_(initial.view(-1))
+    padded, exact = layout.decays_shape[3], x.dtype == torch.float32
+    with device_of(x):
+        decays = kept_decays or torch.empty(layout.decays_shape, dtype=torch.float32, device=x.device)
+        fill_decays(decays, padded, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, shape.chunk, exact)
         blocks = state_blocks(B.shape[3], shape.states)
         before: Tensor | None = None
         ends: list[Tensor] = []
         for states in blocks[:-1]:
             before = torch.empty(x.shape, dtype=torch.float32, device=x.device) if before is None else before
             part = of_states(x, B, C, initial, states)
-            ends.append(_run(*part, None, None, decays, before if ends else None, before, None, None, shape))
+            ends.append(_run(*part, None, None, decays, padded, before if ends else None, before, None, None, shape))
         part = of_states(x, B, C, initial, blocks[-1])
-        ends.append(_run(*part, D, z, decays, before, y, ungated, carried, shape))
+        ends.append(_run(*part, D, z, decays, padded, before, y, ungated, carried, shape))
     final_state = ends[0] if len(ends) == 1 else torch.cat(ends, dim=3)
     return y, final_state, keeps, x.new_empty((0,)) if ungated is None else ungated
 
@@ -168,18 +170,19 @@ def _run(
     initial: Tensor | None,
     D: Tensor | None,
     z: Tensor | None,
-    decays: Tensor,
+    decays: Pointer,
+    padded: int,
     before: Tensor | None,
     y: Tensor,
     ungated: Tensor | None,
-    carried: Tensor | None,
+    carried: Pointer | None,
     shape: Shape,
 ) -> Tensor:
     """Fill y, and `ungated` and `carried` where given, by one block of states; return their final values."""
     (batch, _, heads, head_dim), states = x.shape, B.shape[3]
-    chunks = decays.shape[3] // shape.chunk
+    chunks = padded // shape.chunk
     segments = _segments(batch * heads, chunks, x.device)
-    starts = _segment_starts(x, B, decays, initial, shape.chunk, segments)
+    starts = _segment_starts(x, B, decays, padded, initial, shape.chunk, segments)
     final_state = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
     strides = (x.stride(), B.stride(), C.stride(), None if z is None else z.stride())
     wide_skip, exact = D is not None and D.dim() == 2, x.dtype == torch.float32
@@ -239,7 +242,7 @@ def _segments(programs: int, chunks: int, device: torch.device) -> int:
 
 
 def _segment_starts(
-    x: Tensor, B: Tensor, decays: Tensor, first: Tensor | None, chunk: int, segments: int
+    x: Tensor, B: Tensor, decays: Pointer, padded: int, first: Tensor | None, chunk: int, segments: int
 ) -> Tensor | None:
     """The states before segments, (batch, segment, head, head_dim, state) fp32, where that of the first is given."""
     if segments == 1:
@@ -247,7 +250,7 @@ def _segment_starts(
     (batch, _, heads, head_dim), states = x.shape, B.shape[3]
     ends = torch.empty((batch, segments, heads, head_dim, states), dtype=torch.float32, device=x.device)
     powers = torch.empty((batch, segments, heads), dtype=torch.float32, device=x.device)
-    walk(x, B, decays, None, (None, None), (None, None, ends, powers), chunk)
+    walk(x, B, decays, padded, None, (None, None), (None, None, ends, powers), chunk)
     _segments_launch(batch, heads, head_dim * states, segments)(ends, first, powers)
     return ends
 
@@ -263,10 +266,11 @@ def _segments_launch(batch: int, heads: int, size: int, segments: int) -> Launch
 def walk(
     x: Tensor,
     B: Tensor,
-    decays: Tensor,
+    decays: Pointer,
+    padded: int,
     back: tuple[Tensor, Tensor] | None,
     states: tuple[Tensor | None, Tensor | None],
-    outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    outputs: tuple[Pointer | None, Pointer | None, Tensor | None, Tensor | None],
     chunk: int,
     only_back: bool = False,
 ) -> None:
@@ -281,7 +285,7 @@ def walk(
     enough = PROGRAMS_PER_PROCESSOR * processors(x.device.index)
     exact, shape = x.dtype == torch.float32, shapes(x, B).states
     of_x = (x.stride(), B.stride())
-    chunks = decays.shape[3] // chunk
+    chunks = padded // chunk
     launch = _walk_launch(x.shape, B.shape, of_x, of_back, only_back, segments, enough, exact, chunk, chunks, shape)
     launch(x, B, y_grad, C, decays, *states, *outputs)
 
@@ -325,7 +329,8 @@ def _walk_launch(
 
 
 def fill_decays(
-    decays: Tensor,
+    decays: Pointer,
+    padded: int,
     dt: Tensor,
     A: Tensor,
     dt_bias: Tensor | None,
@@ -334,9 +339,10 @@ def fill_decays(
     dt_max: float,
     seq_idx: Tensor | None,
     chunk: int,
+    exact: bool,
 ) -> None:
-    """Δ and the decays' logarithms summed in chunks; decays: (plane, batch, head, chunks x chunk) fp32."""
-    exact, chunks = decays.shape[0] == 6, decays.shape[3] // chunk
+    """Δ and the decays' logarithms summed in chunks; decays: (plane, batch, head, padded) fp32."""
+    chunks = padded // chunk
     seq_strides = (0, 0) if seq_idx is None else seq_idx.stride()
     launch = _decays_launch(dt.shape, dt.stride(), seq_strides, dt_softplus, dt_min, dt_max, exact, chunk, chunks)
     launch(dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), seq_idx, decays)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, processors
-from kernels.launcher import SUM_WARPS, Launch, remembered, sum_launch
+from kernels.launcher import SUM_WARPS, Launch, Piece, Pointer, device_of, remembered, sum_launch
 from kernels.ssd import kept
 from kernels.ssd.launch import (
     DECAY_HEADS,
@@ -25,8 +25,10 @@ from kernels.ssd.launch import (
     unit,
     walk,
 )
+from kernels.ssd.workspace import Workspace, workspace
 
 GATE_BLOCK, GATE_WARPS = 1024, 4
+SUM_BLOCK = 1024  # numbers of a program that sums parts of the gradients of B and C
 PART_COST = 3  # what a program of `gradients_kernel` costs besides its heads, in heads
 
 
@@ -70,39 +72,43 @@ def backward(
     assert y_grad is not None
     A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))  # type: ignore[assignment]
     shape = shapes(x, B)
-    chunk, halves = shape.gradients.chunk, shape.flows.chunk // shape.gradients.chunk
-    with torch.cuda.device_of(x):
-        z_grad, y_grad_lost = x.new_empty((0,)), None
+    exact, chunk, halves = dtype == torch.float32, shape.gradients.chunk, shape.flows.chunk // shape.gradients.chunk
+    with device_of(x):
+        z_grad, y_grad_lost = None, None
         if z is not None:
             y_grad, y_grad_lost, z_grad = _gate_backward(y_grad, ungated, z)
         wants_initial_grad = outputs is None
         if outputs is None:
             outputs = Outputs(*[torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)])
-        decays, carried, initial = kept.cut(x, B, starts, shape)
+        layout = kept.layout(x.shape, dtype, B.shape[3], shape)
+        decays: Pointer | None
+        decays, carried, initial = kept.cut(x, starts, layout)
+        padded = layout.decays_shape[3]
+        if initial is not None:
+            initial = initial.view(x.shape[0], heads, head_dim, B.shape[3])
         if decays is None:
-            decays = torch.empty(kept.decays_shape(x, chunk, shape), dtype=torch.float32, device=device)
-            fill_decays(decays, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, chunk)
-        rows, D_parts = x.shape[0] * decays.shape[3], None
-        parts = torch.empty((rows // (chunk * halves), 3, heads), dtype=torch.float32, device=device)
+            *outer, padded = kept.decays_shape(x.shape, dtype, chunk, shape)
+            decays = torch.empty((*outer, padded), dtype=torch.float32, device=device)
+            fill_decays(decays, padded, dt, A, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, chunk, exact)
+        rows, D_parts = x.shape[0] * padded, None
         if D is not None and D.dim() == 2:
             D_parts = torch.empty((rows // chunk, heads * head_dim), dtype=torch.float32, device=device)
-        owns = torch.empty(decays.shape[1:], dtype=torch.float32, device=device)
-        D_sums = owns, D_parts
-        initial_grad, *sums = _of_all_states(
-            *((y_grad, y_grad_lost), x, B, C, D, D_sums, decays, initial, carried, final_state_grad, outputs),
+        initial_grad, work = _of_all_states(
+            *((y_grad, y_grad_lost), x, B, C, D, D_parts, decays, padded, initial, carried, final_state_grad, outputs),
             *(wants_initial_grad, shape),
         )
         launch = _delta_launch(
             *(dt.shape, B.shape[2], dt.stride(), outputs.dt.stride(), dt_softplus, dt_min, dt_max),
-            *(dtype == torch.float32, chunk, halves),
+            *(exact, chunk, halves),
         )
-        launch(dt, A, dt_bias, decays, *sums, owns, outputs.dt, parts)
-        A_grad, bias_grad, D_grad = _head_sums(parts)
+        sums = work.sums, work.own_products, work.through, work.owns
+        launch(dt, A, dt_bias, decays, *sums, outputs.dt, work.parts)
+        A_grad, bias_grad, D_grad = _head_sums(work.parts, rows // (chunk * halves), heads)
         if D_parts is not None:
             D_grad = _sum(D_parts).view(heads, head_dim)
     found = (outputs.x, outputs.dt, A_grad, outputs.B, outputs.C, D_grad, z_grad, bias_grad)
     grads = [
-        x.new_empty((0,)) if g is None else v if v.dtype == g.dtype else v.to(g.dtype)
+        x.new_empty((0,)) if g is None or v is None else v if v.dtype == g.dtype else v.to(g.dtype)
         for g, v in zip(given, found, strict=True)
     ]
     return *grads, initial_grad  # type: ignore[return-value]
@@ -140,40 +146,41 @@ def _of_all_states(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    D_sums: tuple[Tensor, Tensor | None],
-    decays: Tensor,
+    D_parts: Tensor | None,
+    decays: Pointer,
+    padded: int,
     initial: Tensor | None,
-    carried: Tensor | None,
+    carried: Pointer | None,
     final_state_grad: Tensor | None,
     outputs: Outputs,
     wants_initial_grad: bool,
     shape: Shapes,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fill outputs but for dt, and D_sums; return the gradient of the initial state, sums, own_products, through."""
+) -> tuple[Tensor, Workspace]:
+    """Fill outputs but for dt, and D_parts; return the gradient of the initial state, and sums over states."""
     blocks = state_blocks(B.shape[3], shape.gradients.states)
     if len(blocks) == 1:
-        of_all = (y_grads, x, B, C, D, D_sums, decays, initial, carried, final_state_grad, None, outputs)
+        of_all = (y_grads, x, B, C, D, D_parts, decays, padded, initial, carried, final_state_grad, None, outputs)
         return _run(*of_all, wants_initial_grad, shape)
     others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     initial_grads: list[Tensor] = []
-    totals: list[Tensor] | None = None
+    total: Workspace | None = None
     for states in blocks:
         is_last = states is blocks[-1]
-        before: Tensor | None = None if totals is None else others
+        before: Tensor | None = None if total is None else others
         _, B_part, C_part, first = of_states(x, B, C, initial, states)
         last_grad = None if final_state_grad is None else final_state_grad[..., states]
-        skip = (D, D_sums) if is_last else (None, (D_sums[0], None))
+        skip = (D, D_parts) if is_last else (None, None)
         into = Outputs(outputs.x if is_last else others, outputs.dt, outputs.B[..., states], outputs.C[..., states])
-        of_part = (y_grads, x, B_part, C_part, *skip, decays, first, None, last_grad, before, into)
-        first_grad, *found = _run(*of_part, wants_initial_grad, shape)
+        of_part = (y_grads, x, B_part, C_part, *skip, decays, padded, first, None, last_grad, before, into)
+        first_grad, work = _run(*of_part, wants_initial_grad, shape)
         initial_grads.append(first_grad)
-        if totals is None:
-            totals = found
+        if total is None:
+            total = work
         else:
-            for total, part in zip(totals, found, strict=True):
-                total += part
-    assert totals is not None
-    return torch.cat(initial_grads, dim=3), *totals  # type: ignore[return-value]
+            for sums, part in zip(total[:3], work[:3], strict=True):
+                sums.tensor().add_(part.tensor())
+    assert total is not None
+    return torch.cat(initial_grads, dim=3), total
 
 
 def _run(
@@ -182,70 +189,60 @@ def _run(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    D_sums: tuple[Tensor, Tensor | None],
-    decays: Tensor,
+    D_parts: Tensor | None,
+    decays: Pointer,
+    padded: int,
     initial: Tensor | None,
-    carried: Tensor | None,
+    carried: Pointer | None,
     final_state_grad: Tensor | None,
     before: Tensor | None,
     outputs: Outputs,
     wants_initial_grad: bool,
     shape: Shapes,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Workspace]:
     """The same of one block of states; before: the gradient of x by others, which is added.
 
     carried: the states before chunks, where they were kept.
     """
     (batch, _, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
-    chunk, chunks = shape.gradients.chunk, decays.shape[3] // shape.gradients.chunk
-    blocks, halves = decays.shape[3] // shape.flows.chunk, shape.flows.chunk // chunk
+    chunk, exact = shape.gradients.chunk, x.dtype == torch.float32
+    blocks, halves = padded // shape.flows.chunk, shape.flows.chunk // chunk
+    n_processors = processors(x.device.index)
+    parts = _parts(batch * (padded // chunk) * groups, heads // groups, n_processors)
+    work = workspace(x, B, padded, chunk, halves, parts, carried is None)
     wanted_states = states if wants_initial_grad else 0
     initial_grad = torch.empty((batch, heads, head_dim, wanted_states), dtype=torch.float32, device=x.device)
-    end_grads = torch.empty((batch, chunks, heads, states, head_dim), dtype=x.dtype, device=x.device)
-    starts = torch.empty_like(end_grads) if carried is None else carried
+    starts = work.starts if carried is None else carried
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
     y_grad, y_grad_lost = y_grads
-    into = (starts, end_grads, initial_grad if wants_initial_grad else None, None)
-    walk(x, B, decays, (y_grad, C), (first, last_grad), into, chunk, only_back=carried is not None)
+    into = (starts, work.end_grads, initial_grad if wants_initial_grad else None, None)
+    walk(x, B, decays, padded, (y_grad, C), (first, last_grad), into, chunk, only_back=carried is not None)
 
-    exact, n_processors = x.dtype == torch.float32, processors(x.device.index)
-    parts = _parts((2 * halves + 3) * batch * blocks * groups, heads // groups, 2 * n_processors)
-    sizes = _buffer_sizes(batch, heads, groups, decays.shape[3], blocks, halves)
-    numbers = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
-    sums, own_products, through = torch.split_with_sizes(numbers, sizes)
+    flow_parts = _parts((2 * halves + 3) * batch * blocks * groups, heads // groups, 2 * n_processors)
     strides = (y_grad.stride(), x.stride(), B.stride(), C.stride())
-    launch = _flows_launch(x.shape, B.shape, strides, parts, blocks, exact, chunk, shape.flows)
+    launch = _flows_launch(x.shape, B.shape, strides, flow_parts, blocks, exact, chunk, shape.flows)
     # First, as outputs may lie where x, B and C do.
-    launch(y_grad, x, B, C, decays, starts, end_grads, sums, own_products, through)
+    operands = (x, B, C, decays, starts, work.end_grads)
+    launch(y_grad, *operands, work.sums, work.own_products, work.through)
     if y_grad_lost is not None:  # of the strides of y_grad
-        lost, *unused = torch.split_with_sizes(torch.empty_like(numbers), sizes)
-        launch(y_grad_lost, x, B, C, decays, starts, end_grads, lost, *unused)
-        of_starts = (3 * halves + 3) * batch * heads * decays.shape[3]  # what comes after is of end_grads
-        sums[:of_starts] += lost[:of_starts]
+        lost, *unused = [torch.empty_like(part.tensor()) for part in work[:3]]
+        launch(y_grad_lost, *operands, lost, *unused)
+        of_starts = (3 * halves + 3) * batch * heads * padded  # what comes after is of end_grads
+        work.sums.tensor()[:of_starts] += lost[:of_starts]
 
-    parts = _parts(batch * chunks * groups, heads // groups, n_processors)
-    BC_grads = [outputs.B.unsqueeze(0), outputs.C.unsqueeze(0)]
+    BC_grads: tuple[Pointer, Pointer] = outputs.B, outputs.C
+    BC_strides: tuple[int, ...] = (0, *outputs.B.stride()[:3])
     if parts > 1:
-        BC_grads = [torch.empty((parts, *B.shape), dtype=torch.float32, device=x.device) for _ in "BC"]
-    scratch = torch.empty(batch * chunks * groups * parts * chunk * chunk, dtype=torch.float32, device=x.device)
-    written = (*strides, outputs.x.stride(), BC_grads[0].stride())
-    launch = _gradients_launch(x.shape, B.shape, written, parts, chunks, exact, shape.gradients)
-    inputs = (y_grad, x, B, C, D, decays, starts, end_grads, before)
-    launch(*inputs, outputs.x, *BC_grads, *D_sums, scratch)
+        BC_grads, BC_strides = (work.B_parts, work.C_parts), _strides(B.shape)
+    written = (*strides, outputs.x.stride(), BC_strides)
+    launch = _gradients_launch(x.shape, B.shape, written, parts, padded // chunk, exact, shape.gradients)
+    launch(
+        *(y_grad, x, B, C, D, decays, starts, work.end_grads, before, outputs.x),
+        *(*BC_grads, work.owns, D_parts, work.scratch),
+    )
     if parts > 1:
-        for grad, summed in zip(BC_grads, (outputs.B, outputs.C), strict=True):
-            summed.copy_(grad.sum(0))
-    return initial_grad, sums, own_products, through
-
-
-@functools.cache
-def _buffer_sizes(batch: int, heads: int, groups: int, padded: int, blocks: int, halves: int) -> list[int]:
-    """Numbers in `sums`, `own_products` and `through`: of one tensor, as asking takes time.
-
-    Multiples of 4, so that each begins at an address that Triton takes for aligned.
-    """
-    shapes = (3 * halves + 4, batch, heads, padded), (batch, groups, padded), (batch, heads, blocks)
-    return [-(-math.prod(sizes) // 4) * 4 for sizes in shapes]
+        _sum_BC_launch(B.shape, outputs.B.stride(), parts)(*BC_grads, outputs.B, outputs.C)
+    return initial_grad, work
 
 
 @remembered
@@ -286,13 +283,13 @@ def _gradients_launch(
     exact: bool,
     shape: Shape,
 ) -> Launch:
-    """strides: of y_grad, x, B, C, the gradient of x, and those of B and C in parts."""
+    """strides: of y_grad, x, B, C, the gradient of x, and (part, batch, row, group) of those of B and C."""
     from kernels.ssd.backward_kernels import gradients_kernel
 
     (batch, length, heads, head_dim), (groups, states) = x_shape, B_shape[2:]
     p, n = block(head_dim), block(states)
     *inputs, x_grad, BC_grads = strides
-    outer = [stride for rows in inputs for stride in rows[:3]] + [*x_grad[:2], *BC_grads[:4]]
+    outer = [stride for rows in inputs for stride in rows[:3]] + [*x_grad[:2], *BC_grads]
     align = alignment(head_dim, states, *outer)
     part_heads = -(-heads // groups // parts)
     sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads)
@@ -303,6 +300,24 @@ def _gradients_launch(
         (head_dim == p and states == n, exact, align, shape.chunk, p, n, shape.stages),
         shape.warps,
     )
+
+
+@remembered
+def _sum_BC_launch(B_shape: torch.Size, strides: tuple[int, ...], parts: int) -> Launch:
+    """strides: of the gradients of B and C."""
+    from kernels.ssd.backward_kernels import sum_BC_kernel
+
+    batch, length, groups, states = B_shape
+    n = block(states)
+    rows = max(1, SUM_BLOCK // n)
+    numbers = (*strides[:3], batch * length, length, states, parts)
+    return Launch(sum_BC_kernel, (-(-batch * length // rows), 2 * groups), numbers, (rows, n), SUM_WARPS)
+
+
+@functools.cache
+def _strides(B_shape: torch.Size) -> tuple[int, ...]:
+    """Of parts (part, batch, length, group, state), but for the last one."""
+    return tuple(math.prod(B_shape[axis:]) for axis in range(4))
 
 
 @functools.cache
@@ -334,12 +349,10 @@ def _gate_launch(z_shape: torch.Size, grad_strides: tuple[int, ...], z_strides: 
     return Launch(gate_backward_kernel, grid, numbers, (GATE_BLOCK,), GATE_WARPS)
 
 
-def _head_sums(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _head_sums(parts: Piece, rows: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of A, dt_bias and D from parts (row, 3, head), in a fixed order; they share no memory."""
-    rows, kinds, heads = parts.shape
-    A_grad = torch.empty(heads, dtype=torch.float32, device=parts.device)
-    bias_grad, D_grad = torch.empty_like(A_grad), torch.empty_like(A_grad)
-    _head_sums_launch(rows, kinds, heads)(parts, A_grad, bias_grad, D_grad)
+    A_grad, bias_grad, D_grad = (torch.empty(heads, dtype=torch.float32, device=parts.device) for _ in range(3))
+    _head_sums_launch(rows, 3, heads)(parts, A_grad, bias_grad, D_grad)
     return A_grad, bias_grad, D_grad
 
 

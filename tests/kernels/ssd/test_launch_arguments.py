@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from kernels.launcher import Launch
+from kernels.launcher import Launch, Piece
 from kernels.ssd import launch, launch_backward
 from tests.kernels.ssd.loops import ssd_inputs
 
@@ -24,7 +24,7 @@ def test_arguments_fit_parameters(absent: tuple[str, ...], monkeypatch: pytest.M
         for parameter, tensor in zip(kernel.params[:first], tensors, strict=True):
             assert not parameter.do_not_specialize, parameter.name
             assert not parameter.is_constexpr, parameter.name
-            assert tensor is None or isinstance(tensor, torch.Tensor)
+            assert tensor is None or isinstance(tensor, torch.Tensor | Piece)
         for parameter, number in zip(kernel.params[first:second], self.numbers, strict=True):
             assert parameter.do_not_specialize, parameter.name
             assert isinstance(number, float) == (parameter.name in ("dt_min", "dt_max")), parameter.name
