@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import launcher
-from kernels.launcher import Launch
+from kernels.launcher import Launch, pieces
 
 NAMES = ("first", "second", "number", "constant")
 STREAM = 77
@@ -124,3 +124,17 @@ def test_launches_are_remembered_by_what_they_depend_on() -> None:
     made = launcher.remembered(lambda *sizes: Launch(Kernel(), (1, 1), sizes, (64,), 4))
     assert made(1, 2) is made(1, 2)
     assert made(1, 2) is not made(1, 3)
+
+
+def test_pieces_are_launched_with_as_their_views_would_be() -> None:
+    kernel, whole = Kernel(), torch.arange(12.0)
+    first, second = pieces(whole, (4, 8), (torch.float32, torch.bfloat16))
+    launch = Launch(kernel, (1, 1), (1,), (64,), 4)
+    for _ in range(2):
+        launch(whole, second)
+    [(_, (_, view, *_), _)] = kernel.compiled
+    assert (view.data_ptr(), view.dtype, view.shape) == (whole[4:].data_ptr(), torch.bfloat16, (16,))
+    assert kernel.launched == [((1, 1, 1), whole.data_ptr(), view.data_ptr(), 1, 64)]
+    launch(whole, first)  # of another dtype
+    assert len(kernel.compiled) == 2
+    assert torch.equal(kernel.compiled[1][1][1], whole[:4])

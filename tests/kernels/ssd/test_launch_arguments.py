@@ -41,5 +41,7 @@ def test_arguments_fit_parameters(absent: tuple[str, ...], monkeypatch: pytest.M
     y, state, starts, ungated = launch.forward(*arguments, *options, given.get("initial_state"), True)  # type: ignore[arg-type]
     launch_backward.backward(y, state, *arguments, *options, starts, ungated)  # type: ignore[arg-type]
     expected = {"decays_kernel", "states_kernel", "segments_kernel", "forward_kernel", "gradients_kernel"}
-    expected |= {"flows_kernel", "delta_kernel", "head_sums_kernel"} | (set() if absent else {"gate_backward_kernel"})
+    expected |= {"flows_kernel", "delta_kernel", "head_sums_kernel", "sum_BC_kernel"} | (
+        set() if absent else {"gate_backward_kernel"}
+    )
     assert seen == expected
