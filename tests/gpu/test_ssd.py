@@ -82,10 +82,10 @@ def check(inputs: Inputs, roundings: float = 2.0, **options: object) -> None:
     grads = draw_grads(inputs)
     first, again, exact = (run(i, grads, **options) for i in (inputs, inputs, in_fp64(inputs)))
     # A sum over batch and time of terms of both signs, which may cancel to almost nothing; their roundings remain.
-    for name in ("ddt_bias", "dA"):
-        if name in first and first[name].norm() < exact["ddt"].norm():
+    for name, terms in (("ddt_bias", "ddt"), ("dA", "ddt"), ("dD", "dx")):
+        if name in first and first[name].norm() < exact[terms].norm():
             assert torch.equal(first[name], again[name])
-            error = (first[name].double() - exact[name]).norm() / exact["ddt"].norm()
+            error = (first[name].double() - exact[name]).norm() / exact[terms].norm()
             assert error < 2 * ROUNDING[inputs["x"].dtype], f"{name}: {error:.1e}"
             del first[name]
     assert_accurate(first, again, exact, roundings, inputs["x"].dtype)
