@@ -119,6 +119,7 @@ def ssd(
         seq_idx,
         initial_state,
         needs_gradient(x, dt, A, B, C, D, z, dt_bias, initial_state),
+        return_final_state,
     )
     return (y, final_state) if return_final_state else y
 

@@ -41,7 +41,7 @@ def ssd_backward_into(
     """
     dx, ddt, dA, dB, dC, dD, _, dt_bias_grad, _ = ssd_backward_op(
         *(y_grad, None, x, dt, A, B, C, D, None, dt_bias, True, 0.0, math.inf, chunk_size, seq_idx, starts),
-        y_grad.new_empty((0,)),
+        *(y_grad.new_empty((0,)), False),
     )
     for out, grad in ((x_grad, dx), (dt_grad, ddt), (B_grad, dB), (C_grad, dC)):
         out.copy_(grad)
@@ -59,7 +59,7 @@ def launch_into(
     """The same on CUDA devices."""
     _, _, dA, _, _, dD, _, dt_bias_grad, _ = launch_backward.backward(
         *(y_grad, None, x, dt, A, B, C, D, None, dt_bias, True, 0.0, math.inf, chunk_size, seq_idx, starts),
-        y_grad.new_empty((0,)),
+        *(y_grad.new_empty((0,)), False),
         launch_backward.Outputs(x_grad, dt_grad, B_grad, C_grad),
     )
     return dA, dD, dt_bias_grad

@@ -24,8 +24,8 @@ on_cuda(_BACKWARD, launch_backward.backward, _unsupported_backward)
 
 
 @_FORWARD.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size, seq_idx, initial_state, for_backward):
+def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size, seq_idx, initial_state, *wants):
     if x.device.type == "cuda" and launch.unsupported(x, dt_min) is None:
-        return launch.fake(x, B, z, initial_state, for_backward)
+        return launch.fake(x, B, z, initial_state, *wants)
     arguments = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size, seq_idx, initial_state)
-    return _reference_fake(*arguments, for_backward)
+    return _reference_fake(*arguments, *wants)

@@ -185,9 +185,10 @@ def forward_kernel(
         tl.store(y + begin * y_row + target, out.to(y.dtype.element_ty), mask=is_out)
         begin += Q
 
-    if segment == segments - 1:
-        final_state += (batch * heads + head) * head_dim * states
-        tl.store(final_state + state_place, state, mask=is_state)
+    if final_state is not None:  # noqa: SIM102  that is known at compile time
+        if segment == segments - 1:
+            final_state += (batch * heads + head) * head_dim * states
+            tl.store(final_state + state_place, state, mask=is_state)
 
 
 @triton.jit(

@@ -99,7 +99,7 @@ def unsupported(x: Tensor, dt_min: float) -> str | None:
 
 
 def fake(
-    x: Tensor, B: Tensor, z: Tensor | None, initial_state: Tensor | None, for_backward: bool
+    x: Tensor, B: Tensor, z: Tensor | None, initial_state: Tensor | None, for_backward: bool, with_final_state: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `forward` returns, without values."""
     state = (x.shape[0], x.shape[2], x.shape[3], B.shape[3])
@@ -107,7 +107,7 @@ def fake(
     layout = kept.layout_of(x.shape, x.dtype, B.shape[3], shapes(x, B))
     return (
         x.new_empty(x.shape),
-        x.new_empty(state, dtype=torch.float32),
+        x.new_empty(state if with_final_state else (0,), dtype=torch.float32),
         x.new_empty(kept.numbers(layout, initial_state) if for_backward else 0, dtype=torch.float32),
         ungated,
     )
@@ -129,6 +129,7 @@ def forward(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     for_backward: bool,
+    with_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator's forward: y, the final state, what else the backward needs, y before the gate.
 
@@ -156,10 +157,24 @@ def forward(
         for states in blocks[:-1]:
             before = torch.empty(x.shape, dtype=torch.float32, device=x.device) if before is None else before
             part = of_states(x, B, C, initial, states)
-            ends.append(_run(*part, None, None, decays, padded, before if ends else None, before, None, None, shape))
+            ends.append(
+                _run(
+                    *part,
+                    None,
+                    None,
+                    decays,
+                    padded,
+                    before if ends else None,
+                    before,
+                    None,
+                    None,
+                    with_final_state,
+                    shape,
+                )
+            )
         part = of_states(x, B, C, initial, blocks[-1])
-        ends.append(_run(*part, D, z, decays, padded, before, y, ungated, carried, shape))
-    final_state = ends[0] if len(ends) == 1 else torch.cat(ends, dim=3)
+        ends.append(_run(*part, D, z, decays, padded, before, y, ungated, carried, with_final_state, shape))
+    final_state = ends[0] if len(ends) == 1 or not with_final_state else torch.cat(ends, dim=3)
     return y, final_state, keeps, x.new_empty((0,)) if ungated is None else ungated
 
 
@@ -176,18 +191,20 @@ def _run(
     y: Tensor,
     ungated: Tensor | None,
     carried: Pointer | None,
+    with_final_state: bool,
     shape: Shape,
 ) -> Tensor:
-    """Fill y, and `ungated` and `carried` where given, by one block of states; return their final values."""
+    """Fill y, and `ungated` and `carried` where given, by one block of states; return the final ones if asked for."""
     (batch, _, heads, head_dim), states = x.shape, B.shape[3]
     chunks = padded // shape.chunk
     segments = _segments(batch * heads, chunks, x.device)
     starts = _segment_starts(x, B, decays, padded, initial, shape.chunk, segments)
-    final_state = torch.empty((batch, heads, head_dim, states), dtype=torch.float32, device=x.device)
+    of_state = (batch, heads, head_dim, states) if with_final_state else (0,)
+    final_state = torch.empty(of_state, dtype=torch.float32, device=x.device)
     strides = (x.stride(), B.stride(), C.stride(), None if z is None else z.stride())
     wide_skip, exact = D is not None and D.dim() == 2, x.dtype == torch.float32
     launch = _forward_launch(x.shape, B.shape, strides, segments, chunks, wide_skip, exact, shape)
-    launch(x, B, C, D, z, decays, starts, before, y, ungated, final_state, carried)
+    launch(x, B, C, D, z, decays, starts, before, y, ungated, final_state if with_final_state else None, carried)
     return final_state
 
 

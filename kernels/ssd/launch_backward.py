@@ -59,12 +59,10 @@ def backward(
     seq_idx: Tensor | None,
     starts: Tensor,
     ungated: Tensor,
+    with_initial_grad: bool,
     outputs: Outputs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one.
-
-    With `outputs` there is no initial state, and that gradient is empty.
-    """
+    """The operator's backward: gradients of x, dt, A, B, C, D, z, dt_bias, initial state; empty for an absent one."""
     heads, head_dim = x.shape[2:]
     given, dtype, device = (x, dt, A, B, C, D, z, dt_bias), x.dtype, x.device
     x, B, C, z = (unit(t, dtype) for t in (x, B, C, z))  # type: ignore[assignment]
@@ -77,7 +75,6 @@ def backward(
         z_grad, y_grad_lost = None, None
         if z is not None:
             y_grad, y_grad_lost, z_grad = _gate_backward(y_grad, ungated, z)
-        wants_initial_grad = outputs is None
         if outputs is None:
             outputs = Outputs(*[torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)])
         layout = kept.layout(x.shape, dtype, B.shape[3], shape)
@@ -95,7 +92,7 @@ def backward(
             D_parts = torch.empty((rows // chunk, heads * head_dim), dtype=torch.float32, device=device)
         initial_grad, work = _of_all_states(
             *((y_grad, y_grad_lost), x, B, C, D, D_parts, decays, padded, initial, carried, final_state_grad, outputs),
-            *(wants_initial_grad, shape),
+            *(with_initial_grad, shape),
         )
         launch = _delta_launch(
             *(dt.shape, B.shape[2], dt.stride(), outputs.dt.stride(), dt_softplus, dt_min, dt_max),
@@ -153,14 +150,14 @@ def _of_all_states(
     carried: Pointer | None,
     final_state_grad: Tensor | None,
     outputs: Outputs,
-    wants_initial_grad: bool,
+    with_initial_grad: bool,
     shape: Shapes,
 ) -> tuple[Tensor, Workspace]:
     """Fill outputs but for dt, and D_parts; return the gradient of the initial state, and sums over states."""
     blocks = state_blocks(B.shape[3], shape.gradients.states)
     if len(blocks) == 1:
         of_all = (y_grads, x, B, C, D, D_parts, decays, padded, initial, carried, final_state_grad, None, outputs)
-        return _run(*of_all, wants_initial_grad, shape)
+        return _run(*of_all, with_initial_grad, shape)
     others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     initial_grads: list[Tensor] = []
     total: Workspace | None = None
@@ -172,7 +169,7 @@ def _of_all_states(
         skip = (D, D_parts) if is_last else (None, None)
         into = Outputs(outputs.x if is_last else others, outputs.dt, outputs.B[..., states], outputs.C[..., states])
         of_part = (y_grads, x, B_part, C_part, *skip, decays, padded, first, None, last_grad, before, into)
-        first_grad, work = _run(*of_part, wants_initial_grad, shape)
+        first_grad, work = _run(*of_part, with_initial_grad, shape)
         initial_grads.append(first_grad)
         if total is None:
             total = work
@@ -180,7 +177,7 @@ def _of_all_states(
             for sums, part in zip(total[:3], work[:3], strict=True):
                 sums.tensor().add_(part.tensor())
     assert total is not None
-    return torch.cat(initial_grads, dim=3), total
+    return torch.cat(initial_grads, dim=3) if with_initial_grad else initial_grads[0], total
 
 
 def _run(
@@ -197,7 +194,7 @@ def _run(
     final_state_grad: Tensor | None,
     before: Tensor | None,
     outputs: Outputs,
-    wants_initial_grad: bool,
+    with_initial_grad: bool,
     shape: Shapes,
 ) -> tuple[Tensor, Workspace]:
     """The same of one block of states; before: the gradient of x by others, which is added.
@@ -210,12 +207,12 @@ def _run(
     n_processors = processors(x.device.index)
     parts = _parts(batch * (padded // chunk) * groups, heads // groups, n_processors)
     work = workspace(x, B, padded, chunk, halves, parts, carried is None)
-    wanted_states = states if wants_initial_grad else 0
-    initial_grad = torch.empty((batch, heads, head_dim, wanted_states), dtype=torch.float32, device=x.device)
+    of_state = (batch, heads, head_dim, states) if with_initial_grad else (0,)
+    initial_grad = torch.empty(of_state, dtype=torch.float32, device=x.device)
     starts = work.starts if carried is None else carried
     first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
     y_grad, y_grad_lost = y_grads
-    into = (starts, work.end_grads, initial_grad if wants_initial_grad else None, None)
+    into = (starts, work.end_grads, initial_grad if with_initial_grad else None, None)
     walk(x, B, decays, padded, (y_grad, C), (first, last_grad), into, chunk, only_back=carried is not None)
 
     flow_parts = _parts((2 * halves + 3) * batch * blocks * groups, heads // groups, 2 * n_processors)

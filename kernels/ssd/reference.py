@@ -38,8 +38,12 @@ def ssd_op(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     for_backward: bool,
+    with_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, the final state, and what the backward needs: the chunks' start states and y before the gate."""
+    """Return y, the final state, and what the backward needs: the chunks' start states and y before the gate.
+
+    What is not asked for is empty.
+    """
     dtype = compute_dtype(x)
     scan = _Scan(x, dt, A, B, C, dt_bias, dt_softplus, (dt_min, dt_max), chunk_size, seq_idx)
     starts = x.new_empty(_starts_shape(x, B, chunk_size) if for_backward else (0,), dtype=dtype)
@@ -60,7 +64,7 @@ def ssd_op(
         if for_backward:
             ungated = y.to(x.dtype, copy=True)
         y.mul_(F.silu(z.to(dtype)))
-    return y.to(x.dtype), state, starts, ungated
+    return y.to(x.dtype), state if with_final_state else state.new_empty((0,)), starts, ungated
 
 
 @ssd_op.register_fake
@@ -80,11 +84,13 @@ def _(
     seq_idx,
     initial_state,
     for_backward,
+    with_final_state,
 ):
     dtype = compute_dtype(x)
     starts = x.new_empty(_starts_shape(x, B, chunk_size) if for_backward else (0,), dtype=dtype)
     ungated = x.new_empty(x.shape if for_backward and z is not None else (0,))
-    return x.new_empty(x.shape), x.new_empty(_state_shape(x, B), dtype=dtype), starts, ungated
+    state = x.new_empty(_state_shape(x, B) if with_final_state else (0,), dtype=dtype)
+    return x.new_empty(x.shape), state, starts, ungated
 
 
 @operator("mamba_train::ssd_backward")
@@ -106,6 +112,7 @@ def ssd_backward_op(
     seq_idx: Tensor | None,
     starts: Tensor,
     ungated: Tensor,
+    with_initial_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; empty for an absent argument.
 
@@ -113,7 +120,7 @@ def ssd_backward_op(
     """
     dtype = compute_dtype(x)
     if not starts.numel():
-        options = (dt_softplus, dt_min, dt_max, chunk_size, seq_idx, None, True)
+        options = (dt_softplus, dt_min, dt_max, chunk_size, seq_idx, None, True, False)
         starts = ssd_op._init_fn(x, dt, A, B, C, None, None, dt_bias, *options)[2]
     scan = _Scan(x, dt, A, B, C, dt_bias, dt_softplus, (dt_min, dt_max), chunk_size, seq_idx)
     y_grad = x.new_zeros(x.shape, dtype=dtype) if y_grad is None else y_grad.to(dtype)
@@ -153,7 +160,7 @@ def ssd_backward_op(
         D_grad,
         z_grad,
         x.new_empty((0,)) if dt_bias is None else dt_grad.sum(dim=(0, 1)).to(dt_bias.dtype),
-        _dense(carry, dtype),
+        _dense(carry, dtype) if with_initial_grad else x.new_empty((0,), dtype=dtype),
     )
 
 
@@ -176,16 +183,17 @@ def _(
     seq_idx,
     starts,
     ungated,
+    with_initial_grad,
 ):
     def like(t: Tensor | None) -> Tensor:
         return x.new_empty((0,)) if t is None else t.new_empty(t.shape)
 
-    initial_state = x.new_empty(_state_shape(x, B), dtype=compute_dtype(x))
+    initial_state = x.new_empty(_state_shape(x, B) if with_initial_grad else (0,), dtype=compute_dtype(x))
     return like(x), like(dt), like(A), like(B), like(C), like(D), like(z), like(dt_bias), initial_state
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size, seq_idx, initial_state, _ = inputs
+    x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size, seq_idx, initial_state, _, _ = inputs
     _, _, starts, ungated = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, seq_idx, starts, ungated)
@@ -195,10 +203,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, y_grad, final_state_grad, _starts_grad, _ungated_grad):
     *arguments, seq_idx, starts, ungated = ctx.saved_tensors
-    *grads, state_grad = ssd_backward_op(y_grad, final_state_grad, *arguments, *ctx.options, seq_idx, starts, ungated)
+    has_initial = ctx.initial_state_dtype is not None
+    kept = (seq_idx, starts, ungated)
+    *grads, state_grad = ssd_backward_op(y_grad, final_state_grad, *arguments, *ctx.options, *kept, has_initial)
     wanted = [None if argument is None else grad for argument, grad in zip(arguments, grads, strict=True)]
-    initial = None if ctx.initial_state_dtype is None else state_grad.to(ctx.initial_state_dtype)
-    return *wanted, None, None, None, None, None, initial, None
+    initial = state_grad.to(ctx.initial_state_dtype) if has_initial else None
+    return *wanted, None, None, None, None, None, initial, None, None
 
 
 ssd_op.register_autograd(_backward, setup_context=_setup_context)

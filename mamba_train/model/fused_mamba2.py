@@ -52,7 +52,7 @@ class FusedMamba2(torch.autograd.Function):
         x, B, C = _split(conv, z.shape[2], head_dim, groups)
         y, _, starts, _ = ssd_op(
             *(x, dt, A, B, C, D, None, dt_bias, True, 0.0, float("inf")),
-            *(min(chunk_size, x.shape[1]), seq_idx, None, not recompute),
+            *(min(chunk_size, x.shape[1]), seq_idx, None, not recompute, False),
         )
         y = y.flatten(2)
         out, inverse_rms = gated_rms_norm_op(y, z, norm_weight, eps, y.shape[2] // groups, False)

@@ -59,8 +59,8 @@ def ssd_inputs(gate: bool = True) -> tuple[Any, ...]:
 
 def ssd_backward_inputs(gate: bool = True) -> tuple[Any, ...]:
     inputs = ssd_inputs(gate)
-    _, final_state, starts, ungated = OPS.ssd(*inputs, True)
-    return (strided(2, 9, 4, 3), torch.randn_like(final_state), *inputs[:-1], starts, ungated)
+    _, final_state, starts, ungated = OPS.ssd(*inputs, True, True)
+    return (strided(2, 9, 4, 3), torch.randn_like(final_state), *inputs[:-1], starts, ungated, gate)
 
 
 def gated_backward_inputs() -> tuple[Any, ...]:
@@ -84,8 +84,8 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "scan backward": (OPS.selective_scan_backward, scan_backward_inputs),
     "scan backward without gate": (OPS.selective_scan_backward, lambda: scan_backward_inputs(gate=False)),
     "scan backward into": (OPS.selective_scan_backward_into, scan_into_inputs),
-    "ssd": (OPS.ssd, lambda: (*ssd_inputs(), True)),
-    "ssd without gradient": (OPS.ssd, lambda: (*ssd_inputs(gate=False), False)),
+    "ssd": (OPS.ssd, lambda: (*ssd_inputs(), True, True)),
+    "ssd without gradient": (OPS.ssd, lambda: (*ssd_inputs(gate=False), False, False)),
     "ssd backward": (OPS.ssd_backward, ssd_backward_inputs),
     "ssd backward without gate": (OPS.ssd_backward, lambda: ssd_backward_inputs(gate=False)),
     "gated norm": (

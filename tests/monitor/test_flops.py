@@ -73,7 +73,7 @@ def test_ssd_agrees_with_pytorchs_counter_inside_the_operator(length: int) -> No
     heads, head_dim, groups, states = 8, 12, 2, 16
     x, dt = torch.zeros(1, length, heads, head_dim), torch.zeros(1, length, heads)
     B = torch.zeros(1, length, groups, states)
-    arguments = (x, dt, -torch.ones(heads), B, B, None, None, None, True, 0.0, math.inf, 16, None, None, False)
+    arguments = (x, dt, -torch.ones(heads), B, B, None, None, None, True, 0.0, math.inf, 16, None, None, False, True)
     counted = count_by_torch(lambda: reference.ssd_op._init_fn(*arguments))
     assert flops_per_token(MAMBA2, length).ssd / MAMBA2.n_layer == pytest.approx(counted / length, rel=1e-3)
 

@@ -19,6 +19,7 @@ reference.ssd_backward_op.register_kernel("cpu")(launch_backward.backward)
 # Triton's interpreter cuts numbers to bf16 where a GPU rounds them.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 PARAMETERS = ("A", "D", "dt_bias", "initial_state")
+NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 
 @pytest.fixture(autouse=True)
@@ -44,20 +45,19 @@ def typed(inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tens
 
 def exact_results(inputs: dict[str, Tensor], softplus: bool, limit: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """The reference, which the kernels stand in for here."""
-    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
-    arguments = [inputs.get(name) for name in names]
+    arguments = [inputs.get(name) for name in NAMES]
     options = (softplus, *limit, 64, inputs.get("seq_idx"), inputs.get("initial_state"))
 
     class Reference(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *values):  # type: ignore[no-untyped-def]
-            y, state, *ctx.saved = reference.ssd_op._init_fn(*arguments, *options, True)
+            y, state, *ctx.saved = reference.ssd_op._init_fn(*arguments, *options, True, True)
             return y, state
 
         @staticmethod
         def backward(ctx, y_grad, state_grad):  # type: ignore[no-untyped-def]
-            grads = reference.ssd_backward_op._init_fn(y_grad, state_grad, *arguments, *options[:-1], *ctx.saved)
-            named = dict(zip((*names, "initial_state"), grads, strict=True))
+            grads = reference.ssd_backward_op._init_fn(y_grad, state_grad, *arguments, *options[:-1], *ctx.saved, True)
+            named = dict(zip((*NAMES, "initial_state"), grads, strict=True))
             return tuple(named[name] for name in inputs if name != "seq_idx")
 
     return Reference.apply(*(value for name, value in inputs.items() if name != "seq_idx"))
@@ -211,6 +211,22 @@ def test_only_the_final_state_takes_part() -> None:
         assert (value.double() - wanted[name]).abs().max() <= 4e-6 * wanted[name].abs().max().clamp_min(1), name
 
 
+def test_states_that_nobody_asks_for_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other results are the same."""
+    monkeypatch.setattr(launch, "FORWARD", launch.FORWARD._replace(states=16))
+    inputs = ssd_inputs(2, 37, 2, 16, 1, 40, dtype=torch.float32)
+    inputs.pop("initial_state")
+    ops, given = (reference.ssd_op, reference.ssd_backward_op), [inputs[name].detach() for name in NAMES]
+    options = (True, 0.0, math.inf, 16, None)
+    found = [ops[0](*given, *options, None, True, wanted) for wanted in (True, False)]
+    y, _, *kept = found[0]
+    assert found[1][1].numel() == 0
+    assert all(torch.equal(found[0][i], found[1][i]) for i in (0, 2, 3))
+    grads = [ops[1](torch.ones_like(y), None, *given, *options, *kept, wanted) for wanted in (True, False)]
+    assert grads[1][-1].numel() == 0
+    assert all(torch.equal(*pair) for pair in list(zip(*grads, strict=True))[:-1])
+
+
 def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few sequences: the time is cut, where the parts begin is found first."""
     for module in (launch, launch_backward):
@@ -224,14 +240,14 @@ def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(cut) == {3}
 
 
-@pytest.mark.parametrize("for_backward", [False, True])
+@pytest.mark.parametrize(("for_backward", "wanted"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("absent", [(), ("z",), ("initial_state",)], ids=str)
-def test_fake_promises_what_is_returned(absent: tuple[str, ...], for_backward: bool) -> None:
+def test_fake_promises_what_is_returned(absent: tuple[str, ...], for_backward: bool, wanted: bool) -> None:
     inputs = {k: v.detach().bfloat16() for k, v in ssd_inputs(1, 5, 2, 8, 1, 8).items() if k not in absent}
     arguments = [inputs.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
     state = inputs.get("initial_state")
-    found = launch.forward(*arguments, True, 0.0, 1.0, 16, None, state, for_backward)  # type: ignore[arg-type]
-    fake = launch.fake(inputs["x"], inputs["B"], inputs.get("z"), state, for_backward)
+    found = launch.forward(*arguments, True, 0.0, 1.0, 16, None, state, for_backward, wanted)  # type: ignore[arg-type]
+    fake = launch.fake(inputs["x"], inputs["B"], inputs.get("z"), state, for_backward, wanted)
     for actual, promised in zip(found, fake, strict=True):
         assert (actual.shape, actual.dtype, actual.stride()) == (promised.shape, promised.dtype, promised.stride())
 

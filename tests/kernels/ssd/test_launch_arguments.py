@@ -38,8 +38,8 @@ def test_arguments_fit_parameters(absent: tuple[str, ...], monkeypatch: pytest.M
     given = {k: v.detach() for k, v in ssd_inputs(1, 1100, 2, 16, 1, 200, packed=True).items() if k not in absent}
     arguments = [given.get(name) for name in NAMES]
     options: Any = (True, 0.0, 1.0, 16, given.get("seq_idx"))
-    y, state, starts, ungated = launch.forward(*arguments, *options, given.get("initial_state"), True)  # type: ignore[arg-type]
-    launch_backward.backward(y, state, *arguments, *options, starts, ungated)  # type: ignore[arg-type]
+    y, state, starts, ungated = launch.forward(*arguments, *options, given.get("initial_state"), True, True)  # type: ignore[arg-type]
+    launch_backward.backward(y, state, *arguments, *options, starts, ungated, True)  # type: ignore[arg-type]
     expected = {"decays_kernel", "states_kernel", "segments_kernel", "forward_kernel", "gradients_kernel"}
     expected |= {"flows_kernel", "delta_kernel", "head_sums_kernel", "sum_BC_kernel"} | (
         set() if absent else {"gate_backward_kernel"}

@@ -257,8 +257,8 @@ def test_only_one_chunk_of_products_exists() -> None:
 
     def forward_and_backward() -> None:
         arguments = (*inputs.values(), True, 0.0, float("inf"), 32, None)
-        y, end, starts, ungated = reference.ssd_op._init_fn(*arguments, None, True)
-        reference.ssd_backward_op._init_fn(y, end, *arguments, starts, ungated)
+        y, end, starts, ungated = reference.ssd_op._init_fn(*arguments, None, True, True)
+        reference.ssd_backward_op._init_fn(y, end, *arguments, starts, ungated, True)
 
     assert largest_tensor_in(forward_and_backward) <= 2 * 512 * 4 * 64
 
@@ -266,7 +266,7 @@ def test_only_one_chunk_of_products_exists() -> None:
 def test_nothing_is_saved_without_gradients() -> None:
     inputs = ssd_inputs(2, 65, dtype=torch.float32)
     arguments = [inputs[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-    _, _, starts, ungated = torch.ops.mamba_train.ssd(*arguments, True, 0.0, float("inf"), 16, None, None, False)
+    _, _, starts, ungated = torch.ops.mamba_train.ssd(*arguments, True, 0.0, float("inf"), 16, None, None, False, True)
     assert starts.numel() == ungated.numel() == 0
 
 
@@ -276,7 +276,7 @@ def test_opcheck(packed: bool) -> None:
     arguments = [inputs[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
     torch.library.opcheck(
         torch.ops.mamba_train.ssd.default,
-        (*arguments, True, 0.0, float("inf"), 16, inputs.get("seq_idx"), inputs["initial_state"], True),
+        (*arguments, True, 0.0, float("inf"), 16, inputs.get("seq_idx"), inputs["initial_state"], True, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
