@@ -20,7 +20,20 @@ class Shape(NamedTuple):
     block: int  # channels of a program
     warps: int
     unroll: int  # steps whose inputs are asked for at once
-    steps: int  # of a program, a multiple of `unroll`
+    steps: int  # of a stretch of time, a multiple of `unroll`
+    stretches: int = 1  # that follow one another, side by side in the warps of a program
+    early: bool = False  # launched before the kernel before has ended
+
+    @property
+    def positions(self) -> int:
+        return self.steps * self.stretches
+
+    def owned(self, width: int) -> int:
+        return (self.steps - (width - 1)) * self.stretches
+
+    @property
+    def constants(self) -> tuple[int | bool, ...]:
+        return self.block, self.stretches, self.unroll, self.steps == self.unroll, self.early
 
 
 # Milliseconds on an H100, bf16, width 4, of (block, warps, unroll, steps), from `--sweep`:
@@ -96,32 +109,29 @@ def forward(
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     final_state = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
     strides = (*x.stride()[:2], *((0, 0) if seq_idx is None else seq_idx.stride()))
-    early = early_start(x)["PDL"]
     at_once = processors(x.device.index) if x.is_cuda else 1
-    shape = forward_shape(batch, length, channels, at_once)
-    launch = _forward_launch(x.shape, strides, width, silu, early, shape)
+    shape = forward_shape(batch, length, channels, at_once)._replace(early=early_start(x)["PDL"])
+    launch = _forward_launch(x.shape, strides, width, silu, shape)
     with torch.cuda.device_of(x):
         launch(x, weight.contiguous(), bias, seq_idx, initial_state, y, final_state)
     return y, final_state
 
 
 @remembered
-def _forward_launch(
-    x_shape: torch.Size, strides: tuple[int, ...], width: int, silu: bool, early: bool, shape: Shape
-) -> Launch:
+def _forward_launch(x_shape: torch.Size, strides: tuple[int, ...], width: int, silu: bool, shape: Shape) -> Launch:
     """strides: of x and seq_idx, along batch and length."""
     from kernels.causal_conv1d.triton_kernels import forward_kernel
 
     batch, length, channels = x_shape
-    chunks = -(-length // shape.steps)
+    chunks = -(-length // shape.positions)
     align = alignment(channels, *strides[:2])
     return Launch(
         forward_kernel,
         (batch * chunks * -(-channels // shape.block), 1),
         (*(s // align for s in strides[:2]), *strides[2:], length, channels // align, chunks, shape.steps),
-        (width, silu, align, shape.block, shape.unroll, early),
+        (width, silu, align, *shape.constants),
         shape.warps,
-        early,
+        shape.early,
     )
 
 
@@ -153,7 +163,7 @@ def backward(
     at_once = processors(x.device.index) if x.is_cuda else 1
     shape = backward_shape(batch, length, channels, at_once, more is not None)
     kinds = width + (bias is not None)
-    chunks = -(-length // (shape.steps - (width - 1)))
+    chunks = -(-length // shape.owned(width))
     parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
     strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]
     strides += (0, 0) if seq_idx is None else seq_idx.stride()
@@ -173,14 +183,15 @@ def _backward_launch(x_shape: torch.Size, strides: tuple[int, ...], width: int, 
     from kernels.causal_conv1d.triton_kernels import backward_kernel
 
     batch, length, channels = x_shape
-    chunks = -(-length // (shape.steps - (width - 1)))
+    chunks = -(-length // shape.owned(width))
     align = alignment(channels, *strides[:6])
     return Launch(
         backward_kernel,
         (batch * chunks * -(-channels // shape.block), 1),
         (*(s // align for s in strides[:6]), *strides[6:], length, channels // align, chunks, shape.steps),
-        (width, silu, align, shape.block, shape.unroll),
+        (width, silu, align, *shape.constants),
         shape.warps,
+        shape.early,
     )
 
 

@@ -72,6 +72,30 @@ def _before_activation(rows, now: tl.constexpr, taps, bias, age, WIDTH: tl.const
     return total
 
 
+@triton.jit
+def _filters(weight, bias, c, is_channel, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr):
+    """The taps by lag, and the bias or zeros; each of channels, or of one row of them for several stretches."""
+    taps = _taps(weight, c, is_channel, WIDTH, BLOCK)
+    offset = tl.zeros([BLOCK], tl.float32)
+    if bias is not None:
+        offset = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
+    if not FLAT:
+        rows = ()
+        for lag in tl.static_range(WIDTH):
+            rows = rows + (taps[lag][None, :],)
+        taps, offset = rows, offset[None, :]
+    return taps, offset
+
+
+@triton.jit
+def _place(pid, channels, chunks, steps, BLOCK: tl.constexpr, STRETCHES: tl.constexpr):
+    """The number of a program's chunk, its sequence, its first position, those of its stretches, and its channels."""
+    groups = tl.cdiv(channels, BLOCK)
+    chunk = pid // groups
+    first = chunk % chunks * (steps * STRETCHES)
+    return chunk, (chunk // chunks).to(tl.int64), first, pid % groups * BLOCK + tl.arange(0, BLOCK)
+
+
 @triton.jit(
     do_not_specialize=[
         *("x_batch", "x_row", "seq_batch", "seq_row", "length", "channels", "chunks", "steps"),
@@ -97,24 +121,20 @@ def forward_kernel(
     SILU: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
+    STRETCHES: tl.constexpr,
     UNROLL: tl.constexpr,
+    ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y of `steps` positions, and by the last program of a sequence the final state.
+    """y of `steps` positions of each stretch, and by the last program of a sequence the final state.
 
-    steps: a multiple of UNROLL. channels and the strides of x are given in units of ALIGN, which tells the compiler how
-    wide its loads may be.
+    steps: a multiple of UNROLL; ONCE: equal to it. channels and the strides of x are given in units of ALIGN, which
+    tells the compiler how wide its loads may be.
     """
-    if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
-        gdc_wait()
-        gdc_launch_dependents()
     PACKED: tl.constexpr = seq_idx is not None
+    FLAT: tl.constexpr = STRETCHES == 1 and not ONCE
     channels = channels * ALIGN
-    groups = tl.cdiv(channels, BLOCK)
-    pid = tl.program_id(0)
-    batch = (pid // groups // chunks).to(tl.int64)
-    start = pid // groups % chunks * steps
-    c = pid % groups * BLOCK + tl.arange(0, BLOCK)
+    _, batch, first, c = _place(tl.program_id(0), channels, chunks, steps, BLOCK, STRETCHES)
     is_channel = c < channels
     x += batch * x_batch * ALIGN
     x_row = x_row.to(tl.int64) * ALIGN
@@ -125,24 +145,38 @@ def forward_kernel(
         seq_row = seq_row.to(tl.int64)
     if initial_state is not None:
         initial_state += batch * (WIDTH - 1) * channels
+    start, column, is_column = first, c, is_channel
+    if not FLAT:
+        start += tl.arange(0, STRETCHES)[:, None] * steps
+        column, is_column = c[None, :], is_channel[None, :]
+    x_here, y_here = x + start * x_row + column, y + start * y_row + column
 
-    taps = _taps(weight, c, is_channel, WIDTH, BLOCK)
-    offset = tl.zeros([BLOCK], tl.float32)
-    if bias is not None:
-        offset = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
+    if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
+        gdc_wait()
+        gdc_launch_dependents()
     history = ()  # the inputs before this position, oldest first
-    age = WIDTH - 1  # steps since the document began, or more than any lag
     for lag in tl.static_range(WIDTH - 1, 0, -1):
-        history = history + (_row_before(x, initial_state, start - lag, x_row, channels, c, is_channel, WIDTH),)
-        if PACKED:
+        is_there = is_column & (start - lag < length)
+        history = history + (_row_before(x, initial_state, start - lag, x_row, channels, column, is_there, WIDTH),)
+    ahead = ()
+    if ONCE:
+        for u in tl.static_range(UNROLL):
+            ahead = ahead + (tl.load(x_here + u * x_row, mask=is_column & (start + u < length), other=0.0),)
+    age = WIDTH - 1  # steps since the document began, or more than any lag
+    if PACKED:
+        for lag in tl.static_range(WIDTH - 1, 0, -1):
             age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
+    taps, offset = _filters(weight, bias, c, is_channel, WIDTH, BLOCK, FLAT)
 
-    x_here, y_here = x + start * x_row + c, y + start * y_row + c
-    for t in range(start, min(start + steps, length), UNROLL):
+    for n in range(0, UNROLL if ONCE else min(steps, length - first), UNROLL):
+        t = start + n
         rows = history
         ages = ()
         for u in tl.static_range(UNROLL):
-            rows = rows + (_row(x_here + u * x_row, is_channel & (t + u < length)),)
+            if ONCE:
+                rows = rows + (ahead[u].to(tl.float32),)
+            else:
+                rows = rows + (_row(x_here + u * x_row, is_column & (t + u < length)),)
             if PACKED:
                 age = tl.where(_begins_document(seq_idx, t + u, seq_row, length), 0, age + 1)
             ages = ages + (age,)
@@ -150,12 +184,12 @@ def forward_kernel(
             value = _before_activation(rows, WIDTH - 1 + u, taps, offset, ages[u], WIDTH, PACKED)
             if SILU:
                 value = value * sigmoid(value)
-            tl.store(y_here + u * y_row, value.to(y.dtype.element_ty), mask=is_channel & (t + u < length))
+            tl.store(y_here + u * y_row, value.to(y.dtype.element_ty), mask=is_column & (t + u < length))
         history = rows[UNROLL:]
         x_here += UNROLL * x_row
         y_here += UNROLL * y_row
 
-    if start + steps >= length:
+    if first + steps * STRETCHES >= length:
         final_state += batch * (WIDTH - 1) * channels
         for lag in tl.static_range(WIDTH - 1, 0, -1):
             t = length - lag
@@ -165,6 +199,57 @@ def forward_kernel(
                     row = tl.where(_begins_document(seq_idx, t + later, seq_row, length), 0.0, row)
             target = final_state + (WIDTH - 1 - lag) * channels + c
             tl.store(target, row.to(final_state.dtype.element_ty), mask=is_channel)
+
+
+@triton.jit
+def _add_each(a, b, c, d, e, a2, b2, c2, d2, e2):
+    return a + a2, b + b2, c + c2, d + d2, e + e2
+
+
+@triton.jit
+def _rows_ahead(pointers, row, t, length, is_column, COUNT: tl.constexpr):
+    """What a tensor has at positions from t on, asked for and not yet looked at; zeros beyond the end."""
+    rows = ()
+    for u in tl.static_range(COUNT):
+        rows = rows + (tl.load(pointers + u * row, mask=is_column & (t + u < length), other=0.0),)
+    return rows
+
+
+@triton.jit
+def _output_gradient(
+    rows, now: tl.constexpr, grad, taps, offset, age, WIDTH: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr
+):
+    """The gradient of the value before the activation: silu' = gate + gate · (value - value · gate)."""
+    if SILU:
+        value = _before_activation(rows, now, taps, offset, age, WIDTH, PACKED)
+        gate = sigmoid(value)
+        grad = grad * gate
+        grad += grad * (value - value * gate)
+    return grad
+
+
+@triton.jit
+def _reach_back(pending, grad, taps, age, WIDTH: tl.constexpr, PACKED: tl.constexpr):
+    """The gradients of the last WIDTH inputs, oldest first, with this one's; pending: of the WIDTH - 1 before it."""
+    with_this = ()
+    for lag in tl.static_range(WIDTH - 1, -1, -1):
+        by_lag = grad
+        if PACKED:
+            by_lag = tl.where(age >= lag, grad, 0.0)
+        if lag == 0:
+            with_this = with_this + (taps[0] * by_lag,)
+        else:
+            with_this = with_this + (pending[WIDTH - 1 - lag] + taps[lag] * by_lag,)
+    return with_this
+
+
+@triton.jit
+def _end_gradient(final_grad, t, length, channels, column, is_column, age, WIDTH: tl.constexpr, PACKED: tl.constexpr):
+    """What the final state adds to the gradient that is complete at position t, past the end."""
+    is_end = (t >= length) & (t < length + WIDTH - 1)
+    if PACKED:
+        is_end = is_end & (age >= WIDTH - 1)
+    return tl.load(final_grad + (t - length) * channels + column, mask=is_column & is_end, other=0.0).to(tl.float32)
 
 
 @triton.jit(
@@ -201,25 +286,25 @@ def backward_kernel(
     SILU: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
+    STRETCHES: tl.constexpr,
     UNROLL: tl.constexpr,
+    ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """x_grad of `steps` - (WIDTH-1) positions, and this program's part of the gradients of weight and bias.
+    """x_grad of `steps` positions of each stretch, and this program's part of the gradients of weight and bias.
 
-    The gradient of a position is complete WIDTH-1 positions later: the walk goes that far into the next program's
-    positions, and past the end, where the final state stands for what would have read them. `pending` holds the
-    incomplete ones. more: a second summand of the gradient of y, contiguous. parts: (program, WIDTH by lag from the
-    longest, then the bias, channel), fp32.
+    The gradient of a position is complete WIDTH-1 positions later: after its own ones the walk goes that far into those
+    of the next stretch, and past the end, where the final state stands for what would have read them. `pending` holds
+    the incomplete ones. more: a second summand of the gradient of y, contiguous. parts: (program, WIDTH by lag from the
+    longest, then the bias, channel), fp32. steps, ONCE: as in the forward.
     """
     PACKED: tl.constexpr = seq_idx is not None
-    owned = steps - (WIDTH - 1)
+    FLAT: tl.constexpr = STRETCHES == 1 and not ONCE
     KINDS: tl.constexpr = WIDTH + (bias is not None)
+    LEFT: tl.constexpr = WIDTH - 1
+    owned = steps - LEFT
     channels = channels * ALIGN
-    groups = tl.cdiv(channels, BLOCK)
-    pid = tl.program_id(0)
-    batch = (pid // groups // chunks).to(tl.int64)
-    start = pid // groups % chunks * owned
-    stop = min(start + owned, length)
-    c = pid % groups * BLOCK + tl.arange(0, BLOCK)
+    chunk, batch, first, c = _place(tl.program_id(0), channels, chunks, owned, BLOCK, STRETCHES)
     is_channel = c < channels
     x += batch * x_batch * ALIGN
     x_row = x_row.to(tl.int64) * ALIGN
@@ -227,118 +312,108 @@ def backward_kernel(
     grad_row = grad_row.to(tl.int64) * ALIGN
     out_row = out_row.to(tl.int64) * ALIGN
     x_grad += batch * out_batch * ALIGN
+    more_row = channels.to(tl.int64)
+    parts += chunk.to(tl.int64) * KINDS * channels + c
     if PACKED:
         seq_idx += batch * seq_batch
         seq_row = seq_row.to(tl.int64)
     if initial_state is not None:
-        initial_state += batch * (WIDTH - 1) * channels
-        state_grad += batch * (WIDTH - 1) * channels
+        initial_state += batch * LEFT * channels
+        state_grad += batch * LEFT * channels
     if final_grad is not None:
-        final_grad += batch * (WIDTH - 1) * channels
-
+        final_grad += batch * LEFT * channels
+    start, column, is_column = first, c, is_channel
     zeros = tl.zeros([BLOCK], tl.float32)
-    taps = _taps(weight, c, is_channel, WIDTH, BLOCK)
-    offset = zeros
-    if bias is not None:
-        offset = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
+    if not FLAT:
+        start += tl.arange(0, STRETCHES)[:, None] * owned
+        column, is_column = c[None, :], is_channel[None, :]
+        zeros = tl.zeros([STRETCHES, BLOCK], tl.float32)
+    stop = tl.minimum(start + owned, length)
+    read_stop = tl.minimum(stop + LEFT, length)
+    x_here, y_grad_here = x + start * x_row + column, y_grad + start * grad_row + column
+    x_grad_here = x_grad + (start - LEFT) * out_row + column
+    if more is not None:
+        more_here = more + (batch * length + start) * more_row + column
+
+    if PDL:  # as in the forward
+        gdc_wait()
+        gdc_launch_dependents()
     history = ()
     pending = ()
-    age = WIDTH - 1
-    for lag in tl.static_range(WIDTH - 1, 0, -1):
-        history = history + (_row_before(x, initial_state, start - lag, x_row, channels, c, is_channel, WIDTH),)
+    for lag in tl.static_range(LEFT, 0, -1):
+        is_there = is_column & (start - lag < length)
+        history = history + (_row_before(x, initial_state, start - lag, x_row, channels, column, is_there, WIDTH),)
         pending = pending + (zeros,)
-        if PACKED:
+    x_ahead = _rows_ahead(x_here, x_row, start, read_stop, is_column, UNROLL)
+    y_grad_ahead = _rows_ahead(y_grad_here, grad_row, start, read_stop, is_column, UNROLL)
+    if more is not None:
+        more_ahead = _rows_ahead(more_here, more_row, start, read_stop, is_column, UNROLL)
+    age = LEFT
+    if PACKED:
+        for lag in tl.static_range(LEFT, 0, -1):
             age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
+    taps, offset = _filters(weight, bias, c, is_channel, WIDTH, BLOCK, FLAT)
     weight_sums = pending + (zeros,)  # by lag
     bias_sum = zeros
 
-    x_here, y_grad_here = x + start * x_row + c, y_grad + start * grad_row + c
-    x_grad_here = x_grad + (start - (WIDTH - 1)) * out_row + c
-    read_stop = min(stop + WIDTH - 1, length)
-    more_row = channels.to(tl.int64)
-    x_ahead = ()  # what the next round reads is asked for before this one computes
-    y_grad_ahead = ()
-    if more is not None:
-        more += (batch * length + start) * more_row + c
-        more_ahead = ()
-    for u in tl.static_range(UNROLL):
-        mask = is_channel & (start + u < read_stop)
-        x_ahead = x_ahead + (tl.load(x_here + u * x_row, mask=mask, other=0.0),)
-        y_grad_ahead = y_grad_ahead + (tl.load(y_grad_here + u * grad_row, mask=mask, other=0.0),)
-        if more is not None:
-            more_ahead = more_ahead + (tl.load(more + u * more_row, mask=mask, other=0.0),)
-    for t0 in range(start, stop + WIDTH - 1, UNROLL):
+    for n in range(0, UNROLL if ONCE else min(owned, length - first) + LEFT, UNROLL):
+        t0 = start + n
         rows = history
         grads = ()
         ages = ()
-        x_here += UNROLL * x_row
-        y_grad_here += UNROLL * grad_row
-        if more is not None:
-            more += UNROLL * more_row
-            more_next = ()
-        x_next = ()
-        y_grad_next = ()
         for u in tl.static_range(UNROLL):
             rows = rows + (x_ahead[u].to(tl.float32),)
             grad = y_grad_ahead[u].to(tl.float32)
             if more is not None:
                 grad += more_ahead[u].to(tl.float32)
             grads = grads + (grad,)
-            mask = is_channel & (t0 + UNROLL + u < read_stop)
-            x_next = x_next + (tl.load(x_here + u * x_row, mask=mask, other=0.0),)
-            y_grad_next = y_grad_next + (tl.load(y_grad_here + u * grad_row, mask=mask, other=0.0),)
-            if more is not None:
-                more_next = more_next + (tl.load(more + u * more_row, mask=mask, other=0.0),)
             if PACKED:
                 age = tl.where(_begins_document(seq_idx, t0 + u, seq_row, length), 0, age + 1)
             ages = ages + (age,)
-        x_ahead = x_next
-        y_grad_ahead = y_grad_next
-        if more is not None:
-            more_ahead = more_next
+        if not ONCE:  # what the next round reads is asked for before this one computes
+            x_here += UNROLL * x_row
+            y_grad_here += UNROLL * grad_row
+            x_ahead = _rows_ahead(x_here, x_row, t0 + UNROLL, read_stop, is_column, UNROLL)
+            y_grad_ahead = _rows_ahead(y_grad_here, grad_row, t0 + UNROLL, read_stop, is_column, UNROLL)
+            if more is not None:
+                more_here += UNROLL * more_row
+                more_ahead = _rows_ahead(more_here, more_row, t0 + UNROLL, read_stop, is_column, UNROLL)
         for u in tl.static_range(UNROLL):
             t = t0 + u
-            age_here = ages[u]
-            grad = grads[u]
-            if SILU:
-                value = _before_activation(rows, WIDTH - 1 + u, taps, offset, age_here, WIDTH, PACKED)
-                gate = sigmoid(value)
-                grad = grad * (gate * (1.0 + value * (1.0 - gate)))
-            own = tl.where(t < stop, grad, 0.0)
-            bias_sum += own
-            sums = ()
-            for lag in tl.static_range(WIDTH):
-                row = rows[WIDTH - 1 + u - lag]
-                if PACKED:
-                    row = tl.where(age_here >= lag, row, 0.0)
-                sums = sums + (weight_sums[lag] + own * row,)
-            weight_sums = sums
-            reached = pending + (zeros,)
-            with_this = ()
-            for lag in tl.static_range(WIDTH - 1, -1, -1):
-                by_lag = grad
-                if PACKED:
-                    by_lag = tl.where(age_here >= lag, grad, 0.0)
-                with_this = with_this + (reached[WIDTH - 1 - lag] + taps[lag] * by_lag,)
+            grad = _output_gradient(rows, LEFT + u, grads[u], taps, offset, ages[u], WIDTH, SILU, PACKED)
+            if not ONCE or u < UNROLL - LEFT:  # of its own positions; beyond the end it is 0
+                own = grad if ONCE else tl.where(t < stop, grad, 0.0)
+                bias_sum += own
+                sums = ()
+                for lag in tl.static_range(WIDTH):
+                    row = rows[LEFT + u - lag]
+                    if PACKED:
+                        row = tl.where(ages[u] >= lag, row, 0.0)
+                    sums = sums + (weight_sums[lag] + own * row,)
+                weight_sums = sums
+            with_this = _reach_back(pending, grad, taps, ages[u], WIDTH, PACKED)
             complete = with_this[0]
             pending = with_this[1:]
             if final_grad is not None:
-                is_end = (t >= length) & (t < length + WIDTH - 1)
-                if PACKED:
-                    is_end = is_end & (age_here >= WIDTH - 1)
-                end = tl.load(final_grad + (t - length) * channels + c, mask=is_channel & is_end, other=0.0)
-                complete += end.to(tl.float32)
-            position = t - (WIDTH - 1)
-            mask = is_channel & (position >= start) & (position < stop)
-            tl.store(x_grad_here + u * out_row, complete.to(x_grad.dtype.element_ty), mask=mask)
-            if initial_state is not None:
-                target = state_grad + (position + WIDTH - 1) * channels + c
-                tl.store(target, complete.to(state_grad.dtype.element_ty), mask=is_channel & (position < 0))
+                complete += _end_gradient(final_grad, t, length, channels, column, is_column, ages[u], WIDTH, PACKED)
+            position = t - LEFT
+            if not ONCE or u >= LEFT:
+                mask = is_column & (position < stop)
+                if not ONCE:
+                    mask = mask & (position >= start)
+                tl.store(x_grad_here + u * out_row, complete.to(x_grad.dtype.element_ty), mask=mask)
+            if initial_state is not None and (not ONCE or u < LEFT):
+                target = state_grad + t * channels + column
+                tl.store(target, complete.to(state_grad.dtype.element_ty), mask=is_column & (position < 0))
         history = rows[UNROLL:]
         x_grad_here += UNROLL * out_row
 
-    parts += (pid // groups).to(tl.int64) * KINDS * channels + c
-    for lag in tl.static_range(WIDTH):
-        tl.store(parts + (WIDTH - 1 - lag) * channels, weight_sums[lag], mask=is_channel)
+    sums = weight_sums[::-1]
     if bias is not None:
-        tl.store(parts + WIDTH * channels, bias_sum, mask=is_channel)
+        sums = sums + (bias_sum,)
+    if not FLAT:
+        for _ in tl.static_range(5 - KINDS):
+            sums = sums + (zeros,)
+        sums = tl.reduce(sums, 0, _add_each)
+    for kind in tl.static_range(KINDS):
+        tl.store(parts + kind * channels, sums[kind], mask=is_channel)
