@@ -16,12 +16,16 @@ from kernels.triton_math import sigmoid
 
 
 @triton.jit
-def _begins_document(seq_idx, t, seq_row, length):
-    """Whether position t begins another document than that of t-1."""
-    is_inside = (t > 0) & (t < length)
-    here = tl.load(seq_idx + t * seq_row, mask=is_inside, other=0)
-    before = tl.load(seq_idx + (t - 1) * seq_row, mask=is_inside, other=0)
-    return here != before
+def _document(seq_idx, t, seq_row, length):
+    """The number of the document at position t, or of the first or last one: no document begins outside."""
+    return tl.load(seq_idx + tl.minimum(tl.maximum(t, 0), length - 1) * seq_row)
+
+
+@triton.jit
+def _grow(age, document, seq_idx, t, seq_row, length):
+    """The steps since the document of position t began, and its number; from those of t - 1."""
+    here = _document(seq_idx, t, seq_row, length)
+    return tl.where(here == document, age + 1, 0), here
 
 
 @triton.jit
@@ -162,10 +166,11 @@ def forward_kernel(
     if ONCE:
         for u in tl.static_range(UNROLL):
             ahead = ahead + (tl.load(x_here + u * x_row, mask=is_column & (start + u < length), other=0.0),)
-    age = WIDTH - 1  # steps since the document began, or more than any lag
-    if PACKED:
-        for lag in tl.static_range(WIDTH - 1, 0, -1):
-            age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
+    age = WIDTH - 1
+    if PACKED:  # steps since the document began; it may as well have begun with the first input that is read
+        age, document = 0 * start, _document(seq_idx, start - (WIDTH - 1), seq_row, length)
+        for lag in tl.static_range(WIDTH - 2, 0, -1):
+            age, document = _grow(age, document, seq_idx, start - lag, seq_row, length)
     taps, offset = _filters(weight, bias, c, is_channel, WIDTH, BLOCK, FLAT)
 
     for n in range(0, UNROLL if ONCE else min(steps, length - first), UNROLL):
@@ -178,7 +183,7 @@ def forward_kernel(
             else:
                 rows = rows + (_row(x_here + u * x_row, is_column & (t + u < length)),)
             if PACKED:
-                age = tl.where(_begins_document(seq_idx, t + u, seq_row, length), 0, age + 1)
+                age, document = _grow(age, document, seq_idx, t + u, seq_row, length)
             ages = ages + (age,)
         for u in tl.static_range(UNROLL):
             value = _before_activation(rows, WIDTH - 1 + u, taps, offset, ages[u], WIDTH, PACKED)
@@ -196,7 +201,8 @@ def forward_kernel(
             row = _row_before(x, initial_state, t, x_row, channels, c, is_channel, WIDTH)
             if PACKED:
                 for later in tl.static_range(1, lag):
-                    row = tl.where(_begins_document(seq_idx, t + later, seq_row, length), 0.0, row)
+                    here = _document(seq_idx, t + later, seq_row, length)
+                    row = tl.where(here == _document(seq_idx, t + later - 1, seq_row, length), row, 0.0)
             target = final_state + (WIDTH - 1 - lag) * channels + c
             tl.store(target, row.to(final_state.dtype.element_ty), mask=is_channel)
 
@@ -350,8 +356,9 @@ def backward_kernel(
         more_ahead = _rows_ahead(more_here, more_row, start, read_stop, is_column, UNROLL)
     age = LEFT
     if PACKED:
-        for lag in tl.static_range(LEFT, 0, -1):
-            age = tl.where(_begins_document(seq_idx, start - lag, seq_row, length), 0, age + 1)
+        age, document = 0 * start, _document(seq_idx, start - LEFT, seq_row, length)
+        for lag in tl.static_range(LEFT - 1, 0, -1):
+            age, document = _grow(age, document, seq_idx, start - lag, seq_row, length)
     taps, offset = _filters(weight, bias, c, is_channel, WIDTH, BLOCK, FLAT)
     weight_sums = pending + (zeros,)  # by lag
     bias_sum = zeros
@@ -368,7 +375,7 @@ def backward_kernel(
                 grad += more_ahead[u].to(tl.float32)
             grads = grads + (grad,)
             if PACKED:
-                age = tl.where(_begins_document(seq_idx, t0 + u, seq_row, length), 0, age + 1)
+                age, document = _grow(age, document, seq_idx, t0 + u, seq_row, length)
             ages = ages + (age,)
         if not ONCE:  # what the next round reads is asked for before this one computes
             x_here += UNROLL * x_row

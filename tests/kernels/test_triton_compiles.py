@@ -47,8 +47,8 @@ def conv_arguments(
     arguments |= {"weight": "*fp32", "bias": "*fp32", "parts": "*fp32", "seq_idx": "*i32" if everything else None}
     arguments |= dict.fromkeys(("initial_state", "final_grad", "state_grad"), dtype if everything else None)
     arguments["more"] = dtype if with_more else None
-    arguments |= {"WIDTH": width, "SILU": True, "ALIGN": align, "BLOCK": shape.block, "UNROLL": shape.unroll}
-    return arguments | ({"PDL": capability >= 90} if "PDL" in arguments else {})
+    constants = dict(zip(("BLOCK", "STRETCHES", "UNROLL", "ONCE"), shape.constants, strict=False))
+    return arguments | {"WIDTH": width, "SILU": True, "ALIGN": align, "PDL": capability >= 90} | constants
 
 
 def conv_resources(
