@@ -22,7 +22,8 @@ class Shape(NamedTuple):
     unroll: int  # steps whose inputs are asked for at once
     steps: int  # of a stretch of time, a multiple of `unroll`
     stretches: int = 1  # that follow one another, side by side in the warps of a program
-    early: bool = False  # launched before the kernel before has ended
+    early: int = 0  # launched before the kernel before has ended
+    reduce: int = 1
 
     @property
     def positions(self) -> int:
@@ -131,7 +132,7 @@ def _forward_launch(x_shape: torch.Size, strides: tuple[int, ...], width: int, s
         (*(s // align for s in strides[:2]), *strides[2:], length, channels // align, chunks, shape.steps),
         (width, silu, align, *shape.constants),
         shape.warps,
-        shape.early,
+        bool(shape.early),
     )
 
 
@@ -164,6 +165,7 @@ def backward(
     shape = backward_shape(batch, length, channels, at_once, more is not None)
     kinds = width + (bias is not None)
     chunks = -(-length // shape.owned(width))
+    chunks *= 1 if shape.reduce else shape.stretches
     parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
     strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]
     strides += (0, 0) if seq_idx is None else seq_idx.stride()
@@ -189,9 +191,9 @@ def _backward_launch(x_shape: torch.Size, strides: tuple[int, ...], width: int, 
         backward_kernel,
         (batch * chunks * -(-channels // shape.block), 1),
         (*(s // align for s in strides[:6]), *strides[6:], length, channels // align, chunks, shape.steps),
-        (width, silu, align, *shape.constants),
+        (width, silu, align, *shape.constants, shape.reduce),
         shape.warps,
-        shape.early,
+        bool(shape.early),
     )
 
 

@@ -157,6 +157,7 @@ def forward_kernel(
 
     if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
         gdc_wait()
+    if PDL == 1:
         gdc_launch_dependents()
     history = ()  # the inputs before this position, oldest first
     for lag in tl.static_range(WIDTH - 1, 0, -1):
@@ -205,6 +206,8 @@ def forward_kernel(
                     row = tl.where(here == _document(seq_idx, t + later - 1, seq_row, length), row, 0.0)
             target = final_state + (WIDTH - 1 - lag) * channels + c
             tl.store(target, row.to(final_state.dtype.element_ty), mask=is_channel)
+    if PDL == 2:
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -296,6 +299,7 @@ def backward_kernel(
     UNROLL: tl.constexpr,
     ONCE: tl.constexpr,
     PDL: tl.constexpr,
+    REDUCE: tl.constexpr,
 ):
     """x_grad of `steps` positions of each stretch, and this program's part of the gradients of weight and bias.
 
@@ -319,6 +323,7 @@ def backward_kernel(
     out_row = out_row.to(tl.int64) * ALIGN
     x_grad += batch * out_batch * ALIGN
     more_row = channels.to(tl.int64)
+    part_here = parts
     parts += chunk.to(tl.int64) * KINDS * channels + c
     if PACKED:
         seq_idx += batch * seq_batch
@@ -343,6 +348,7 @@ def backward_kernel(
 
     if PDL:  # as in the forward
         gdc_wait()
+    if PDL == 1:
         gdc_launch_dependents()
     history = ()
     pending = ()
@@ -418,9 +424,17 @@ def backward_kernel(
     sums = weight_sums[::-1]
     if bias is not None:
         sums = sums + (bias_sum,)
+    target, is_target = parts, is_channel
     if not FLAT:
-        for _ in tl.static_range(5 - KINDS):
-            sums = sums + (zeros,)
-        sums = tl.reduce(sums, 0, _add_each)
+        if REDUCE:
+            for _ in tl.static_range(5 - KINDS):
+                sums = sums + (zeros,)
+            sums = tl.reduce(sums, 0, _add_each)
+        else:
+            stretch = tl.arange(0, STRETCHES)[:, None].to(tl.int64)
+            target = part_here + (chunk.to(tl.int64) * STRETCHES + stretch) * KINDS * channels + column
+            is_target = is_column
     for kind in tl.static_range(KINDS):
-        tl.store(parts + kind * channels, sums[kind], mask=is_channel)
+        tl.store(target + kind * channels, sums[kind], mask=is_target)
+    if PDL == 2:
+        gdc_launch_dependents()
