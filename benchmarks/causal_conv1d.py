@@ -10,7 +10,6 @@ over ours, is taken turn by turn. Eager times are what a user sees who calls it 
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 from collections.abc import Callable
 
@@ -32,11 +31,20 @@ from kernels.causal_conv1d import causal_conv1d, launch
 ROWS = [(8, 2048, 5120), (1, 131072, 5376), (8, 2048, 5376), (8, 2048, 1536), (8, 2048, 4096), (1, 2048, 5120)]
 SMALL = [(1, 150, 3000), (1, 501, 4800), (8, 1256, 288), (2, 1892, 1072)]  # swept besides
 WIDTH = 4
-LAUNCHES = {  # channels of a program, its warps, steps at once
-    "forward_shape": [(128, 1, 4), (256, 1, 4), (256, 2, 4), (256, 2, 8), (512, 4, 8)],
-    "backward_shape": [(128, 1, 4), (256, 2, 4), (256, 4, 4)],
+SHAPES = {  # tried in a sweep
+    "forward": [
+        *(
+            launch.Shape(block, warps, 8, 8, stretches)
+            for block, warps, stretches in [(128, 4, 4), (128, 2, 2), (256, 4, 2)]
+        ),
+        *(launch.Shape(128, 4, steps, steps, 4) for steps in (4, 16)),
+    ],
+    "backward": [
+        *(launch.Shape(64, 4, steps, steps, 4) for steps in (16, 20, 24)),
+        *(launch.Shape(128, stretches, 16, 16, stretches) for stretches in (2, 4)),
+        *(launch.Shape(128, 1, 4, steps) for steps in (16, 20, 24, 32, 44, 64, 100, 132, 164, 192, 256)),
+    ],
 }
-STEPS = {"forward_shape": (8, 16, 32, 64), "backward_shape": (16, 20, 24, 32, 44, 64, 100, 132, 164, 192, 256)}
 FORWARD_TENSORS, BOTH_TENSORS = 2, 5  # that must be read or written once: x, y; and x, dy, dx
 
 
@@ -67,18 +75,18 @@ def sweep(shape: tuple[int, int, int], best: int = 6) -> None:
     """Forward and backward alone, with other launch shapes: the best few and their milliseconds."""
     x = torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
     weight, bias, grad = torch.randn(shape[2], WIDTH, device="cuda"), torch.randn(shape[2], device="cuda"), x.clone()
+    chosen = launch.FORWARD, launch.backward_shape
     passes: dict[str, Callable[[], object]] = {
-        "forward_shape": lambda: launch.forward(x, weight, bias, True, None, None),
-        "backward_shape": lambda: launch.backward(grad, None, x, weight, bias, True, None, None),
+        "forward": lambda: launch.forward(x, weight, bias, True, None, None),
+        "backward": lambda: launch.backward(grad, None, x, weight, bias, True, None, None),
     }
     for name, call in passes.items():
-        chosen, times = getattr(launch, name), []
-        for (block, warps, unroll), steps in itertools.product(LAUNCHES[name], STEPS[name]):
-            candidate = launch.Shape(block, warps, unroll, steps)
-            setattr(launch, name, lambda *_, candidate=candidate: candidate)
+        times = []
+        for candidate in SHAPES[name]:
+            launch.FORWARD, launch.backward_shape = candidate, lambda *_, candidate=candidate: candidate
             times.append((graph_time(call, replays=3).median, tuple(candidate)))
-        setattr(launch, name, chosen)
         print(shape, name, "; ".join(f"{time:.4f} {candidate}" for time, candidate in sorted(times)[:best]), flush=True)
+    launch.FORWARD, launch.backward_shape = chosen
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ROWS = 128  # few programs, so many loads at once of each
 COLUMNS = 16
@@ -34,3 +35,11 @@ def sum_parts(parts, sums, last, rows, columns, KINDS: tl.constexpr, ROWS: tl.co
         target = sums + column * (KINDS - 1) + kind
         tl.store(target, value.to(sums.dtype.element_ty), mask=is_column & (kind < KINDS - 1))
         tl.store(last + column, value.to(last.dtype.element_ty), mask=is_column & (kind == KINDS - 1))
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def sum_parts_early(parts, sums, last, rows, columns, KINDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`sum_parts`, launched before the kernel that leaves the parts has ended."""
+    gdc_wait()
+    gdc_launch_dependents()
+    sum_parts(parts, sums, last, rows, columns, KINDS, ROWS, COLUMNS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, early_start, processors, triton_unsupported
-from kernels.launcher import Launch, remembered, sum_launch
+from kernels.launcher import SUM_WARPS, Launch, remembered
 
 WIDTHS = (2, 3, 4)
 MAX_WIDTH = max(WIDTHS)
@@ -19,52 +19,29 @@ class Shape(NamedTuple):
 
     block: int  # channels of a program
     warps: int
-    unroll: int  # steps whose inputs are asked for at once
-    steps: int  # of a program, a multiple of `unroll`
+    unroll: int  # positions of a stretch whose inputs are asked for at once
+    steps: int  # of a stretch, a multiple of `unroll`; in the backward with those that it walks for the next one
+    stretches: int = 1  # of a program; where there are several, each is in warps of its own and has `unroll` steps
 
 
-# Milliseconds on an H100, bf16, width 4, of (block, warps, unroll, steps), from `--sweep`:
-#
-#                        (8, 2048, 5120) (1, 131072, 5376) (8, 2048, 1536) (1, 2048, 5120)
-#   forward (256, 2, 4, 8)        0.1159            0.9450          0.0385          0.0163
-#           (256, 2, 4, 16)       0.1233            0.9946          0.0402          0.0169
-#           (256, 1, 4, 16)       0.1226            0.9778
-#   backward (128, 1, 4, 164)     0.1912
-#            (128, 1, 4, 112)     0.1939                            0.0647
-#            (128, 1, 4, 48)                                                        0.0299
-#
-# Of small tensors, how many times as fast as causal-conv1d, forward and forward + backward:
-#
-#                    (1, 150, 3000) (1, 501, 4800) (5, 200, 2400) (8, 1256, 288) (1, 1068, 2896) (2, 1892, 1072)
-#   (256, 2, 4, 8)            1.387          0.928          0.968          0.913           1.043           1.159
-#   (128, 1, 4, 8)            1.395          0.966          1.035          1.073           1.121           1.150
-#   (128, 1, 4, 16)                          1.178          1.251          1.142           1.295
-#   backward (128, 1, 4, 16)  1.047          0.977          1.064          0.899           1.146           0.992
-#            (128, 1, 4, 24)  0.910          0.930          1.015          1.066           1.128           1.088
-#            (128, 1, 4, 32)  0.812          0.853          0.939          1.054           1.104           1.065
-#
-# (the latter with (256, 2, 4, 8) forward, and (512, 4, 4, 8) at 288 channels; 16 programs fit on a multiprocessor).
+FORWARD = Shape(128, 4, unroll=8, steps=8, stretches=4)
+BACKWARD_ONCE = Shape(64, 4, unroll=24, steps=24, stretches=4)
 
 
-def forward_shape(batch: int, length: int, channels: int, processors: int) -> Shape:
-    """The forward kernel: programs so short and many that the last ones leave little of the GPU idle.
+def backward_shape(
+    batch: int, length: int, channels: int, processors: int, with_more: bool = False, plain: bool = False
+) -> Shape:
+    """The backward kernel: small programs with one round of loads while they are few, else rounds that fill the GPU.
 
-    A small tensor takes as long as programs take to start: few and narrow ones, that all run at once. Otherwise one
-    takes up to 512 channels: two, of which the second has few, would take longer to start than to run.
+    The latter are as few as give a program about 200 steps at most: each has sums to leave, and some steps to walk for
+    its neighbour, so that short ones cost more. with_more: three inputs, which need 202 registers where a lane has four
+    channels and 96 where it has two. plain: no document boundaries, no states, no `more`; with them the first would be
+    compiled for longer than small calls gain.
     """
-    for steps, at_once in (8, 8), (16, 16):  # programs of a multiprocessor
-        if batch * -(-length // steps) * -(-channels // 128) <= at_once * processors:
-            return Shape(128, 1, unroll=4, steps=steps)
-    block, warps = (512, 4) if 256 < channels <= 512 else (256, 2)
-    return Shape(block, warps, unroll=4, steps=8)
-
-
-def backward_shape(batch: int, length: int, channels: int, processors: int, with_more: bool) -> Shape:
-    """The backward kernel: rounds of programs that fill the GPU, as few as give a program about 200 steps at most.
-
-    Each has sums to leave, and some steps to walk for its neighbour, so that short ones cost more. with_more: three
-    inputs, which need 202 registers where a lane has four channels and 96 where it has two.
-    """
+    if plain:
+        owned = BACKWARD_ONCE.stretches * (BACKWARD_ONCE.steps - MAX_WIDTH + 1)
+        if batch * -(-length // owned) * -(-channels // BACKWARD_ONCE.block) <= 6 * processors:
+            return BACKWARD_ONCE
     block, warps, at_once = (256, 4, 5) if with_more else (128, 1, 16)  # at once: on a multiprocessor
     unroll, most, least = 4, 192, 32 if with_more else 16
     sequences = batch * -(-channels // block)
@@ -73,6 +50,11 @@ def backward_shape(batch: int, length: int, channels: int, processors: int, with
     chunks = max(1, rounds * places // sequences)
     steps = -(-length // chunks) + MAX_WIDTH - 1
     return Shape(block, warps, unroll, steps=max(least, -(-steps // unroll) * unroll))
+
+
+def sum_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns that a program of the sum adds up at once: few and many where there are many programs."""
+    return (32, 64) if columns >= 40 * rows else (128, 16)
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -96,10 +78,7 @@ def forward(
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     final_state = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
     strides = (*x.stride()[:2], *((0, 0) if seq_idx is None else seq_idx.stride()))
-    early = early_start(x)["PDL"]
-    at_once = processors(x.device.index) if x.is_cuda else 1
-    shape = forward_shape(batch, length, channels, at_once)
-    launch = _forward_launch(x.shape, strides, width, silu, early, shape)
+    launch = _forward_launch(x.shape, strides, width, silu, early_start(x)["PDL"], FORWARD)
     with torch.cuda.device_of(x):
         launch(x, weight.contiguous(), bias, seq_idx, initial_state, y, final_state)
     return y, final_state
@@ -113,13 +92,13 @@ def _forward_launch(
     from kernels.causal_conv1d.triton_kernels import forward_kernel
 
     batch, length, channels = x_shape
-    chunks = -(-length // shape.steps)
+    chunks = -(-length // (shape.steps * shape.stretches))
     align = alignment(channels, *strides[:2])
     return Launch(
         forward_kernel,
         (batch * chunks * -(-channels // shape.block), 1),
-        (*(s // align for s in strides[:2]), *strides[2:], length, channels // align, chunks, shape.steps),
-        (width, silu, align, shape.block, shape.unroll, early),
+        (*(s // align for s in strides[:2]), *strides[2:], length, channels // align, chunks),
+        (width, silu, align, early, shape.block, shape.steps, shape.stretches),
         shape.warps,
         early,
     )
@@ -151,37 +130,56 @@ def backward(
     weight_grad = weight.new_empty(weight.shape)
     bias_grad = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
     at_once = processors(x.device.index) if x.is_cuda else 1
-    shape = backward_shape(batch, length, channels, at_once, more is not None)
+    plain = more is None and final_grad is None and seq_idx is None and initial_state is None
+    shape = backward_shape(batch, length, channels, at_once, more is not None, plain)
+    early = early_start(x)["PDL"]
     kinds = width + (bias is not None)
-    chunks = -(-length // (shape.steps - (width - 1)))
-    parts = torch.empty((batch * chunks, kinds, channels), dtype=torch.float32, device=x.device)
+    chunks = _backward_chunks(length, width, shape)
+    parts = torch.empty((batch * chunks * shape.stretches, kinds, channels), dtype=torch.float32, device=x.device)
     strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]
     strides += (0, 0) if seq_idx is None else seq_idx.stride()
-    launch = _backward_launch(x.shape, tuple(strides), width, silu, shape)
+    launch = _backward_launch(x.shape, tuple(strides), width, silu, early, shape)
     with torch.cuda.device_of(x):
         launch(
             *(y_grad, _contiguous(more), final_grad, x, weight.contiguous(), bias, seq_idx, initial_state),
             *(x_grad, state_grad, parts),
         )
-        sum_launch(batch * chunks, channels, kinds)(parts, weight_grad, None if bias is None else bias_grad)
+        _sum_launch(len(parts), channels, kinds, early)(parts, weight_grad, None if bias is None else bias_grad)
     return x_grad, weight_grad, bias_grad, state_grad
 
 
+def _backward_chunks(length: int, width: int, shape: Shape) -> int:
+    """Programs along a sequence."""
+    return -(-length // (shape.stretches * (shape.steps - (width - 1))))
+
+
 @remembered
-def _backward_launch(x_shape: torch.Size, strides: tuple[int, ...], width: int, silu: bool, shape: Shape) -> Launch:
+def _backward_launch(
+    x_shape: torch.Size, strides: tuple[int, ...], width: int, silu: bool, early: bool, shape: Shape
+) -> Launch:
     """strides: of the gradient of y, x, that of x, and seq_idx, along batch and length."""
-    from kernels.causal_conv1d.triton_kernels import backward_kernel
+    from kernels.causal_conv1d.triton_backward import backward_kernel
 
     batch, length, channels = x_shape
-    chunks = -(-length // (shape.steps - (width - 1)))
+    chunks = _backward_chunks(length, width, shape)
     align = alignment(channels, *strides[:6])
     return Launch(
         backward_kernel,
         (batch * chunks * -(-channels // shape.block), 1),
         (*(s // align for s in strides[:6]), *strides[6:], length, channels // align, chunks, shape.steps),
-        (width, silu, align, shape.block, shape.unroll),
+        (width, silu, align, early, shape.block, shape.unroll, shape.stretches),
         shape.warps,
+        early,
     )
+
+
+@remembered
+def _sum_launch(rows: int, columns: int, kinds: int, early: bool) -> Launch:
+    from kernels.sum_parts import sum_parts, sum_parts_early
+
+    at_once, block = sum_shape(rows, columns)
+    kernel = sum_parts_early if early else sum_parts
+    return Launch(kernel, (-(-columns // block), kinds), (rows, columns), (kinds, at_once, block), SUM_WARPS, early)
 
 
 def _unit(tensor: Tensor) -> Tensor:

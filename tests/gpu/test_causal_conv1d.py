@@ -71,8 +71,30 @@ def test_lengths_and_channels(length: int, channels: int) -> None:
 @pytest.mark.parametrize("shape", [(2, 333, 1240), (1, 501, 4800), (8, 2048, 1000), (64, 1700, 512)], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_sizes_that_are_divided_differently(shape: tuple[int, int, int], packed: bool) -> None:
-    """Among narrow programs of 8 and 16 steps, among wide ones, and in the backward in one round and in several."""
+    """In the backward in one round of programs that walk, and in several."""
     check(make_inputs(*shape, torch.bfloat16, packed=packed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("silu", [False, True])
+def test_y_alone(dtype: torch.dtype, width: int, silu: bool) -> None:
+    """Without states and documents: the backward of small tensors has one round of loads, of larger ones several."""
+    kinds = set()
+    for shape in [(2, 1, 8), (3, 83, 72), (1, 85, 264), (2, 333, 50), (1, 501, 4800), (2, 84, 2000), (3, 2000, 1536)]:
+        without = ("initial_state", "bias") if shape[2] == 50 else ("initial_state",)
+        inputs = make_inputs(*shape, dtype, width, without, strided=shape[2] == 264)
+        exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+        grad = torch.randn(shape, device="cuda").to(dtype)
+
+        def run_y(values: Inputs, grad: Tensor = grad) -> Inputs:
+            y = causal_conv1d(**values, activation="silu" if silu else None)  # type: ignore[arg-type]
+            found = torch.autograd.grad(y, list(values.values()), grad.to(y.dtype))
+            return {"y": y.detach()} | {f"d{n}": v for n, v in zip(values, found, strict=True)}
+
+        assert_accurate(run_y(inputs), run_y(inputs), run_y(exact))
+        kinds.add(launch.backward_shape(*shape, dispatch.processors(0), plain=True).stretches > 1)
+    assert kinds == {False, True}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
 from kernels.causal_conv1d import launch as conv
-from kernels.causal_conv1d import triton_kernels as conv_kernels
+from kernels.causal_conv1d.triton_backward import backward_kernel
+from kernels.causal_conv1d.triton_kernels import forward_kernel
 from kernels.rms_norm import launch as norm
 from kernels.rms_norm import triton_kernels as norm_kernels
 from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel, compiled_for
@@ -18,11 +19,10 @@ SPILLED_BYTES = 160  # the gated backward of 5,120 channels
 SIZES = [768, 2560, 4088, 5120]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # that a program may have
 CONVOLUTIONS = (  # the last ones with a second summand of the gradient
-    (conv_kernels.forward_kernel, conv.forward_shape(8, 2048, 5120, 132), False),
-    (conv_kernels.forward_kernel, conv.forward_shape(8, 2048, 288, 132), False),
-    (conv_kernels.forward_kernel, conv.forward_shape(1, 501, 4800, 132), False),
-    (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=False), False),
-    (conv_kernels.backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=True), True),
+    (forward_kernel, conv.FORWARD, False),
+    (backward_kernel, conv.BACKWARD_ONCE, False),
+    (backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=False), False),
+    (backward_kernel, conv.backward_shape(8, 2048, 5120, 132, with_more=True), True),
 )
 
 
@@ -47,8 +47,9 @@ def conv_arguments(
     arguments |= {"weight": "*fp32", "bias": "*fp32", "parts": "*fp32", "seq_idx": "*i32" if everything else None}
     arguments |= dict.fromkeys(("initial_state", "final_grad", "state_grad"), dtype if everything else None)
     arguments["more"] = dtype if with_more else None
-    arguments |= {"WIDTH": width, "SILU": True, "ALIGN": align, "BLOCK": shape.block, "UNROLL": shape.unroll}
-    return arguments | ({"PDL": capability >= 90} if "PDL" in arguments else {})
+    arguments |= {"WIDTH": width, "SILU": True, "ALIGN": align, "PDL": capability >= 90}
+    steps = {"STEPS": shape.steps} if kernel is forward_kernel else {"UNROLL": shape.unroll}
+    return arguments | steps | {"BLOCK": shape.block, "STRETCHES": shape.stretches}
 
 
 def conv_resources(
@@ -135,10 +136,14 @@ def test_norms_wait_then_read_all_then_write(size: int) -> None:
     assert accesses == sorted(accesses)
 
 
-def test_the_convolution_waits_first() -> None:
-    kernel, shape, with_more = CONVOLUTIONS[0]
-    arguments = conv_arguments(kernel, shape, with_more, everything=True)
-    assert accesses_after_the_wait(compiled_for(kernel, arguments, 90, shape.warps).asm["ptx"])
+def test_the_convolution_waits_first_and_lets_the_next_kernel_start_last() -> None:
+    """Programs of a kernel that starts sooner gather on the multiprocessors that are free first."""
+    for kernel, shape, with_more in CONVOLUTIONS:
+        arguments = conv_arguments(kernel, shape, with_more)
+        ptx = compiled_for(kernel, arguments, 90, shape.warps).asm["ptx"]
+        wait, *accesses, launch = re.findall(r"griddepcontrol\.\w+|(?:ld|st)\.global", ptx)
+        assert (wait, launch) == ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
+        assert set(accesses) == {"ld.global", "st.global"}
 
 
 def accesses_after_the_wait(ptx: str) -> list[str]:

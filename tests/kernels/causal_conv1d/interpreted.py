@@ -14,15 +14,24 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled
 reference.causal_conv1d_op.register_kernel("cpu")(launch.forward)
 reference.causal_conv1d_backward_op.register_kernel("cpu")(launch.backward)
 backward_into.causal_conv1d_backward_into.register_kernel("cpu")(backward_into.launch_into)
-TABLE = launch.forward_shape
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs small enough for a few positions to need several."""
-    monkeypatch.setattr(launch, "forward_shape", lambda *_: launch.Shape(block=8, warps=1, unroll=4, steps=8))
-    monkeypatch.setattr(launch, "backward_shape", lambda *_: launch.Shape(block=8, warps=1, unroll=4, steps=12))
+REAL_FORWARD, REAL_SUM = launch.FORWARD, launch.sum_shape
+FORWARD = launch.Shape(block=8, warps=2, unroll=4, steps=4, stretches=2)
+BACKWARD = {
+    "walks": launch.Shape(block=8, warps=1, unroll=4, steps=12),
+    "one round": launch.Shape(block=8, warps=2, unroll=8, steps=8, stretches=2),
+}
+
+
+@pytest.fixture(autouse=True, params=list(BACKWARD))
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Programs small enough for a few positions to need several; which kind the backward has."""
+    monkeypatch.setattr(launch, "FORWARD", FORWARD)
+    monkeypatch.setattr(launch, "backward_shape", lambda *_: BACKWARD[request.param])
+    monkeypatch.setattr(launch, "sum_shape", lambda *_: (4, 8))
+    return request.param
 
 
 def check(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, silu: bool = True) -> None:
@@ -52,24 +61,12 @@ def test_equals_the_definition(length: int, width: int, packed: bool) -> None:
     check(conv_inputs(length, width, packed, channels=11))
 
 
-@pytest.mark.parametrize(
-    ("shape", "chosen"),
-    [
-        *(((2, 9, 256), (128, 8)), ((2, 9, 300), (128, 16)), ((6, 40, 256), (256, 8))),
-        *(((6, 40, 300), (512, 8)), ((6, 40, 512), (512, 8)), ((6, 40, 520), (256, 8))),
-    ],
-    ids=str,
-)
-def test_shapes_of_the_table(
-    shape: tuple[int, int, int], chosen: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut = TABLE(*shape, processors=1)
-    assert (cut.block, cut.steps) == chosen
-    monkeypatch.setattr(launch, "forward_shape", TABLE)
-    x, weight, bias = torch.randn(*shape), torch.randn(shape[2], 4), torch.randn(shape[2])
-    exact = reference.causal_conv1d_op._init_fn(x.double(), weight.double(), bias.double(), True, None, None)
-    for found, expected in zip(launch.forward(x, weight, bias, True, None, None), exact, strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+def test_the_shapes_that_gpus_run(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backward = {"walks": launch.Shape(128, 1, unroll=4, steps=16), "one round": launch.BACKWARD_ONCE}[small]
+    monkeypatch.setattr(launch, "FORWARD", REAL_FORWARD)
+    monkeypatch.setattr(launch, "backward_shape", lambda *_: backward)
+    monkeypatch.setattr(launch, "sum_shape", REAL_SUM)
+    check(conv_inputs(101, channels=200))
 
 
 @pytest.mark.parametrize("absent", [["bias"], ["initial_state"]])
