@@ -2,11 +2,11 @@
 
     python -m benchmarks.rms_norm [--quick | --sweep]
 
-"add" is the residual add and norm that open a block (bf16 activations, fp32 residual), against `rms_norm_fn`; "gated"
-is the norm over groups that follows SSD, against `layernorm_gated.rmsnorm_fn`. One process, one GPU: each row times the
-same inputs. GPU times are medians over replays of CUDA graphs of several calls that take turns, with the spread of the
-middle half; the ratio, mamba_ssm's time over ours, is taken turn by turn. Eager times are what a user sees who calls it
-from Python.
+"add" is the residual add and norm that open a block (bf16 activations, fp32 residual), and "plain" the norm alone, both
+against `rms_norm_fn`; "gated" is the norm over groups that follows SSD, against `layernorm_gated.rmsnorm_fn`. One
+process, one GPU: each row times the same inputs. GPU times are medians over replays of CUDA graphs of several calls
+that take turns, with the spread of the middle half; the ratio, mamba_ssm's time over ours, is taken turn by turn. Eager
+times are what a user sees who calls it from Python.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.selective_scan import (
     ratio,
     summary,
 )
-from kernels.rms_norm import add_rms_norm, gated_rms_norm, launch
+from kernels.rms_norm import add_rms_norm, gated_rms_norm, launch, rms_norm
 
 EPS = 1e-5
 ADD = [(16384, 768), (65536, 768), (16384, 1024), (16384, 2048), (16384, 2560), (131072, 2560), (16384, 5120)]
@@ -37,7 +37,9 @@ LAUNCHES = [  # of the forward: rows at once, channels of a piece, warps
     *((1, 2048, 8), (1, 2048, 16), (1, 4096, 8), (1, 4096, 16), (1, 4096, 32), (2, 4096, 16)),
     *((1, 8192, 8), (1, 8192, 16)),
 ]
+PLAIN = [(16384, 768), (16384, 2560)]
 GATED = [(16384, 1536, 1), (16384, 4096, 1), (16384, 5120, 1), (131072, 5120, 1), (16384, 4096, 8)]
+Operator = Callable[..., tuple[Tensor, ...]]
 
 
 def add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -50,11 +52,21 @@ def official_add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, .
     return rms_norm_fn(x, weight, None, residual=residual, eps=EPS, prenorm=True, residual_in_fp32=True)
 
 
-def gated(groups: int) -> Callable[..., tuple[Tensor, ...]]:
+def plain(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return (rms_norm(x, weight, eps=EPS),)
+
+
+def official_plain(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+
+    return (rms_norm_fn(x, weight, None, eps=EPS),)
+
+
+def gated(groups: int) -> Operator:
     return lambda x, z, weight: (gated_rms_norm(x, z, weight, eps=EPS, group_size=x.shape[-1] // groups),)
 
 
-def official_gated(groups: int) -> Callable[..., tuple[Tensor, ...]]:
+def official_gated(groups: int) -> Operator:
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
     def operator(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -64,7 +76,17 @@ def official_gated(groups: int) -> Callable[..., tuple[Tensor, ...]]:
     return operator
 
 
-def calls(operator: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Callable[[], object]]:
+# Ours and the official one, for a number of groups; dtypes of the activations but x; bytes of the forward and of the
+# backward for each number of x. Add: x, residual, y, sum; then dy, sum, its gradient, dx, the residual's gradient.
+# Plain: x, y; then dy, x, dx. Gated: x, z, y; then dy, x, z, dx, dz.
+KINDS: dict[str, tuple[Callable[[int], tuple[Operator, Operator]], list[torch.dtype], tuple[int, int]]] = {
+    "add": (lambda _: (add, official_add), [torch.float32], (12, 16)),
+    "plain": (lambda _: (plain, official_plain), [], (4, 6)),
+    "gated": (lambda groups: (gated(groups), official_gated(groups)), [torch.bfloat16], (6, 10)),
+}
+
+
+def calls(operator: Operator, inputs: list[Tensor]) -> list[Callable[[], object]]:
     """Forward alone, and forward with backward."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     grads = [torch.randn_like(output) for output in operator(*inputs)]
@@ -76,26 +98,30 @@ def calls(operator: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> 
     return [forward, lambda: torch.autograd.grad(operator(*inputs), inputs, grads)]
 
 
-def row(rows: int, channels: int, groups: int, copy_rate: float) -> str:
-    """One shape; groups = 0: the residual add."""
+def row(kind: str, rows: int, channels: int, groups: int, copy_rate: float) -> str:
     x = torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16)
-    second = torch.randn_like(x, dtype=None if groups else torch.float32)
-    inputs = [x, second, torch.ones(channels, device="cuda")]
-    pairs = [
-        calls(operator, inputs)
-        for operator in ((gated(groups), official_gated(groups)) if groups else (add, official_add))
-    ]
-    # Bytes for each number of x. Add: x, residual, y, sum; then dy, sum, its gradient, dx, the residual's gradient.
-    # Gated: x, z, y; then dy, x, z, dx, dz.
-    forward_bytes, backward_bytes = (6, 10) if groups else (12, 16)
-    text = f"{f'gated, {groups}' if groups else 'add':>8} {rows:7d} {channels:5d}"
-    for part, count in enumerate((forward_bytes, forward_bytes + backward_bytes)):
+    operators, others, counts = KINDS[kind]
+    inputs = [x, *(torch.randn_like(x, dtype=dtype) for dtype in others), torch.ones(channels, device="cuda")]
+    pairs = [calls(operator, inputs) for operator in operators(groups)]
+    text = f"{f'{kind}, {groups}' if groups > 1 else kind:>8} {rows:7d} {channels:5d}"
+    for part, count in enumerate((counts[0], sum(counts))):
         turns = graph_turns([pair[part] for pair in pairs])
         ours, theirs = (summary(samples) for samples in turns)
         rates = " ".join(f"{1e-9 * count * x.numel() / time.median:4.2f}" for time in (ours, theirs))
         floor = 1e3 * count * x.numel() / copy_rate
         text += f" | {ours} {theirs} {ratio(turns[1], turns[0])} {rates} {floor:6.3f} {ours.median / floor:5.2f}x"
     return text + " | " + " ".join(f"{eager_time(pair[1]):8.3f}" for pair in pairs)
+
+
+def drawn() -> list[tuple[str, int, int, int]]:
+    """A shape of each kind, and a small one of up to 4 million numbers."""
+    shapes = []
+    for kind in KINDS:
+        for is_small in (False, True):
+            channels = 8 * random.randint(32, 640)
+            rows = random.randint(64, 2**22 // channels) if is_small else random.randint(1000, 30000)
+            shapes.append((kind, rows, channels, 1))
+    return shapes
 
 
 def sweep(rows: int, channels: int, best: int = 6) -> None:
@@ -145,10 +171,10 @@ def main() -> None:
         "          rows     d | forward: ours, mamba_ssm, ratio, TB/s of both, floor, ours / floor"
         " | the same of forward + backward | eager forward + backward: ours, mamba_ssm"
     )
-    shapes = [(*shape, 0) for shape in ADD] + GATED
+    shapes = [("add", *shape, 1) for shape in ADD] + [("plain", *shape, 1) for shape in PLAIN]
+    shapes += [("gated", *shape) for shape in GATED]
     if not quick:
-        for number in range(5):
-            shapes.append((random.randint(1000, 30000), 8 * random.randint(32, 640), number % 2))
+        shapes += drawn()
     for each in shapes:
         print(row(*each, rate), flush=True)
         torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -52,17 +53,25 @@ class LoopShape(NamedTuple):
 #   gated, backward 5120  (1024, 8, 1, 3) .3090   (2048, 8, 2, 3) .3104   (1024, 8, 3, 3) .3223
 
 
-def forward_shape(size: int, gated: bool) -> Shape:
+def forward_shape(size: int, gated: bool, plain: bool = False) -> Shape:
     """The forward kernel for groups of `size` channels: each program has its rows once."""
-    if not gated and 1024 < size <= 8192:
-        if 2048 < size <= 3072:
+    block = piece(size)
+    if size <= 1024:
+        rows = max(4, 1024 // block) if size <= 512 else 2
+        each = 16 if plain or (gated and not 256 < size <= 512) else 8  # channels of a thread, about
+        return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each))
+    if plain:
+        return Shape(1, block, _warps(_padded(size, block) // 32 // 16))
+    if gated:
+        if 2048 < size <= 4096:
             return Shape(rows=2, block=4096, warps=16)
+        return Shape(1, _power_of_two(size), warps=8) if size > 1280 else Shape(2, block, warps=4)
+    if 2048 < size <= 3072:
+        return Shape(rows=2, block=4096, warps=16)
+    if size <= 8192:
         warps = 32 if 3072 < size <= 4096 else 16 if size > 4608 else 8
         return Shape(rows=1, block=_power_of_two(size), warps=warps)
-    block = piece(size)
-    rows = max(1, 512 // block) if size <= 512 else 1
-    each = 32 if gated and size > 4096 else 16  # channels of a thread, about
-    return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each))
+    return Shape(1, block, 16)
 
 
 def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) -> LoopShape:
@@ -169,11 +178,14 @@ def _forward(
     x, residual, z, weight = _rows(x), _rows(residual), _rows(z), weight.contiguous()  # type: ignore[assignment]
     strides = tuple([0 if t is None else t.stride(0) for t in (x, residual, z)])
     align = _alignment(size, strides, (x, residual, z, total))
-    cut = forward_shape(size, z is not None)
-    # Programs of an early start begin 1.2 ns apart: shorter ones than this would wait for that.
-    early = early_start(x)["PDL"] and not (z is not None and cut.rows * size < 768)
+    cut = forward_shape(size, z is not None, plain=z is None and total is None)
+    early = early_start(x)["PDL"]
     if x.shape[0]:
-        launch = _forward_launch(x.shape[0], size, groups, strides, align, float(eps), norm_before_gate, early, cut)
+        moved = sum(t.numel() * t.element_size() for t in (x, residual, z, y, total) if t is not None)
+        asking = _asking(x.device.index, moved, cut) if early else 0
+        launch = _forward_launch(
+            x.shape[0], size, groups, strides, align, asking, float(eps), norm_before_gate, early, cut
+        )
         with torch.cuda.device_of(x):
             launch(x, residual, z, weight, y, total, inverse_rms)
     return y, y if total is None else total, inverse_rms
@@ -186,6 +198,7 @@ def _forward_launch(
     groups: int,
     strides: tuple[int, ...],
     align: int,
+    asking: int,
     eps: float,
     norm_before_gate: bool,
     early: bool,
@@ -197,7 +210,7 @@ def _forward_launch(
     return Launch(
         forward_kernel,
         (-(-rows // shape.rows) * groups, 1),
-        (*(stride // align for stride in strides), rows, size // align, groups, eps),
+        (*(stride // align for stride in strides), rows, size // align, groups, asking, eps),
         (norm_before_gate, align, -(-size // shape.block), shape.block, shape.rows, early),
         shape.warps,
         early,
@@ -264,6 +277,19 @@ def _backward_launch(
         (norm_before_gate, align, -(-size // shape.block), shape.block, shape.rows, shape.stages),
         shape.warps,
     )
+
+
+def _asking(device: int | None, moved: int, shape: Shape) -> int:
+    """How many programs ask for their rows before they wait: those that start early, if the cache can't have them.
+
+    moved: bytes that the kernel reads and writes.
+    """
+    return 0 if moved <= _cache_bytes(device) else processors(device) * min(32, 64 // shape.warps)
+
+
+@functools.cache
+def _cache_bytes(device: int | None) -> int:
+    return torch.cuda.get_device_properties(device or 0).L2_cache_size
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:

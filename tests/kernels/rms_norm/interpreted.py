@@ -24,7 +24,7 @@ EPS = 1e-3
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that get several rows each, several at once, in pieces, and not the same number."""
-    monkeypatch.setattr(launch, "forward_shape", lambda size, gated: launch.Shape(rows=2, block=8, warps=1))
+    monkeypatch.setattr(launch, "forward_shape", lambda *_, **__: launch.Shape(rows=2, block=8, warps=1))
     loop = launch.LoopShape(rows=2, block=8, warps=1, programs=3, stages=2)
     monkeypatch.setattr(launch, "backward_shape", lambda *_: loop)
 
