@@ -182,7 +182,7 @@ def _forward(
     early = early_start(x)["PDL"]
     if x.shape[0]:
         moved = sum(t.numel() * t.element_size() for t in (x, residual, z, y, total) if t is not None)
-        asking = _asking(x.device.index, moved, cut) if early else 0
+        asking = _asking(x.device.index, moved, cut) if early and size >= 16 else 0  # asked for by 16 bytes
         launch = _forward_launch(
             x.shape[0], size, groups, strides, align, asking, float(eps), norm_before_gate, early, cut
         )

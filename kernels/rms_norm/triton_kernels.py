@@ -90,13 +90,12 @@ def forward_kernel(
     residual_row, z_row = residual_row.to(tl.int64) * ALIGN, z_row.to(tl.int64) * ALIGN
     if PDL:
         if tl.program_id(0) < asking:
-            for r in tl.static_range(ROWS):
-                if first_row + r < rows:
-                    _ask_for(x, first_row + r, x_row, first_channel, size)
-                    if residual is not None:
-                        _ask_for(residual, first_row + r, residual_row, first_channel, size)
-                    if z is not None:
-                        _ask_for(z, first_row + r, z_row, first_channel, size)
+            for asked in range(first_row, min(first_row + ROWS, rows)):
+                _ask_for(x, asked, x_row, first_channel, size)
+                if residual is not None:
+                    _ask_for(residual, asked, residual_row, first_channel, size)
+                if z is not None:
+                    _ask_for(z, asked, z_row, first_channel, size)
         # In this order: the kernel after this one may rely on all those before this one having ended.
         gdc_wait()
         gdc_launch_dependents()
