@@ -30,7 +30,7 @@ from benchmarks.selective_scan import (
     ratio,
     summary,
 )
-from kernels.rms_norm import add_rms_norm, gated_rms_norm, launch, rms_norm
+from kernels.rms_norm import add_rms_norm, gated_rms_norm, launch, rms_norm, shapes
 
 EPS = 1e-5
 ADD = [(16384, 768), (65536, 768), (16384, 1024), (16384, 2048), (16384, 2560), (131072, 2560), (16384, 5120)]
@@ -129,21 +129,21 @@ def row(kind: str, rows: int, channels: int, groups: int, copy_rate: float) -> s
 
 def drawn() -> list[tuple[str, int, int, int]]:
     """A shape of each kind, and a small one of up to 4 million numbers."""
-    shapes = []
+    found = []
     for kind in KINDS:
         for is_small in (False, True):
             groups = random.choice([1, 2, 4, 8]) if kind == "gated" else 1
             channels = 8 * groups * random.randint(32 // groups, 640 // groups)
             rows = random.randint(64, 2**22 // channels) if is_small else random.randint(1000, 30000)
-            shapes.append((kind, rows, channels, groups))
-    return shapes
+            found.append((kind, rows, channels, groups))
+    return found
 
 
-def launches(size: int) -> list[launch.Shape]:
+def launches(size: int) -> list[shapes.Shape]:
     """Of the forward, by which a thread has 4 to 32 channels."""
-    blocks = dict.fromkeys((launch.piece(size), 1 << (size - 1).bit_length()))
+    blocks = dict.fromkeys((shapes.piece(size), 1 << (size - 1).bit_length()))
     return [
-        launch.Shape(rows, block, warps)
+        shapes.Shape(rows, block, warps)
         for rows, block, warps in itertools.product((1, 2, 4), blocks, (1, 2, 4, 8, 16, 32))
         if 4 <= rows * -(-size // block) * block // (32 * warps) <= 32
     ]
@@ -156,7 +156,7 @@ def sweep(kind: str, rows: int, channels: int, best: int = 6) -> None:
     """
     inputs = make_inputs(kind, rows, channels)
     ours, official = KINDS[kind].operators(1)
-    chosen = launch.forward_shape(channels, kind == "gated", kind == "plain")
+    chosen = shapes.forward_shape(channels, kind == "gated", kind == "plain")
 
     def microseconds(operator: Operator, replays: int = 9) -> float:
         return 1e3 * graph_time(lambda: operator(*inputs), replays).median
@@ -193,11 +193,11 @@ def main() -> None:
         "          rows     d | forward: ours, mamba_ssm, ratio, TB/s of both, floor, ours / floor"
         " | the same of forward + backward | eager forward + backward: ours, mamba_ssm"
     )
-    shapes = [("add", *shape, 1) for shape in ADD] + [("plain", *shape, 1) for shape in PLAIN]
-    shapes += [("gated", *shape) for shape in GATED]
+    rows = [("add", *shape, 1) for shape in ADD] + [("plain", *shape, 1) for shape in PLAIN]
+    rows += [("gated", *shape) for shape in GATED]
     if not quick:
-        shapes += drawn()
-    for each in shapes:
+        rows += drawn()
+    for each in rows:
         print(row(*each, rate), flush=True)
         torch.cuda.empty_cache()
 

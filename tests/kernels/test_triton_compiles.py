@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 
 from kernels.causal_conv1d import launch as conv
 from kernels.causal_conv1d import triton_kernels as conv_kernels
-from kernels.rms_norm import launch as norm
+from kernels.rms_norm import shapes as norm
 from kernels.rms_norm import triton_kernels as norm_kernels
 from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel, compiled_for
 
