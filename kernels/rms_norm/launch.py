@@ -2,99 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, early_start, processors, shared_bytes, triton_unsupported
 from kernels.launcher import Launch, remembered, sum_launch
+from kernels.rms_norm.shapes import LoopShape, Shape, backward_shape, forward_shape
 
 MAX_SIZE = 16384  # channels that a program holds in registers
 MANY = 2**20  # bytes of shared memory, more than a program uses
-
-
-class Shape(NamedTuple):
-    """How a kernel divides its work."""
-
-    rows: int  # that a program has at once
-    block: int  # channels of a piece of a row, a power of two
-    warps: int
-
-
-class LoopShape(NamedTuple):
-    """The same of a kernel whose programs walk over rows."""
-
-    rows: int
-    block: int
-    warps: int
-    programs: int  # of a multiprocessor
-    stages: int  # rows that are on their way from memory at once
-
-
-# Milliseconds on an H100, bf16, 16,384 rows or as told, of the best shapes and a few near them; shapes as (block,
-# warps, programs, stages), one row at a time. Without the early start but where told.
-#
-#   add, forward     608  (128, 1) .0184   (256, 1) .0185   2 rows of (256, 2) .0189   (1024, 2) .0189   (7,328 rows)
-#                    768  (256, 2) .0527   (1024, 2) .0528   (256, 1) .0530
-#                   2560  (4096, 8) .1691   (1024, 4) .1698   (512, 4) .1700
-#                   4400  (8192, 8) .1617   (8192, 16) .1623   (2048, 8) .1630   (1024, 8) .1636   (9,108 rows)
-#                   5120  (8192, 16) .3354   (8192, 8) .3358   (2048, 8) .3371
-#         with it   2512  2 rows of (4096, 16) .2203   (4096, 16) .2210   (4096, 8) .2212   (21,608 rows)
-#                   3264  (4096, 32) .2630   2 rows of (4096, 16) .2638   (4096, 8) .2641   (20,000 rows)
-#                   4088  (4096, 32) .3744   (4096, 16) .3771   (4096, 8) .3801   (22,747 rows)
-#                   5120  (8192, 16) .3366   (8192, 8) .3378
-#   gated, forward  1536  2 rows of (2048, 8) .0520   (2048, 4) .0521   (512, 4) .0523
-#                   4096  (2048, 16) .1335   (1024, 4) .1341   (4096, 8) .1342
-#                   5120  (2048, 16) .1659   (2048, 4) .1661   (1024, 8) .1667
-#   add, backward    768  (1024, 8, 2, 3) .0837   4 rows of (256, 16, 1, 3) .0791
-#                   2560  (1024, 4, 2, 2) .2444   (1024, 4, 1, 3) .2455   (512, 8, 2, 2) .2456
-#   gated, backward 5120  (1024, 8, 1, 3) .3090   (2048, 8, 2, 3) .3104   (1024, 8, 3, 3) .3223
-
-
-def forward_shape(size: int, gated: bool) -> Shape:
-    """The forward kernel for groups of `size` channels: each program has its rows once."""
-    if not gated and 1024 < size <= 8192:
-        if 2048 < size <= 3072:
-            return Shape(rows=2, block=4096, warps=16)
-        warps = 32 if 3072 < size <= 4096 else 16 if size > 4608 else 8
-        return Shape(rows=1, block=_power_of_two(size), warps=warps)
-    block = piece(size)
-    rows = max(1, 512 // block) if size <= 512 else 1
-    each = 32 if gated and size > 4096 else 16  # channels of a thread, about
-    return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each))
-
-
-def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) -> LoopShape:
-    """The backward kernel for groups of `size` channels, which reads `row_bytes` for each channel of a row.
-
-    shared_bytes: what a program may have of shared memory, where rows wait for their turn.
-    """
-    block = piece(size) if size > 8192 else min(piece(size), 1024)
-    rows = max(1, 512 // block)
-    row = rows * _padded(size, block)
-    alone = size > (2048 if gated else 4096)  # one program has most of a multiprocessor's registers
-    stages = 3 if gated or alone or size <= 1024 else 2
-    stages = max(1, min(stages, 1 + shared_bytes // (row * row_bytes)))
-    warps = 16 if size > 8192 else min(8, _warps(row // 256))
-    return LoopShape(rows, block, warps, programs=1 if alone else 2, stages=stages)
-
-
-def piece(size: int) -> int:
-    """Channels of a piece: as many as possible where the last one leaves no more than a quarter of the lanes idle."""
-    block = _power_of_two(size)
-    while block > 256 and 3 * _padded(size, block) > 4 * size:
-        block //= 2
-    return block
-
-
-def _padded(size: int, block: int) -> int:
-    return -(-size // block) * block
-
-
-def _warps(wanted: int) -> int:
-    """A power of two, at most 16."""
-    return min(16, 1 << max(0, wanted.bit_length() - 1))
 
 
 def unsupported(x: Tensor, size: int) -> str | None:
@@ -168,12 +86,16 @@ def _forward(
     inverse_rms = torch.empty((*shape[:-1], groups), dtype=torch.float32, device=device)
     x, residual, z, weight = _rows(x), _rows(residual), _rows(z), weight.contiguous()  # type: ignore[assignment]
     strides = tuple([0 if t is None else t.stride(0) for t in (x, residual, z)])
-    align = _alignment(size, strides, (x, residual, z, total))
-    cut = forward_shape(size, z is not None)
-    # Programs of an early start begin 1.2 ns apart: shorter ones than this would wait for that.
-    early = early_start(x)["PDL"] and not (z is not None and cut.rows * size < 768)
+    widths = [t.element_size() for t in (x, residual, z, total, y) if t is not None]
+    align = _alignment(size, strides, widths)
+    cut = forward_shape(size, z is not None, plain=z is None and total is None)
+    early = early_start(x)["PDL"]
     if x.shape[0]:
-        launch = _forward_launch(x.shape[0], size, groups, strides, align, float(eps), norm_before_gate, early, cut)
+        moved = x.numel() * sum(widths)
+        asking = _asking(x.device.index, moved, cut) if early and size >= 16 else 0  # asked for by 16 bytes
+        launch = _forward_launch(
+            x.shape[0], size, groups, strides, align, asking, float(eps), norm_before_gate, early, cut
+        )
         with torch.cuda.device_of(x):
             launch(x, residual, z, weight, y, total, inverse_rms)
     return y, y if total is None else total, inverse_rms
@@ -186,6 +108,7 @@ def _forward_launch(
     groups: int,
     strides: tuple[int, ...],
     align: int,
+    asking: int,
     eps: float,
     norm_before_gate: bool,
     early: bool,
@@ -197,7 +120,7 @@ def _forward_launch(
     return Launch(
         forward_kernel,
         (-(-rows // shape.rows) * groups, 1),
-        (*(stride // align for stride in strides), rows, size // align, groups, eps),
+        (*(stride // align for stride in strides), rows, size // align, groups, asking, eps),
         (norm_before_gate, align, -(-size // shape.block), shape.block, shape.rows, early),
         shape.warps,
         early,
@@ -228,9 +151,9 @@ def _backward(
     tensors = y_grad, through, x, z = [_rows(t) for t in (y_grad, through, x, z)]  # type: ignore[assignment]
     z_grad_rows = None if z_grad is None else z_grad.view(-1, channels)
     strides = tuple([0 if t is None else t.stride(0) for t in (*tensors, z_grad_rows)])
-    align = _alignment(size, strides, (y_grad, through, x, z))
-    row_bytes = sum(t.element_size() for t in tensors if t is not None)
-    cut = backward_shape(size, z is not None, row_bytes, shared_bytes(device.index) if x.is_cuda else MANY)
+    widths = [t.element_size() for t in tensors if t is not None]
+    align = _alignment(size, strides, widths)
+    cut = backward_shape(size, z is not None, sum(widths), shared_bytes(device.index) if x.is_cuda else MANY)
     programs, span = _programs(x, groups, cut)
     if not programs:
         return x_grad, total_grad, z_grad, weight_grad.zero_()
@@ -266,6 +189,19 @@ def _backward_launch(
     )
 
 
+def _asking(device: int | None, moved: int, shape: Shape) -> int:
+    """How many programs ask for their rows before they wait: those that start early, if the cache can't have them.
+
+    moved: bytes that the kernel reads and writes.
+    """
+    return 0 if moved <= _cache_bytes(device) else processors(device) * min(32, 64 // shape.warps)
+
+
+@functools.cache
+def _cache_bytes(device: int | None) -> int:
+    return torch.cuda.get_device_properties(device or 0).L2_cache_size
+
+
 def _rows(tensor: Tensor | None) -> Tensor | None:
     """(row, channel) with neighbouring channels side by side: a view, or a copy where there is none."""
     if tensor is None:
@@ -282,11 +218,9 @@ def _programs(x: Tensor, groups: int, launch: LoopShape) -> tuple[int, int]:
     return (-(-rows // span) if rows else 0), span
 
 
-def _alignment(size: int, strides: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> int:
-    """Elements that rows are read in at a time: the same for all, or values would have to change threads."""
-    widest = max(tensor.element_size() for tensor in tensors if tensor is not None)
-    return alignment(size, 16 // widest, *strides)
+def _alignment(size: int, strides: tuple[int, ...], widths: list[int]) -> int:
+    """Elements that rows are read in at a time: the same for all, or values would have to change threads.
 
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+    widths: bytes of an element of each tensor.
+    """
+    return alignment(size, 16 // max(widths), *strides)

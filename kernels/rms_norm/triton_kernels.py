@@ -27,7 +27,31 @@ def _store(tensor, row, row_stride, channel, is_inside, values):
     tl.store(tensor + row[:, None] * row_stride + channel, values.to(tensor.dtype.element_ty), mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["x_row", "residual_row", "z_row", "rows", "size"])  # one group: no divisions by it
+@triton.jit
+def _load_weight(weight, channel, is_channel, ROWS: tl.constexpr):
+    """Once for each row: rows are then in the same threads, where one for all would go through shared memory."""
+    shape: tl.constexpr = [ROWS, channel.shape[1]]
+    values = tl.load(weight + tl.broadcast_to(channel, shape), mask=tl.broadcast_to(is_channel, shape), other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _ask_for(tensor, row, row_stride, first_channel, size):
+    """Have the L2 cache fetch a row of a group; one thread asks. Nothing is read: it may be about to be written."""
+    WIDTH: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
+    address = (tensor + row * row_stride + first_channel).to(tl.int64, bitcast=True) & -16  # what the instruction takes
+    tl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
+        " @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, thread; }",
+        "=r,l,r",
+        [address, size * WIDTH & -16],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit(do_not_specialize=["x_row", "residual_row", "z_row", "rows", "size", "asking"])  # one group: no divisions
 def forward_kernel(
     x,
     residual,
@@ -42,6 +66,7 @@ def forward_kernel(
     rows,
     size,
     groups,
+    asking,
     eps,
     NORM_FIRST: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -53,17 +78,27 @@ def forward_kernel(
     """y and 1 / rms of ROWS rows of a group of channels; with `total` also the sum x + residual.
 
     size: channels of a group, at most PIECES · BLOCK. It and the strides are given in units of ALIGN, which tells the
-    compiler how wide its loads may be.
+    compiler how wide its loads may be. asking: so many programs ask the L2 cache for their rows before they wait.
     """
-    if PDL:  # in this order: the kernel after this one may rely on all those before this one having ended
-        gdc_wait()
-        gdc_launch_dependents()
     size = size * ALIGN
     group = tl.program_id(0) % groups
-    row = (tl.program_id(0) // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_row = (tl.program_id(0) // groups).to(tl.int64) * ROWS
+    row = first_row + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     first_channel = group * size
     x_row, y_row = x_row.to(tl.int64) * ALIGN, groups * size
+    residual_row, z_row = residual_row.to(tl.int64) * ALIGN, z_row.to(tl.int64) * ALIGN
+    if PDL:
+        if tl.program_id(0) < asking:
+            for asked in range(first_row, min(first_row + ROWS, rows)):
+                _ask_for(x, asked, x_row, first_channel, size)
+                if residual is not None:
+                    _ask_for(residual, asked, residual_row, first_channel, size)
+                if z is not None:
+                    _ask_for(z, asked, z_row, first_channel, size)
+        # In this order: the kernel after this one may rely on all those before this one having ended.
+        gdc_wait()
+        gdc_launch_dependents()
     # Everything is read before anything is written: no load may pass a store, which could be to the same address.
     givens = ()
     others = ()
@@ -74,12 +109,12 @@ def forward_kernel(
         channel = first_channel + c
         givens = givens + (_load(x, row, x_row, channel, is_inside),)
         if residual is not None:
-            others = others + (_load(residual, row, residual_row.to(tl.int64) * ALIGN, channel, is_inside),)
+            others = others + (_load(residual, row, residual_row, channel, is_inside),)
         if z is not None:
-            others = others + (_load(z, row, z_row.to(tl.int64) * ALIGN, channel, is_inside),)
+            others = others + (_load(z, row, z_row, channel, is_inside),)
     for piece in tl.static_range(PIECES):
         c = piece * BLOCK + column
-        weights = weights + (tl.load(weight + first_channel + c, mask=c < size, other=0.0).to(tl.float32),)
+        weights = weights + (_load_weight(weight, first_channel + c, c < size, ROWS),)
     normed = ()
     gates = ()
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -100,13 +135,13 @@ def forward_kernel(
         squares += values * values
         normed = normed + (values,)
     scale = tl.rsqrt(tl.sum(squares, axis=1) / size + eps)
-    tl.store(inverse_rms + row * groups + group, scale, mask=row < rows)
     for piece in tl.static_range(PIECES):
         c = piece * BLOCK + column
         values = normed[piece] * scale[:, None] * weights[piece]
         if z is not None and NORM_FIRST:
             values *= gates[piece]
         _store(y, row, y_row, first_channel + c, (row < rows)[:, None] & (c < size), values)
+    tl.store(inverse_rms + row * groups + group, scale, mask=row < rows)
 
 
 @triton.jit(
@@ -154,7 +189,7 @@ def backward_kernel(
     weight_sums = ()
     for piece in tl.static_range(PIECES):
         c = piece * BLOCK + column
-        weights = weights + (tl.load(weight + first_channel + c, mask=c < size, other=0.0).to(tl.float32),)
+        weights = weights + (_load_weight(weight, first_channel + c, c < size, ROWS),)
         weight_sums = weight_sums + (tl.zeros([ROWS, BLOCK], tl.float32),)
     grad_row, x_row, out_row = grad_row.to(tl.int64) * ALIGN, x_row.to(tl.int64) * ALIGN, groups * size
     for first in tl.range(start, min(start + span, rows), ROWS, num_stages=STAGES):

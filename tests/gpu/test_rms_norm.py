@@ -96,6 +96,15 @@ def test_plain_and_without_residual(strided: bool, dtype: torch.dtype) -> None:
         check(operator, make_inputs((2, 1500, 256), dtype, *names, strided=strided))
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_more_than_the_cache_holds(strided: bool) -> None:
+    """The first programs ask for their rows ahead, wherever these begin."""
+    shape = (3, 3001, 1001)
+    check(add, make_inputs(shape, torch.bfloat16, "residual", strided=strided))
+    check(gated(before=False, groups=7), make_inputs(shape, torch.bfloat16, "z", strided=strided))
+    check(plain, make_inputs((3, 6001, 1001), torch.bfloat16, strided=strided))
+
+
 def test_a_residual_of_the_dtype_of_x() -> None:
     inputs = make_inputs((2, 50, 256), torch.bfloat16, "residual")
     inputs["residual"] = inputs["residual"].detach().bfloat16().requires_grad_()

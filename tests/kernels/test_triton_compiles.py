@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 from kernels.causal_conv1d import launch as conv
 from kernels.causal_conv1d.triton_backward import backward_kernel
 from kernels.causal_conv1d.triton_kernels import forward_kernel
-from kernels.rms_norm import launch as norm
+from kernels.rms_norm import shapes as norm
 from kernels.rms_norm import triton_kernels as norm_kernels
 from tests.kernels.ahead import CAPABILITIES, Resources, compile_kernel, compiled_for
 
@@ -126,14 +126,29 @@ def test_norms(gated: bool, capability: int, tmp_path: Path) -> None:
             assert found.widest_store >= 8
 
 
+@pytest.mark.parametrize("size", [64, 256, 608, 928])
+@pytest.mark.parametrize("gated", [False, True])
+def test_norms_of_several_rows_pass_only_sums_between_threads(gated: bool, size: int, tmp_path: Path) -> None:
+    """A weight in other threads than the rows would go through shared memory, as many bytes as a piece has."""
+    kernel = norm_kernels.forward_kernel
+    arguments, warps = norm_arguments(kernel, size, gated, align=8 if gated else 4)
+    assert arguments["ROWS"] > 1
+    found = compile_kernel(kernel, arguments, 90, warps, tmp_path)
+    assert found.shared <= 4 * warps * arguments["ROWS"]
+
+
 @pytest.mark.parametrize("size", [608, 10240])
 def test_norms_wait_then_read_all_then_write(size: int) -> None:
     """A load behind a store waits for it, and for what that store waits for."""
     kernel = norm_kernels.forward_kernel
     arguments, warps = norm_arguments(kernel, size, gated=False)
-    accesses = accesses_after_the_wait(compiled_for(kernel, arguments, 90, warps).asm["ptx"])
+    ptx = compiled_for(kernel, arguments, 90, warps).asm["ptx"]
+    accesses = accesses_after_the_wait(ptx)
     assert arguments["PIECES"] > 1
     assert accesses == sorted(accesses)
+    before, after = ptx.split("griddepcontrol.wait")
+    assert before.count("bulk.prefetch") == 2  # x and the residual
+    assert "prefetch" not in after
 
 
 def test_the_convolution_waits_first_and_lets_the_next_kernel_start_last() -> None:

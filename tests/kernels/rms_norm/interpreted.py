@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.rms_norm import add_rms_norm, gated, gated_rms_norm, launch, reference, rms_norm
+from kernels.rms_norm import add_rms_norm, gated, gated_rms_norm, launch, reference, rms_norm, shapes
 from tests.kernels.loops import Inputs, gradients
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "the kernels would be compiled, not interpreted"
@@ -24,8 +24,8 @@ EPS = 1e-3
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that get several rows each, several at once, in pieces, and not the same number."""
-    monkeypatch.setattr(launch, "forward_shape", lambda size, gated: launch.Shape(rows=2, block=8, warps=1))
-    loop = launch.LoopShape(rows=2, block=8, warps=1, programs=3, stages=2)
+    monkeypatch.setattr(launch, "forward_shape", lambda *_, **__: shapes.Shape(rows=2, block=8, warps=1))
+    loop = shapes.LoopShape(rows=2, block=8, warps=1, programs=3, stages=2)
     monkeypatch.setattr(launch, "backward_shape", lambda *_: loop)
 
 
