@@ -26,13 +26,12 @@ from mamba_train.data.hub_text import hub_options
 from mamba_train.data.manifest import FORMAT_VERSION, Manifest
 from mamba_train.data.mixture import Mixture, Stage
 from mamba_train.data.order import epoch_key, permute
+from mamba_train.data.shard_folder import adopt_folder, read_job
 from mamba_train.data.shard_group import entry_path, read_entry
 from mamba_train.data.shard_job import (
-    JOB_NAME,
     Group,
     Job,
     JobSettings,
-    adopt_folder,
     create_once,
     find_inputs,
     group_inputs,
@@ -81,7 +80,7 @@ def _begin(place: str, key: str, data: DataConfig, tokenizer: TextTokenizer, fai
     job = plan(settings, group_inputs(inputs, settings.group_bytes))
     fingerprint = hashlib.sha256(job.to_json().encode("utf-8", "surrogatepass")).hexdigest()[:12]
     folder = Path(data.cache_dir).expanduser() / f"{data.name}-shards-{fingerprint}"
-    adopt_folder(folder, job, tokenizer)
+    adopt_folder(folder, job, tokenizer, log, "data.cache_dir")
     (folder / failure).unlink(missing_ok=True)
     todo = [group for group in job.groups if read_entry(folder, group) is None]
     log(f"data: {len(job.groups) - len(todo):,} of {len(job.groups):,} groups of shards are finished in {folder}")
@@ -145,7 +144,7 @@ class _Groups:
 
     def __init__(self, name: str, folder: Path, failure: str, length: int) -> None:
         self._name, self._folder, self._failure, self._length = name, folder, folder / failure, length
-        self.job = Job.from_json((folder / JOB_NAME).read_text(encoding="utf-8"))
+        self.job = read_job(folder)
         self.known: list[Corpus] = []
         self.ends: list[int] = []  # how many windows of an epoch there are up to the end of each
 
