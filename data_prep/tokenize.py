@@ -36,8 +36,9 @@ from data_prep.progress import Bar
 from mamba_train.data.documents import SPLITS
 from mamba_train.data.encoders import fastokens_call
 from mamba_train.data.manifest import MANIFEST_NAME, Manifest
+from mamba_train.data.shard_folder import adopt_folder, read_job
 from mamba_train.data.shard_group import GROUPS_FOLDER, read_entry
-from mamba_train.data.shard_job import Group, Job, JobSettings, adopt_folder, find_inputs, group_inputs, plan
+from mamba_train.data.shard_job import Group, Job, JobSettings, find_inputs, group_inputs, plan
 from mamba_train.data.shard_manifest import assemble
 from mamba_train.data.shard_pool import Work, run_pool
 from mamba_train.data.tokenizer import TextTokenizer
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     job = _plan(arguments, tokenizer, group_inputs(inputs, arguments.group_mib))
     checksums = _checksums(arguments.checksums, paths)
     folder: Path = arguments.output.expanduser()
-    adopt_folder(folder, job, tokenizer)
+    adopt_folder(folder, job, tokenizer, print)
     mine = [group for group in job.groups if group.number % n_tasks == task]
     todo = [group for group in mine if read_entry(folder, group) is None]
     print(
@@ -100,7 +101,8 @@ def run(arguments: argparse.Namespace) -> None:
             sorted(todo, key=lambda group: -group.size), threads,
         )  # fmt: skip
         _make(work, n_workers, arguments)
-    manifest = assemble(folder, job)
+    # Another task may have been begun again meanwhile, with more that may be left out.
+    manifest = assemble(folder, read_job(folder))
     if manifest is None:
         n_done = sum(read_entry(folder, group) is not None for group in job.groups)
         print(f"{n_done:,} of {len(job.groups):,} groups are finished; {MANIFEST_NAME} comes with the last of them")

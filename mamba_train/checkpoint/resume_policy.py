@@ -49,6 +49,7 @@ _UNLISTED = "no rule says that it may change"
 
 _OTHER_MODEL = "the checkpoint holds the weights of another model"
 _SAME_TOKENS = "the prepared tokens are compared by their fingerprint"
+_BAD_DOCUMENTS = "prepared tokens are compared by their fingerprint; places in a stream count what is left out, too"
 _OTHER_OPTIMISER = "holds from the resumed step on; the optimiser's moments are kept"
 _OTHER_SCHEDULE = "the learning rate of the steps that remain follows the new schedule"
 _OTHER_ARITHMETIC = "the losses agree within rounding, no longer bit by bit"
@@ -59,8 +60,8 @@ RULES: tuple[Rule, ...] = (
     Rule("data.source", Action.allow, _SAME_TOKENS),
     Rule("data.path", Action.allow, _SAME_TOKENS),
     Rule("data.text_key", Action.allow, _SAME_TOKENS),
-    Rule("data.bad_documents", Action.allow, _SAME_TOKENS),
-    Rule("data.max_bad_share", Action.allow, _SAME_TOKENS),
+    Rule("data.bad_documents", Action.allow, _BAD_DOCUMENTS),
+    Rule("data.max_bad_share", Action.allow, _BAD_DOCUMENTS),
     Rule("data.tokenizer", Action.allow, _SAME_TOKENS),
     Rule("data.vocab_size", Action.allow, _SAME_TOKENS),
     Rule("data.validation_fraction", Action.allow, _SAME_TOKENS),

@@ -196,6 +196,10 @@ class BatchSource:
         """SHA-256 of the tokens of a source, their order and tokenizer."""
         return self.corpora[name].fingerprint
 
+    def is_same(self, name: str, fingerprint: str) -> bool:
+        """Whether a source is what a checkpoint knows by this (beginning of a) fingerprint."""
+        return self.fingerprint_of(name).startswith(fingerprint)
+
     def own_state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the number of samples: nothing."""
         return {}

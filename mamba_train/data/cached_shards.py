@@ -26,13 +26,12 @@ from mamba_train.data.hub_text import hub_options
 from mamba_train.data.manifest import FORMAT_VERSION, Manifest
 from mamba_train.data.mixture import Mixture, Stage
 from mamba_train.data.order import epoch_key, permute
+from mamba_train.data.shard_folder import adopt_folder, read_job
 from mamba_train.data.shard_group import entry_path, read_entry
 from mamba_train.data.shard_job import (
-    JOB_NAME,
     Group,
     Job,
     JobSettings,
-    adopt_folder,
     create_once,
     find_inputs,
     group_inputs,
@@ -79,21 +78,27 @@ def _begin(place: str, key: str, data: DataConfig, tokenizer: TextTokenizer, fai
         max_bad_share=data.max_bad_share,
     )
     job = plan(settings, group_inputs(inputs, settings.group_bytes))
-    fingerprint = hashlib.sha256(job.to_json().encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    folder = Path(data.cache_dir).expanduser() / f"{data.name}-shards-{fingerprint}"
-    adopt_folder(folder, job, tokenizer)
+    folder = Path(data.cache_dir).expanduser() / f"{data.name}-shards-{_sha256(job)[:12]}"
+    adopt_folder(folder, job, tokenizer, log, "data.cache_dir")
     (folder / failure).unlink(missing_ok=True)
     todo = [group for group in job.groups if read_entry(folder, group) is None]
     log(f"data: {len(job.groups) - len(todo):,} of {len(job.groups):,} groups of shards are finished in {folder}")
     _name_rewritten(folder, [group for group in job.groups if group not in todo], paths, log)
     fields = Fields(data.text_key)
-    work = Work(folder, settings, fields, paths, {}, tokenizer.serialised, str(data.encoder), todo, threads=1)
+    work = Work(
+        folder, settings, fields, paths, {}, tokenizer.serialised, str(data.encoder), todo, threads=1,
+        policy_options=("data.bad_documents", "data.max_bad_share"),
+    )  # fmt: skip
     began = threading.Event()
     threading.Thread(
         target=_make, args=(work, job, data.cache_workers, folder / failure, began, log), daemon=True
     ).start()
     began.wait()  # the loader takes all processes for its own, and ends them, that begin while it starts some
     return folder
+
+
+def _sha256(job: Job) -> str:
+    return hashlib.sha256(job.to_json().encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _name_rewritten(folder: Path, finished: Sequence[Group], paths: Mapping[str, Path], log: Log) -> None:
@@ -145,7 +150,7 @@ class _Groups:
 
     def __init__(self, name: str, folder: Path, failure: str, length: int) -> None:
         self._name, self._folder, self._failure, self._length = name, folder, folder / failure, length
-        self.job = Job.from_json((folder / JOB_NAME).read_text(encoding="utf-8"))
+        self.job = read_job(folder)
         self.known: list[Corpus] = []
         self.ends: list[int] = []  # how many windows of an epoch there are up to the end of each
 
@@ -223,8 +228,19 @@ class CachedSource(BatchSource):
         self.names = self.mixture.names
 
     def fingerprint_of(self, name: str) -> str:
-        """SHA-256 of the plan: inputs with their sizes, and settings."""
-        return hashlib.sha256(self.groups[name].job.to_json().encode("utf-8", "surrogatepass")).hexdigest()
+        """SHA-256 of the plan: inputs with their sizes, and settings but what happens to bad documents.
+
+        Groups that were read have the same tokens when more may be left out of those to come; with less allowed, one
+        that had too many is not made.
+        """
+        job, default = self.groups[name].job, DataConfig()
+        policy, share = str(default.bad_documents), default.max_bad_share
+        return _sha256(replace(job, settings=replace(job.settings, bad_documents=policy, max_bad_share=share)))
+
+    def is_same(self, name: str, fingerprint: str) -> bool:
+        """As `BatchSource.is_same`; older checkpoints have the fingerprint of the whole plan."""
+        whole = _sha256(self.groups[name].job)
+        return self.fingerprint_of(name).startswith(fingerprint) or whole.startswith(fingerprint)
 
     def places(self, samples: np.ndarray) -> list[tuple[AnyCorpus, int]]:
         """As `BatchSource.places`; waits for groups that are not finished. Raises ReadError when they never will be."""

@@ -94,7 +94,7 @@ def _changed(source: Source, state: Mapping[str, Any], step: int) -> list[str]:
     """The sources that have been read so far and do not have the tokens that they had."""
     read = {name for stage in source.mixture.stages if stage.from_step < step for name in stage.shares}
     saved = state["fingerprints"]
-    return [name for name in sorted(read) if saved.get(name) != source.fingerprint_of(name)[:FINGERPRINT_DIGITS]]
+    return [name for name in sorted(read) if not source.is_same(name, saved.get(name, "none"))]
 
 
 def _explain_change(source: Source, state: Mapping[str, Any], changed: Sequence[str]) -> str:
@@ -103,7 +103,7 @@ def _explain_change(source: Source, state: Mapping[str, Any], changed: Sequence[
         names = ", ".join(other or "data.path" for other in changed)
         return (
             f"the files of {names}, their sizes, data.tokenizer or a setting of the stream (data.repeat, "
-            "data.shuffle_files, data.shuffle_documents, data.cache_group_mib, data.text_key, data.bad_documents) are "
+            "data.shuffle_files, data.shuffle_documents, data.cache_group_mib, data.text_key) are "
             f"not the checkpoint's, so its places in the text mean nothing: restore them, {_NEW_RUN}"
         )
     mine, saved = source.fingerprint_of(name), state["fingerprints"].get(name, "none")

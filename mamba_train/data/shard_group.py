@@ -58,6 +58,7 @@ class Surroundings:
     checksums: dict[str, str]  # expected SHA-256 of inputs, by name
     log: Log
     progress: Progress
+    policy_options: tuple[str, str] = ("--bad-documents", "--max-bad-share")  # as messages call them
 
 
 def entry_path(folder: Path, group: Group) -> Path:
@@ -141,7 +142,7 @@ def _write_aside(
 ) -> GroupEntry:
     settings = around.settings
     bad = BadDocumentFilter(
-        BadDocuments(settings.bad_documents), settings.max_bad_share, around.log, "--bad-documents", "--max-bad-share"
+        BadDocuments(settings.bad_documents), settings.max_bad_share, around.log, *around.policy_options
     )
     writers = _Writers(aside, group, tokenizer, settings)
     inputs = [_tokenise_input(entry, bad, encoder, writers, around) for entry in group.inputs]

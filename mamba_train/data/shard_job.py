@@ -1,7 +1,7 @@
 """The plan of a preparation at scale: which inputs become which group of shards.
 
 It is a function of the inputs and the settings alone, so every process of every task makes the same
-plan; the folder keeps it in `job.json`, and whoever comes with another plan is refused.
+plan; the folder keeps it in `job.json` (`shard_folder.py`).
 """
 
 import glob
@@ -16,10 +16,8 @@ from typing import Any
 
 from mamba_train.data.documents import SPLITS, Log, Split
 from mamba_train.data.hub_text import HUB_PREFIX, HubText, open_hub
-from mamba_train.data.manifest import TOKENIZER_NAME
 from mamba_train.data.shards import fsync_folder, write_durably
 from mamba_train.data.stored_files import find_text_files, readable
-from mamba_train.data.tokenizer import TextTokenizer
 
 JOB_NAME = "job.json"
 JOB_VERSION = 1
@@ -186,29 +184,6 @@ def plan(settings: JobSettings, groups: tuple[Group, ...]) -> Job:
     return Job(JOB_VERSION, settings, versions, groups)
 
 
-def adopt_folder(folder: Path, job: Job, tokenizer: TextTokenizer) -> None:
-    """Make the folder that of this job, or check that it is. Raises ValueError that begins with --output."""
-    path = folder / JOB_NAME
-    # In this order: another task may make the folder that of this job at any moment, and job.json comes first in it.
-    has_files = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
-    if has_files and not path.exists():
-        raise ValueError(f"--output {folder}: the folder is not empty and holds no {JOB_NAME}; choose another")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {folder}: cannot be made ({error.strerror})") from error
-    if not path.exists():
-        create_once(path, job.to_json().encode("utf-8"))
-    difference = _difference(json.loads(path.read_text(encoding="utf-8")), json.loads(job.to_json()))
-    if difference is not None:
-        raise ValueError(
-            f"--output {folder}: the folder was begun with other inputs or settings ({difference}); repeat those, "
-            "or choose another folder"
-        )
-    if not (folder / TOKENIZER_NAME).exists():
-        create_once(folder / TOKENIZER_NAME, tokenizer.serialised)
-
-
 def create_once(path: Path, data: bytes) -> None:
     """Write a file that is complete or absent, and leave one alone that another process wrote first."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -223,17 +198,3 @@ def create_once(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
-
-
-def _difference(there: Any, here: Any, key: str = "") -> str | None:
-    """The first place where two JSON values differ, in words; None if nowhere."""
-    if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
-        pairs: list[tuple[Any, Any, Any]] = [(name, there[name], here[name]) for name in here]
-    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        pairs = [(number, *pair) for number, pair in enumerate(zip(there, here, strict=True))]
-    elif isinstance(there, list) and isinstance(here, list):
-        return f"{key}: {len(there)} there, {len(here)} here"
-    else:
-        return None if there == here else f"{key}: {there!r} there, {here!r} here"
-    differences = (_difference(a, b, f"{key}.{name}".lstrip(".")) for name, a, b in pairs)
-    return next((difference for difference in differences if difference is not None), None)

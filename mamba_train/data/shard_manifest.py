@@ -1,7 +1,5 @@
 """The manifest of a prepared folder, put together from the entries of its groups when all are there."""
 
-import os
-import uuid
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +8,7 @@ from mamba_train.data.documents import SPLITS, Split
 from mamba_train.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry
 from mamba_train.data.shard_group import read_entry
 from mamba_train.data.shard_job import Job
-from mamba_train.data.shards import fsync_folder, write_durably
+from mamba_train.data.shards import replace_durably
 
 
 def assemble(folder: Path, job: Job) -> Manifest | None:
@@ -24,10 +22,7 @@ def assemble(folder: Path, job: Job) -> Manifest | None:
     data = manifest.to_json().encode("utf-8")
     path = folder / MANIFEST_NAME
     if not path.exists() or path.read_bytes() != data:
-        temporary = folder / f".{MANIFEST_NAME}.{uuid.uuid4().hex}"
-        write_durably(temporary, data)
-        os.replace(temporary, path)
-        fsync_folder(folder)
+        replace_durably(path, data)
     return manifest
 
 

@@ -40,6 +40,7 @@ class Work:
     encoder: str
     groups: list[Group]
     threads: int  # of the encoder in each worker
+    policy_options: tuple[str, str] = ("--bad-documents", "--max-bad-share")  # as messages call them
 
 
 def run_pool(work: Work, n_workers: int, log: Callable[[str], None], show: Callable[[list[int]], None]) -> list[str]:
@@ -107,7 +108,7 @@ def _work(number: int, work: Work, counts: Any, next_group: Any, pipe: Any) -> N
         fast = fastokens_call(tokenizer) if work.encoder == "fastokens" else None
         around = Surroundings(
             work.folder, work.settings, work.fields, work.paths, work.checksums,
-            lambda line: pipe.send(("log", line)), progress,
+            lambda line: pipe.send(("log", line)), progress, work.policy_options,
         )  # fmt: skip
         while True:
             with next_group.get_lock():

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 import struct
+import uuid
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,17 @@ def write_durably(path: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Give a file other contents at once: whoever reads it, also after a crash, sees the old ones or the new."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write_durably(temporary, data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
 
 
 class ShardWriter:

@@ -106,9 +106,19 @@ class StreamSource:
         self.cursors = np.zeros((len(self.names), self.n_lanes, len(Cursor._fields)), dtype=np.int64)
 
     def fingerprint_of(self, name: str) -> str:
-        """SHA-256 of what the order of a source depends on besides the seed: files, fields, tokenizer, settings."""
+        """SHA-256 of what the places of a source depend on besides the seed: files, fields, tokenizer, settings.
+
+        Places count all documents, those that are left out, too: a run that a bad one has stopped may go on without it.
+        """
+        return self._fingerprint(name, BadDocuments.error)
+
+    def is_same(self, name: str, fingerprint: str) -> bool:
+        """As `BatchSource.is_same`; the policy for bad documents was part of the fingerprints of older checkpoints."""
+        return any(self._fingerprint(name, policy).startswith(fingerprint) for policy in BadDocuments)
+
+    def _fingerprint(self, name: str, policy: BadDocuments) -> str:
         data, files = self.data, [file.identity() for file in self.files[name]]
-        settings = [data.text_key, data.repeat, data.shuffle_files, data.shuffle_documents, str(data.bad_documents)]
+        settings = [data.text_key, data.repeat, data.shuffle_files, data.shuffle_documents, str(policy)]
         content = json.dumps([hashlib.sha256(self.tokenizer).hexdigest(), files, settings])
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 

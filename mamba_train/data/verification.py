@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from mamba_train.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardEntry, file_sha256
+from mamba_train.data.shard_folder import read_job
 from mamba_train.data.shard_group import GROUPS_FOLDER
-from mamba_train.data.shard_job import JOB_NAME, Job
+from mamba_train.data.shard_job import JOB_NAME
 from mamba_train.data.shard_manifest import compose
 from mamba_train.data.shards import ShardReader, token_dtype
 from mamba_train.data.tokenizer import load_tokenizer
@@ -48,8 +49,8 @@ def plan_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     if not path.exists():
         return
     try:
-        expected = compose(folder, Job.from_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = compose(folder, read_job(folder))
+    except (OSError, ValueError) as error:
         yield f"{path}: it or an entry in {GROUPS_FOLDER} cannot be read ({error})"
         return
     if expected is not None and expected != manifest:

@@ -81,8 +81,11 @@ def _protocol(result: dict[str, Any]) -> str:
 
 
 def _where(result: dict[str, Any]) -> list[str]:
-    """Of which text, and in which precision, where it is not what the run validates on, and fp32."""
-    split, precision = result.get("split", "validation"), result.get("precision", "fp32")
+    """Of which text, and in which precision, where it is not what the run validates on, and fp32.
+
+    Results of earlier versions do not say the precision: on a GPU it was bf16, on a CPU fp32.
+    """
+    split, precision = result.get("split", "validation"), result.get("precision", "precision unknown")
     return [
         *([] if split == "validation" else [f"split {split}"]),
         *([] if precision == "fp32" else [precision]),

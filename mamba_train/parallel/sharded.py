@@ -73,6 +73,8 @@ class ShardedEngine(NativeEngine):
         alone = self._graphed is not None
         self.model.set_requires_gradient_sync(is_last or self.config.reduce_each_micro_batch or alone)
         self.model.set_is_last_backward(is_last or alone)
+        if self.config.reshard_after_forward is False:  # the weights stay for the next micro-batch, too
+            self.model.set_reshard_after_backward(is_last or alone)
 
     def accumulate(self, inputs: Tensor, targets: Tensor, seq_idx: Tensor | None, n_targets: Tensor) -> Tensor:
         if self._graphed is not None:

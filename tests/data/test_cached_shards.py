@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mamba_train.config_data import DataConfig, DataSource, MixtureStage
+from mamba_train.config_data import BadDocuments, DataConfig, DataSource, MixtureStage
 from mamba_train.data import cached_shards
 from mamba_train.data.batches import WindowForm
 from mamba_train.data.cached_shards import CachedSource, begin, failure_name
@@ -125,6 +125,24 @@ def test_what_cannot_be_made_ends_the_waiting_with_the_reason(data: DataConfig, 
     with pytest.raises(ReadError, match=r"train-00000 will not be made: .*0.jsonl:2: field 'text' .* must be a string"):
         CachedSource({"": folder}, FAILURE, BATCH, 0, FORM).batch(0, slice(None))
     assert (folder / FAILURE).exists()
+
+
+def test_a_run_that_a_bad_document_has_stopped_goes_on_without_it(data: DataConfig, tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "text", [make_texts(1600, seed=i) for i in range(2)], ".jsonl")
+    with (folder / "001.jsonl").open("a") as stream:
+        stream.write("not json\n")
+    text = {"path": str(folder), "cache_dir": str(tmp_path / "cache")}
+    tokenizer = load_tokenizer(data.tokenizer or "")
+    strict = begin(DataConfig(**{**vars(data), **text}), tokenizer, FAILURE, lambda line: None)[""]
+    source = CachedSource({"": strict}, FAILURE, BATCH, 3, FORM)
+    first = source.batch(0, slice(None)).tokens
+    with pytest.raises(ReadError, match=r"; data\.bad_documents=skip leaves such documents out"):
+        source.places(np.array([10**6]))
+    skip = DataConfig(**{**vars(data), **text, "bad_documents": BadDocuments.skip})
+    again = CachedSource({"": begin(skip, tokenizer, FAILURE, lambda line: None)[""]}, FAILURE, BATCH, 3, FORM)
+    assert restore(again, state_of(source, 5 * BATCH), 5, allow_changed=False) == []
+    assert np.array_equal(again.batch(0, slice(None)).tokens, first)
+    again.places(np.array([10**6]))
 
 
 def test_it_ends_with_the_reason_though_the_disk_is_too_full_to_say_it(

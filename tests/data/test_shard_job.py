@@ -9,17 +9,14 @@ from mamba_train.data.documents import SPLITS, Split
 from mamba_train.data.hub_text import HubText
 from mamba_train.data.shard_group import label_folder
 from mamba_train.data.shard_job import (
-    JOB_NAME,
     JOB_VERSION,
     Input,
     Job,
     JobSettings,
-    adopt_folder,
     find_inputs,
     group_inputs,
 )
 from mamba_train.data.text_files import TEXT_SUFFIXES
-from mamba_train.data.tokenizer import dna_tokenizer
 
 
 def find(patterns: list[str], split: Split = "train") -> tuple[list[tuple[str, str]], list[str]]:
@@ -67,39 +64,6 @@ def test_nothing_found(raw: Path, pattern: str) -> None:
 def test_an_empty_name_is_not_the_current_folder(pattern: str) -> None:
     with pytest.raises(ValueError, match=rf"--input '{pattern}': names no file or folder"):
         find([pattern])
-
-
-def test_tasks_that_begin_at_the_same_moment_share_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another one makes the folder that of the job just when this one has found no job.json."""
-    tokenizer = dna_tokenizer()
-    settings = JobSettings("text", None, tokenizer.sha256, 0, 17, 1, 1, 0.0, "error", 0.0)
-    job = Job(JOB_VERSION, settings, {}, ())
-    folder = tmp_path / "out"
-    folder.mkdir()
-    exists = Path.exists
-    n_asked = 0
-
-    def overtaken(path: Path) -> bool:
-        nonlocal n_asked
-        found = exists(path)
-        if path.name == JOB_NAME:
-            n_asked += 1
-            if n_asked == 1:
-                adopt_folder(folder, job, tokenizer)
-        return found
-
-    monkeypatch.setattr(Path, "exists", overtaken)
-    adopt_folder(folder, job, tokenizer)
-    assert n_asked > 1
-    assert sorted(path.name for path in folder.iterdir()) == [JOB_NAME, "tokenizer.json"]
-
-
-def test_an_output_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("")
-    tokenizer = dna_tokenizer()
-    settings = JobSettings("text", None, tokenizer.sha256, 0, 17, 1, 1, 0.0, "error", 0.0)
-    with pytest.raises(ValueError, match=r"--output .*out: cannot be made \(File exists\)"):
-        adopt_folder(tmp_path / "out", Job(JOB_VERSION, settings, {}, ()), tokenizer)
 
 
 @given(st.lists(st.tuples(st.sampled_from(SPLITS), st.integers(0, 50)), max_size=40), st.integers(1, 100))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from mamba_train.config_data import BadDocuments
 from mamba_train.data import shard_job
 from mamba_train.data.batches import IGNORE_INDEX
 from mamba_train.data.lanes import LaneOrder
@@ -84,6 +85,41 @@ def test_other_files_or_lanes_are_refused(texts: list[str], tokenizer_path: Path
     write_files(folder, [texts[:61], texts[60:120]])
     with pytest.raises(ValueError, match="are not the checkpoint's, so its places"):
         restore(make_stream(spec), state, 1, allow_changed=True)
+
+
+def test_a_run_that_a_bad_document_has_stopped_goes_on_without_it(
+    texts: list[str], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    folder = write_files(tmp_path / "text", [[*texts[:70], " ", *texts[:5]] for _ in range(BATCH)])
+    n_steps, strict = 600, spec_of(folder, tokenizer_path)
+    skipping = spec_of(folder, tokenizer_path, bad_documents="skip", max_bad_share=0.1)
+    expected = [rows_of(batches) for batches in itertools.islice(steps_of(skipping), n_steps)]
+    source = make_stream(strict)
+    loader, states = StreamLoader(source, 0, 1, BATCH), []
+
+    def read() -> None:
+        for step in range(n_steps):
+            states.append(json.loads(json.dumps(state_of(source, step * BATCH))))
+            loader.step(step * BATCH)
+
+    with pytest.raises(ValueError, match=r"the text is empty; data\.bad_documents=skip leaves such documents out"):
+        read()
+    assert 5 < len(states) < n_steps
+    again = make_stream(skipping)
+    restore(again, states[-1], len(states) - 1, allow_changed=False)
+    loader = StreamLoader(again, 0, 1, BATCH)
+    for step in range(len(states) - 1, n_steps):
+        assert rows_of(loader.step(step * BATCH)) == expected[step]
+
+
+def test_a_checkpoint_whose_fingerprint_holds_the_policy_is_known(
+    texts: list[str], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    """As older ones do."""
+    spec = spec_of(write_files(tmp_path / "text", [texts]), tokenizer_path, bad_documents="skip")
+    state = state_of(make_stream(spec), 0)
+    state["fingerprints"][""] = make_stream(spec)._fingerprint("", BadDocuments.skip)[:16]
+    restore(make_stream(spec), state, 1, allow_changed=False)
 
 
 def test_a_restart_near_the_end_of_a_file_does_not_judge_by_its_rest(

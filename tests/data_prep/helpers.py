@@ -9,8 +9,9 @@ from typing import Any
 from data_prep.__main__ import main
 from mamba_train.data.encoders import Encoder, ReferenceEncoder
 from mamba_train.data.manifest import Manifest
+from mamba_train.data.shard_folder import adopt_folder
 from mamba_train.data.shard_group import Surroundings, read_entry, tokenise_group
-from mamba_train.data.shard_job import Job, JobSettings, adopt_folder, find_inputs, group_inputs
+from mamba_train.data.shard_job import Job, JobSettings, find_inputs, group_inputs
 from mamba_train.data.shard_manifest import assemble
 from mamba_train.data.shards import ShardReader
 from mamba_train.data.text_files import TEXT_SUFFIXES, Fields
@@ -55,7 +56,7 @@ def make_shards(
     found, paths = find_inputs(inputs, "train", suffixes, {}, lines.append)
     chosen = settings(tokenizer, **changes)
     job = Job(1, chosen, {}, group_inputs(found, chosen.group_bytes))
-    adopt_folder(folder, job, tokenizer)
+    adopt_folder(folder, job, tokenizer, lines.append)
     fields = Fields(chosen.text_key, chosen.label_key, "--text-key", "--label-key")
     around = Surroundings(folder, chosen, fields, paths, checksums or {}, lines.append, lambda *counts: None)
     for group in job.groups:

@@ -140,20 +140,33 @@ def counted(prefix: str) -> Iterator[list[str]]:
 
 
 def traffic(config: Config, engine: Engine) -> dict[str, list[int]]:
-    """Collectives of one step: sums with one and three micro-batches, gathers with and without freeing the weights."""
+    """Collectives of one step: sums and gathers of kept weights with one and three micro-batches, gathers of others."""
     sums, gathers = [], []
     for n in (1, 3):
         with counted("reduce_scatter") as scattered, counted("all_reduce") as reduced:
             backward(engine, n_micro_batches=n)
         sums.append(len(scattered) + len(reduced))
         engine.step(0.0)
-    for reshard in (True, False):
+    for reshard, n in ((True, 1), (False, 1), (False, 3)):
         settings = dataclasses.replace(config.engine, reshard_after_forward=reshard)
         other = make(dataclasses.replace(config, engine=settings), engine.ranks)
         with counted("all_gather") as gathered:
-            backward(other)
+            backward(other, n_micro_batches=n)
         gathers.append(len(gathered))
     return {"sums": sums, "gathers": gathers}
+
+
+def changed_by_keeping(config: Config, group: Ranks) -> list[str]:
+    """Weights and moments that are others after steps of several micro-batches in which gathered weights stay."""
+    found = []
+    for reshard in (True, False):
+        settings = dataclasses.replace(config.engine, reshard_after_forward=reshard)
+        engine = make(dataclasses.replace(config, engine=settings), group)
+        for step in range(3):
+            backward(engine, seed=step, n_micro_batches=2)
+            engine.step(1e-2)
+        found.append(flat(engine))
+    return [name for name in found[0] if not torch.equal(found[0][name], found[1][name])]
 
 
 def flat(engine: Engine) -> dict[str, Tensor]:
@@ -330,6 +343,7 @@ def main() -> None:
     found["wrong_initial_values"] = wrong_initial_values(engine)
     found["accumulation"] = accumulation(engine)
     found["traffic"] = traffic(exact, engine)
+    found["changed by keeping"] = changed_by_keeping(exact, group)
     found["recomputed"], found["scans"] = recomputed(exact, engine)
     found["scans with one layer recomputed"] = scans_with_one_layer_recomputed(exact, group)
     found["skip"] = skip(make(exact, group))

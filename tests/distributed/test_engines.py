@@ -52,11 +52,12 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
     assert found["D after the audit"] == 1.0
     assert found["lost"] == [], "gradients are not summed in fp32"
     assert found["accumulation"] < 1e-5
-    (summed_once, summed_thrice), (gathered_twice, gathered_once) = found["traffic"].values()
+    (summed_once, summed_thrice), (gathered_twice, gathered_once, kept_for_all) = found["traffic"].values()
     if not name.startswith("zero"):  # ZeRO-2 and 3 cannot but sum after each micro-batch
         assert summed_once == summed_thrice > 0
     if name.startswith(("fsdp", "hsdp")):
-        assert gathered_twice > gathered_once > 0
+        assert gathered_twice > gathered_once == kept_for_all > 0
+    assert found["changed by keeping"] == []
     assert max(found["recomputed"].values()) < 1e-6
     assert found["scans"] == {"scan": 2 * MODEL.n_layer, "layer": 2 * MODEL.n_layer, "keep_scan": MODEL.n_layer}
     assert found["scans with one layer recomputed"] == MODEL.n_layer + 1

@@ -13,6 +13,7 @@ RESULTS = {
     "perplexity-packed-step_00000020": {
         "kind": "perplexity-packed",
         "step": 20,
+        "precision": "fp32",
         "protocol": "packed",
         "length": 32,
         "stride": None,
@@ -70,7 +71,7 @@ def test_evaluations_and_samples_are_shown(tmp_path: Path) -> None:
         "50.00%",
         "100% somewhere",
         "lambada_openai/acc (first 7 requests)",
-        "all (sliding, length 32, stride 8, first 5,000 tokens)",
+        "all (sliding, length 32, stride 8, first 5,000 tokens, precision unknown)",
         "not in the form of our results",
         "0.2500",
         'alt="lengths-step_00000020" src="data:image/png;base64,cGljdHVyZQ=="',
