@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, early_start, processors, triton_unsupported
-from kernels.launcher import SUM_WARPS, Launch, remembered
+from kernels.launcher import SUM_WARPS, Launch, device_of, remembered
 
 WIDTHS = (2, 3, 4)
 MAX_WIDTH = max(WIDTHS)
@@ -79,7 +79,7 @@ def forward(
     final_state = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
     strides = (*x.stride()[:2], *((0, 0) if seq_idx is None else seq_idx.stride()))
     launch = _forward_launch(x.shape, strides, width, silu, early_start(x)["PDL"], FORWARD)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         launch(x, weight.contiguous(), bias, seq_idx, initial_state, y, final_state)
     return y, final_state
 
@@ -139,7 +139,7 @@ def backward(
     strides = [stride for t in (y_grad, x, x_grad) for stride in t.stride()[:2]]
     strides += (0, 0) if seq_idx is None else seq_idx.stride()
     launch = _backward_launch(x.shape, tuple(strides), width, silu, early, shape)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         launch(
             *(y_grad, _contiguous(more), final_grad, x, weight.contiguous(), bias, seq_idx, initial_state),
             *(x_grad, state_grad, parts),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import alignment, early_start, processors, shared_bytes, triton_unsupported
-from kernels.launcher import Launch, remembered, sum_launch
+from kernels.launcher import Launch, device_of, remembered, sum_launch
 from kernels.rms_norm.shapes import LoopShape, Shape, backward_shape, forward_shape
 
 MAX_SIZE = 16384  # channels that a program holds in registers
@@ -96,7 +96,7 @@ def _forward(
         launch = _forward_launch(
             x.shape[0], size, groups, strides, align, asking, float(eps), norm_before_gate, early, cut
         )
-        with torch.cuda.device_of(x):
+        with device_of(x):
             launch(x, residual, z, weight, y, total, inverse_rms)
     return y, y if total is None else total, inverse_rms
 
@@ -159,7 +159,7 @@ def _backward(
         return x_grad, total_grad, z_grad, weight_grad.zero_()
     parts = torch.empty((programs, channels), dtype=torch.float32, device=device)
     launch = _backward_launch(programs, x.shape[0], size, groups, span, strides, align, norm_before_gate, cut)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         launch(y_grad, through, x, z, weight.contiguous(), inverse_rms, x_grad, total_grad, z_grad, parts)
         sum_launch(programs, channels, 1)(parts, weight_grad, None)
     return x_grad, total_grad, z_grad, weight_grad
