@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 from typing import Any
 
@@ -60,12 +61,9 @@ Pointer = Tensor | Piece
 
 def pieces(whole: Tensor, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[Piece]:
     """A flat tensor in parts of so many elements, each with the dtype it is read as."""
-    address, first, found = whole.data_ptr(), 0, []
-    n_bytes = whole.element_size()
-    for size, dtype in zip(sizes, dtypes, strict=True):
-        found.append(Piece(whole, address + first * n_bytes, first, size, dtype))
-        first += size
-    return found
+    address, n_bytes, firsts = whole.data_ptr(), whole.element_size(), (0, *itertools.accumulate(sizes))
+    parts = zip(firsts, sizes, dtypes, strict=False)
+    return [Piece(whole, address + first * n_bytes, first, size, dtype) for first, size, dtype in parts]
 
 
 class Launch:

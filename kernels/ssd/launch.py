@@ -267,7 +267,14 @@ def _segment_starts(
     (batch, _, heads, head_dim), states = x.shape, B.shape[3]
     ends = torch.empty((batch, segments, heads, head_dim, states), dtype=torch.float32, device=x.device)
     powers = torch.empty((batch, segments, heads), dtype=torch.float32, device=x.device)
-    walk(x, B, decays, padded, None, (None, None), (None, None, ends, powers), chunk)
+    enough, exact, chunks = (
+        PROGRAMS_PER_PROCESSOR * processors(x.device.index),
+        x.dtype == torch.float32,
+        padded // chunk,
+    )
+    forth, shape = (x.stride(), B.stride()), shapes(x, B).states
+    launch = walk_launch(x.shape, B.shape, forth, None, False, segments, enough, exact, chunk, chunks, shape)
+    launch(x, B, None, None, decays, None, None, None, None, ends, powers)
     _segments_launch(batch, heads, head_dim * states, segments)(ends, first, powers)
     return ends
 
@@ -280,35 +287,8 @@ def _segments_launch(batch: int, heads: int, size: int, segments: int) -> Launch
     return Launch(segments_kernel, grid, (heads, size, segments), (SEGMENT_BLOCK,), SEGMENT_WARPS)
 
 
-def walk(
-    x: Tensor,
-    B: Tensor,
-    decays: Pointer,
-    padded: int,
-    back: tuple[Tensor, Tensor] | None,
-    states: tuple[Tensor | None, Tensor | None],
-    outputs: tuple[Pointer | None, Pointer | None, Tensor | None, Tensor | None],
-    chunk: int,
-    only_back: bool = False,
-) -> None:
-    """Launch `states_kernel`. back: y_grad, C; states: first, last_grad; outputs: starts, end_grads, ends, powers.
-
-    only_back: `starts` is there already.
-    """
-    powers = outputs[3]
-    segments = 1 if powers is None else powers.shape[1]
-    y_grad, C = back or (None, None)
-    of_back = None if y_grad is None or C is None else (y_grad.stride(), C.stride())
-    enough = PROGRAMS_PER_PROCESSOR * processors(x.device.index)
-    exact, shape = x.dtype == torch.float32, shapes(x, B).states
-    of_x = (x.stride(), B.stride())
-    chunks = padded // chunk
-    launch = _walk_launch(x.shape, B.shape, of_x, of_back, only_back, segments, enough, exact, chunk, chunks, shape)
-    launch(x, B, y_grad, C, decays, *states, *outputs)
-
-
 @remembered
-def _walk_launch(
+def walk_launch(
     x_shape: torch.Size,
     B_shape: torch.Size,
     forth: tuple[tuple[int, ...], ...],
@@ -321,7 +301,10 @@ def _walk_launch(
     chunks: int,
     shape: Shape,
 ) -> Launch:
-    """forth: strides of x and B; back: of y_grad and C; enough: programs."""
+    """Of `states_kernel`. forth: strides of x and B; back: of y_grad and C; enough: programs.
+
+    only_back: the states before chunks are there already.
+    """
     from kernels.ssd.forward_kernels import states_kernel
 
     (batch, length, heads, head_dim), (groups, n_states) = x_shape, B_shape[2:]

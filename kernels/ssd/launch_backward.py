@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import alignment, processors
+from kernels.dispatch import processors
 from kernels.launcher import SUM_WARPS, Launch, Piece, Pointer, device_of, remembered, sum_launch
 from kernels.ssd import kept
+from kernels.ssd.backward_plan import backward_plan
 from kernels.ssd.launch import (
     DECAY_HEADS,
     DECAY_WARPS,
-    Shape,
     Shapes,
-    block,
     fill_decays,
     of_states,
     shapes,
     state_blocks,
     unit,
-    walk,
 )
 from kernels.ssd.workspace import Workspace, workspace
 
 GATE_BLOCK, GATE_WARPS = 1024, 4
-SUM_BLOCK = 1024  # numbers of a program that sums parts of the gradients of B and C
-PART_COST = 3  # what a program of `gradients_kernel` costs besides its heads, in heads
 
 
 class Outputs(NamedTuple):
@@ -201,131 +195,33 @@ def _run(
 
     carried: the states before chunks, where they were kept.
     """
-    (batch, _, heads, head_dim), (groups, states) = x.shape, B.shape[2:]
-    chunk, exact = shape.gradients.chunk, x.dtype == torch.float32
-    blocks, halves = padded // shape.flows.chunk, shape.flows.chunk // chunk
-    n_processors = processors(x.device.index)
-    parts = _parts(batch * (padded // chunk) * groups, heads // groups, n_processors)
-    work = workspace(x, B, padded, chunk, halves, parts, carried is None)
+    (batch, _, heads, head_dim), states = x.shape, B.shape[3]
+    y_grad, y_grad_lost = y_grads
+    strides = y_grad.stride(), x.stride(), B.stride(), C.stride(), outputs.x.stride(), outputs.B.stride()
+    n_processors, with_starts = processors(x.device.index), carried is None
+    plan = backward_plan(x.shape, B.shape, x.dtype, strides, padded, with_starts, n_processors, shape)
+    work = workspace(plan.sizes, x)
     of_state = (batch, heads, head_dim, states) if with_initial_grad else (0,)
     initial_grad = torch.empty(of_state, dtype=torch.float32, device=x.device)
     starts = work.starts if carried is None else carried
-    first, last_grad = (None if t is None else t.float().contiguous() for t in (initial, final_state_grad))
-    y_grad, y_grad_lost = y_grads
-    into = (starts, work.end_grads, initial_grad if with_initial_grad else None, None)
-    walk(x, B, decays, padded, (y_grad, C), (first, last_grad), into, chunk, only_back=carried is not None)
-
-    flow_parts = _parts((2 * halves + 3) * batch * blocks * groups, heads // groups, 2 * n_processors)
-    strides = (y_grad.stride(), x.stride(), B.stride(), C.stride())
-    launch = _flows_launch(x.shape, B.shape, strides, flow_parts, blocks, exact, chunk, shape.flows)
+    first, last_grad = [None if t is None else t.float().contiguous() for t in (initial, final_state_grad)]
+    into = starts, work.end_grads, initial_grad if with_initial_grad else None
+    plan.walk(x, B, y_grad, C, decays, first, last_grad, *into, None)
     # First, as outputs may lie where x, B and C do.
-    operands = (x, B, C, decays, starts, work.end_grads)
-    launch(y_grad, *operands, work.sums, work.own_products, work.through)
+    operands = x, B, C, decays, starts, work.end_grads
+    plan.flows(y_grad, *operands, work.sums, work.own_products, work.through)
     if y_grad_lost is not None:  # of the strides of y_grad
         lost, *unused = [torch.empty_like(part.tensor()) for part in work[:3]]
-        launch(y_grad_lost, *operands, lost, *unused)
-        of_starts = (3 * halves + 3) * batch * heads * padded  # what comes after is of end_grads
-        work.sums.tensor()[:of_starts] += lost[:of_starts]
-
-    BC_grads: tuple[Pointer, Pointer] = outputs.B, outputs.C
-    BC_strides: tuple[int, ...] = (0, *outputs.B.stride()[:3])
-    if parts > 1:
-        BC_grads, BC_strides = (work.B_parts, work.C_parts), _strides(B.shape)
-    written = (*strides, outputs.x.stride(), BC_strides)
-    launch = _gradients_launch(x.shape, B.shape, written, parts, padded // chunk, exact, shape.gradients)
-    launch(
-        *(y_grad, x, B, C, D, decays, starts, work.end_grads, before, outputs.x),
-        *(*BC_grads, work.owns, D_parts, work.scratch),
+        plan.flows(y_grad_lost, *operands, lost, *unused)
+        work.sums.tensor()[: plan.of_starts] += lost[: plan.of_starts]
+    BC_grads = (outputs.B, outputs.C) if plan.sum_BC is None else (work.B_parts, work.C_parts)
+    plan.gradients(
+        *(y_grad, x, B, C, D, decays, starts, work.end_grads, before),
+        *(outputs.x, *BC_grads, work.owns, D_parts, work.scratch),
     )
-    if parts > 1:
-        _sum_BC_launch(B.shape, outputs.B.stride(), parts)(*BC_grads, outputs.B, outputs.C)
+    if plan.sum_BC is not None:
+        plan.sum_BC(*BC_grads, outputs.B, outputs.C)
     return initial_grad, work
-
-
-@remembered
-def _flows_launch(
-    x_shape: torch.Size,
-    B_shape: torch.Size,
-    strides: tuple[tuple[int, ...], ...],
-    parts: int,
-    blocks: int,
-    exact: bool,
-    chunk: int,
-    shape: Shape,
-) -> Launch:
-    """strides: of y_grad, x, B, C."""
-    from kernels.ssd.flow_kernels import flows_kernel
-
-    (batch, length, heads, head_dim), (groups, states) = x_shape, B_shape[2:]
-    halves, p, n = shape.chunk // chunk, block(head_dim), block(states)
-    outer = [stride for rows in strides for stride in rows[:3]]
-    align = alignment(head_dim, states, *outer)
-    sizes = (length, heads, heads // groups, head_dim // align, states // align, blocks, parts)
-    return Launch(
-        flows_kernel,
-        (batch * blocks * groups * parts * (2 * halves + 3), 1),
-        (*[stride // align for stride in outer], *sizes, -(-heads // groups // parts)),
-        (head_dim == p and states == n, exact, align, chunk, halves, p, n, shape.stages),
-        shape.warps,
-    )
-
-
-@remembered
-def _gradients_launch(
-    x_shape: torch.Size,
-    B_shape: torch.Size,
-    strides: tuple[tuple[int, ...], ...],
-    parts: int,
-    chunks: int,
-    exact: bool,
-    shape: Shape,
-) -> Launch:
-    """strides: of y_grad, x, B, C, the gradient of x, and (part, batch, row, group) of those of B and C."""
-    from kernels.ssd.backward_kernels import gradients_kernel
-
-    (batch, length, heads, head_dim), (groups, states) = x_shape, B_shape[2:]
-    p, n = block(head_dim), block(states)
-    *inputs, x_grad, BC_grads = strides
-    outer = [stride for rows in inputs for stride in rows[:3]] + [*x_grad[:2], *BC_grads]
-    align = alignment(head_dim, states, *outer)
-    part_heads = -(-heads // groups // parts)
-    sizes = (length, heads, heads // groups, head_dim // align, states // align, chunks, parts, part_heads)
-    return Launch(
-        gradients_kernel,
-        (batch * chunks * groups * parts, 1),
-        (*[stride // align for stride in outer], *sizes),
-        (head_dim == p and states == n, exact, align, shape.chunk, p, n, shape.stages),
-        shape.warps,
-    )
-
-
-@remembered
-def _sum_BC_launch(B_shape: torch.Size, strides: tuple[int, ...], parts: int) -> Launch:
-    """strides: of the gradients of B and C."""
-    from kernels.ssd.backward_kernels import sum_BC_kernel
-
-    batch, length, groups, states = B_shape
-    n = block(states)
-    rows = max(1, SUM_BLOCK // n)
-    numbers = (*strides[:3], batch * length, length, states, parts)
-    return Launch(sum_BC_kernel, (-(-batch * length // rows), 2 * groups), numbers, (rows, n), SUM_WARPS)
-
-
-@functools.cache
-def _strides(B_shape: torch.Size) -> tuple[int, ...]:
-    """Of parts (part, batch, length, group, state), but for the last one."""
-    return tuple(math.prod(B_shape[axis:]) for axis in range(4))
-
-
-@functools.cache
-def _parts(programs: int, heads: int, n_processors: int) -> int:
-    """In how many parts the heads of a group are divided, so that the programs' last wave does not leave many idle."""
-
-    def time(parts: int) -> int:
-        return -(-programs * parts // n_processors) * (-(-heads // parts) + PART_COST)
-
-    parts = min(range(1, heads + 1), key=time)
-    return -(-heads // -(-heads // parts))  # none without heads
 
 
 def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.launcher import Piece, pieces, remembered
+from kernels.launcher import Piece, pieces
 
 
 class Workspace(NamedTuple):
@@ -26,14 +26,21 @@ class Workspace(NamedTuple):
     starts: Piece  # the same; empty where the forward kept them
 
 
-def workspace(x: Tensor, B: Tensor, padded: int, chunk: int, halves: int, parts: int, with_starts: bool) -> Workspace:
-    """padded: the length in whole blocks of `halves` chunks; parts: of the heads of a group."""
-    sizes, dtypes = _sizes(x.shape, B.shape, x.dtype, padded, chunk, halves, parts, with_starts)
-    return Workspace(*pieces(torch.empty(sum(sizes), dtype=torch.float32, device=x.device), sizes, dtypes))
+class Sizes(NamedTuple):
+    """fp32 numbers of each part and what they are read as, and numbers in all."""
+
+    numbers: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    total: int
 
 
-@remembered
-def _sizes(
+def workspace(sizes: Sizes, x: Tensor) -> Workspace:
+    """A new one, where x is."""
+    whole = torch.empty(sizes.total, dtype=torch.float32, device=x.device)
+    return Workspace(*pieces(whole, sizes.numbers, sizes.dtypes))
+
+
+def workspace_sizes(
     x_shape: torch.Size,
     B_shape: torch.Size,
     dtype: torch.dtype,
@@ -42,8 +49,11 @@ def _sizes(
     halves: int,
     parts: int,
     with_starts: bool,
-) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
-    """fp32 numbers, and what they are read as; multiples of 4, as Triton takes such parts' addresses for aligned."""
+) -> Sizes:
+    """padded: the length in whole blocks of `halves` chunks; parts: of the heads of a group.
+
+    Multiples of 4, so that each part begins at an address that Triton takes for aligned.
+    """
     (batch, _, heads, head_dim), (groups, states) = x_shape, B_shape[2:]
     chunks, blocks = padded // chunk, padded // (chunk * halves)
     BC_parts = parts * math.prod(B_shape) if parts > 1 else 0
@@ -60,5 +70,5 @@ def _sizes(
         all_states,
         all_states if with_starts else 0,
     )
-    wide = len(sizes) - 2
-    return tuple(-(-size // 4) * 4 for size in sizes), (torch.float32,) * wide + (dtype, dtype)
+    numbers = tuple([-(-size // 4) * 4 for size in sizes])
+    return Sizes(numbers, (torch.float32,) * (len(sizes) - 2) + (dtype, dtype), sum(numbers))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from kernels.selective_scan import selective_scan
-from kernels.ssd import launch_backward, reference, ssd, ssd_step
+from kernels.ssd import backward_plan, reference, ssd, ssd_step
 from tests.kernels.loops import LENGTHS, assert_all_close, floating, gradients, largest_tensor_in
 from tests.kernels.ssd.loops import ssd_inputs, ssd_loop
 
@@ -334,7 +334,7 @@ def test_other_errors() -> None:
 @pytest.mark.parametrize("programs", [1, 11, 131, 140, 256, 4096])
 @pytest.mark.parametrize("heads", [1, 7, 46, 80])
 def test_the_backward_divides_heads_so_that_few_processors_idle(programs: int, heads: int) -> None:
-    parts = launch_backward._parts(programs, heads, 132)
+    parts = backward_plan._parts(programs, heads, 132)
     part_heads = -(-heads // parts)
     assert (parts - 1) * part_heads < heads, "a part without heads"
     waves = -(-programs * parts // 132)
