@@ -38,22 +38,22 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 class Piece:
     """A part of a flat tensor, to launch kernels with: a view takes the host some five times as long."""
 
-    __slots__ = ("_address", "_first", "_size", "_whole", "dtype")
+    __slots__ = ("_address", "_first", "dtype", "size", "whole")
 
     def __init__(self, whole: Tensor, address: int, first: int, size: int, dtype: torch.dtype) -> None:
         """address: of `whole`; first, size: in its elements; dtype: what they are read as."""
-        self._whole, self._address, self._first, self._size, self.dtype = whole, address, first, size, dtype
+        self.whole, self._address, self._first, self.size, self.dtype = whole, address, first, size, dtype
 
     def data_ptr(self) -> int:
         return self._address
 
     @property
     def device(self) -> torch.device:
-        return self._whole.device
+        return self.whole.device
 
     def tensor(self) -> Tensor:
         """The view."""
-        return self._whole.narrow(0, self._first, self._size).view(self.dtype)
+        return self.whole.narrow(0, self._first, self.size).view(self.dtype)
 
 
 Pointer = Tensor | Piece

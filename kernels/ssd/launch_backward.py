@@ -21,7 +21,7 @@ from kernels.ssd.launch import (
     state_blocks,
     unit,
 )
-from kernels.ssd.workspace import Workspace, workspace
+from kernels.ssd.workspace import Sums, alone, workspace
 
 GATE_BLOCK, GATE_WARPS = 1024, 4
 
@@ -84,7 +84,7 @@ def backward(
         rows, D_parts = x.shape[0] * padded, None
         if D is not None and D.dim() == 2:
             D_parts = torch.empty((rows // chunk, heads * head_dim), dtype=torch.float32, device=device)
-        initial_grad, work = _of_all_states(
+        initial_grad, sums = _of_all_states(
             *((y_grad, y_grad_lost), x, B, C, D, D_parts, decays, padded, initial, carried, final_state_grad, outputs),
             *(with_initial_grad, shape),
         )
@@ -92,9 +92,8 @@ def backward(
             *(dt.shape, B.shape[2], dt.stride(), outputs.dt.stride(), dt_softplus, dt_min, dt_max),
             *(exact, chunk, halves),
         )
-        sums = work.sums, work.own_products, work.through, work.owns
-        launch(dt, A, dt_bias, decays, *sums, outputs.dt, work.parts)
-        A_grad, bias_grad, D_grad = _head_sums(work.parts, rows // (chunk * halves), heads)
+        launch(dt, A, dt_bias, decays, *sums[:4], outputs.dt, sums.parts)
+        A_grad, bias_grad, D_grad = _head_sums(sums.parts, rows // (chunk * halves), heads)
         if D_parts is not None:
             D_grad = _sum(D_parts).view(heads, head_dim)
     found = (outputs.x, outputs.dt, A_grad, outputs.B, outputs.C, D_grad, z_grad, bias_grad)
@@ -146,7 +145,7 @@ def _of_all_states(
     outputs: Outputs,
     with_initial_grad: bool,
     shape: Shapes,
-) -> tuple[Tensor, Workspace]:
+) -> tuple[Tensor, Sums]:
     """Fill outputs but for dt, and D_parts; return the gradient of the initial state, and sums over states."""
     blocks = state_blocks(B.shape[3], shape.gradients.states)
     if len(blocks) == 1:
@@ -154,7 +153,7 @@ def _of_all_states(
         return _run(*of_all, with_initial_grad, shape)
     others = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     initial_grads: list[Tensor] = []
-    total: Workspace | None = None
+    total: Sums | None = None
     for states in blocks:
         is_last = states is blocks[-1]
         before: Tensor | None = None if total is None else others
@@ -163,13 +162,14 @@ def _of_all_states(
         skip = (D, D_parts) if is_last else (None, None)
         into = Outputs(outputs.x if is_last else others, outputs.dt, outputs.B[..., states], outputs.C[..., states])
         of_part = (y_grads, x, B_part, C_part, *skip, decays, padded, first, None, last_grad, before, into)
-        first_grad, work = _run(*of_part, with_initial_grad, shape)
+        first_grad, sums = _run(*of_part, with_initial_grad, shape)
         initial_grads.append(first_grad)
         if total is None:
-            total = work
+            total = alone(sums)
         else:
-            for sums, part in zip(total[:3], work[:3], strict=True):
-                sums.tensor().add_(part.tensor())
+            for so_far, part in zip(total[:3], sums[:3], strict=True):
+                so_far.tensor().add_(part.tensor())
+        del sums  # and its workspace, before the next one
     assert total is not None
     return torch.cat(initial_grads, dim=3) if with_initial_grad else initial_grads[0], total
 
@@ -190,7 +190,7 @@ def _run(
     outputs: Outputs,
     with_initial_grad: bool,
     shape: Shapes,
-) -> tuple[Tensor, Workspace]:
+) -> tuple[Tensor, Sums]:
     """The same of one block of states; before: the gradient of x by others, which is added.
 
     carried: the states before chunks, where they were kept.
@@ -209,19 +209,19 @@ def _run(
     plan.walk(x, B, y_grad, C, decays, first, last_grad, *into, None)
     # First, as outputs may lie where x, B and C do.
     operands = x, B, C, decays, starts, work.end_grads
-    plan.flows(y_grad, *operands, work.sums, work.own_products, work.through)
+    plan.flows(y_grad, *operands, *work.sums[:3])
     if y_grad_lost is not None:  # of the strides of y_grad
-        lost, *unused = [torch.empty_like(part.tensor()) for part in work[:3]]
+        lost, *unused = [torch.empty_like(part.tensor()) for part in work.sums[:3]]
         plan.flows(y_grad_lost, *operands, lost, *unused)
-        work.sums.tensor()[: plan.of_starts] += lost[: plan.of_starts]
+        work.sums.of_flows.tensor()[: plan.of_starts] += lost[: plan.of_starts]
     BC_grads = (outputs.B, outputs.C) if plan.sum_BC is None else (work.B_parts, work.C_parts)
     plan.gradients(
         *(y_grad, x, B, C, D, decays, starts, work.end_grads, before),
-        *(outputs.x, *BC_grads, work.owns, D_parts, work.scratch),
+        *(outputs.x, *BC_grads, work.sums.owns, D_parts, work.scratch),
     )
     if plan.sum_BC is not None:
         plan.sum_BC(*BC_grads, outputs.B, outputs.C)
-    return initial_grad, work
+    return initial_grad, work.sums
 
 
 def _gate_backward(y_grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -11,19 +11,28 @@ from torch import Tensor
 from kernels.launcher import Piece, pieces
 
 
-class Workspace(NamedTuple):
-    """Of one block of states; fp32 but for the last two, which have the dtype of the activations."""
+class Sums(NamedTuple):
+    """What `delta_kernel` reads, and what it leaves; fp32."""
 
-    sums: Piece  # these three of `flows_kernel`
+    of_flows: Piece  # these three of `flows_kernel`
     own_products: Piece
     through: Piece
     owns: Piece  # (batch, head, padded)
-    parts: Piece  # of the gradients of A, dt_bias and D, by `delta_kernel`
+    parts: Piece  # of the gradients of A, dt_bias and D
+
+
+class Workspace(NamedTuple):
+    """Of one block of states; fp32 but for the last two, which have the dtype of the activations."""
+
+    sums: Sums
     scratch: Piece
     B_parts: Piece  # empty unless the heads of a group are divided
     C_parts: Piece
     end_grads: Piece  # (batch, chunk, head, state, head_dim)
     starts: Piece  # the same; empty where the forward kept them
+
+
+N_SUMS = len(Sums._fields)
 
 
 class Sizes(NamedTuple):
@@ -36,8 +45,15 @@ class Sizes(NamedTuple):
 
 def workspace(sizes: Sizes, x: Tensor) -> Workspace:
     """A new one, where x is."""
-    whole = torch.empty(sizes.total, dtype=torch.float32, device=x.device)
-    return Workspace(*pieces(whole, sizes.numbers, sizes.dtypes))
+    parts = pieces(torch.empty(sizes.total, dtype=torch.float32, device=x.device), sizes.numbers, sizes.dtypes)
+    return Workspace(Sums(*parts[:N_SUMS]), *parts[N_SUMS:])
+
+
+def alone(sums: Sums) -> Sums:
+    """The same in memory of their own: the rest of the workspace may go."""
+    sizes = tuple([part.size for part in sums])
+    whole = sums.of_flows.whole[: sum(sizes)].clone()
+    return Sums(*pieces(whole, sizes, (torch.float32,) * N_SUMS))
 
 
 def workspace_sizes(

@@ -1,5 +1,6 @@
 """That launches go around Triton rightly: what the launcher takes for numbers and constants are such parameters."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -45,3 +46,26 @@ def test_arguments_fit_parameters(absent: tuple[str, ...], monkeypatch: pytest.M
         set() if absent else {"gate_backward_kernel"}
     )
     assert seen == expected
+
+
+def test_one_workspace_at_a_time_where_states_are_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    usual = launch_backward.workspace
+
+    def workspace(*arguments: Any) -> Any:
+        assert all(reference() is None for reference in made)
+        found = usual(*arguments)
+        made.append(weakref.ref(found.sums.of_flows.whole))
+        return found
+
+    monkeypatch.setattr(launch_backward, "workspace", workspace)
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: None)
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "processors", lambda index: 64)
+    monkeypatch.setattr(launch, "has_large_shared_memory", lambda index: True)
+    given = {k: v.detach() for k, v in ssd_inputs(1, 70, 2, 64, 1, 300).items()}
+    arguments = [given.get(name) for name in NAMES]
+    options: Any = (True, 0.0, 1.0, 16, None)
+    y, state, *kept = launch.forward(*arguments, *options, None, True, True)  # type: ignore[arg-type]
+    launch_backward.backward(y, state, *arguments, *options, *kept, True)  # type: ignore[arg-type]
+    assert len(made) == 3
