@@ -21,7 +21,7 @@ from kernels.ssd.launch import (
     state_blocks,
     unit,
 )
-from kernels.ssd.workspace import Sums, alone, workspace
+from kernels.ssd.workspace import Sums, added, workspace
 
 GATE_BLOCK, GATE_WARPS = 1024, 4
 
@@ -164,11 +164,7 @@ def _of_all_states(
         of_part = (y_grads, x, B_part, C_part, *skip, decays, padded, first, None, last_grad, before, into)
         first_grad, sums = _run(*of_part, with_initial_grad, shape)
         initial_grads.append(first_grad)
-        if total is None:
-            total = alone(sums)
-        else:
-            for so_far, part in zip(total[:3], sums[:3], strict=True):
-                so_far.tensor().add_(part.tensor())
+        total = added(total, sums)
         del sums  # and its workspace, before the next one
     assert total is not None
     return torch.cat(initial_grads, dim=3) if with_initial_grad else initial_grads[0], total

@@ -49,11 +49,18 @@ def workspace(sizes: Sizes, x: Tensor) -> Workspace:
     return Workspace(Sums(*parts[:N_SUMS]), *parts[N_SUMS:])
 
 
-def alone(sums: Sums) -> Sums:
-    """The same in memory of their own: the rest of the workspace may go."""
-    sizes = tuple([part.size for part in sums])
-    whole = sums.of_flows.whole[: sum(sizes)].clone()
-    return Sums(*pieces(whole, sizes, (torch.float32,) * N_SUMS))
+def added(total: Sums | None, sums: Sums) -> Sums:
+    """The sums of another block of states added to what `flows_kernel` left of the others, in memory of their own.
+
+    The rest of their workspace may go then. `owns` and `parts` are those of the first block.
+    """
+    if total is None:
+        sizes = tuple([part.size for part in sums])
+        whole = sums.of_flows.whole[: sum(sizes)].clone()
+        return Sums(*pieces(whole, sizes, (torch.float32,) * N_SUMS))
+    for so_far, part in zip(total[:3], sums[:3], strict=True):
+        so_far.tensor().add_(part.tensor())
+    return total
 
 
 def workspace_sizes(
