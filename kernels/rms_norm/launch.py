@@ -9,9 +9,8 @@ from torch import Tensor
 
 from kernels.dispatch import alignment, early_start, processors, shared_bytes, triton_unsupported
 from kernels.launcher import Launch, device_of, remembered, sum_launch
-from kernels.rms_norm.shapes import LoopShape, Shape, backward_shape, forward_shape
+from kernels.rms_norm.shapes import MAX_SIZE, LoopShape, Shape, backward_shape, forward_shape
 
-MAX_SIZE = 16384  # channels that a program holds in registers
 MANY = 2**20  # bytes of shared memory, more than a program uses
 
 
@@ -194,7 +193,8 @@ def _asking(device: int | None, moved: int, shape: Shape) -> int:
 
     moved: bytes that the kernel reads and writes.
     """
-    return 0 if moved <= _cache_bytes(device) else processors(device) * min(32, 64 // shape.warps)
+    is_cached = moved <= _cache_bytes(device)
+    return 0 if is_cached or not shape.asks else processors(device) * min(32, 64 // shape.warps)
 
 
 @functools.cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+MAX_SIZE = 16384  # channels that a program holds in registers
+
 
 class Shape(NamedTuple):
     """How a kernel divides its work."""
@@ -11,6 +13,7 @@ class Shape(NamedTuple):
     rows: int  # that a program has at once
     block: int  # channels of a piece of a row, a power of two
     warps: int
+    asks: bool = True  # for its rows before it waits for the kernel before
 
 
 class LoopShape(NamedTuple):
@@ -23,45 +26,62 @@ class LoopShape(NamedTuple):
     stages: int  # rows that are on their way from memory at once
 
 
-# Milliseconds on an H100, bf16, 16,384 rows or as told, of the best shapes and a few near them; shapes as (block,
-# warps, programs, stages), one row at a time. Without the early start but where told.
+# What was measured on an H100, bf16: shapes as (rows, block, warps), in the forward with the early start. Forward of
+# small tensors, in microseconds, the kernel of mamba_ssm in brackets:
 #
-#   add, forward     608  (128, 1) .0184   (256, 1) .0185   2 rows of (256, 2) .0189   (1024, 2) .0189   (7,328 rows)
-#                    768  (256, 2) .0527   (1024, 2) .0528   (256, 1) .0530
-#                   2560  (4096, 8) .1691   (1024, 4) .1698   (512, 4) .1700
-#                   4400  (8192, 8) .1617   (8192, 16) .1623   (2048, 8) .1630   (1024, 8) .1636   (9,108 rows)
-#                   5120  (8192, 16) .3354   (8192, 8) .3358   (2048, 8) .3371
-#         with it   2512  2 rows of (4096, 16) .2203   (4096, 16) .2210   (4096, 8) .2212   (21,608 rows)
-#                   3264  (4096, 32) .2630   2 rows of (4096, 16) .2638   (4096, 8) .2641   (20,000 rows)
-#                   4088  (4096, 32) .3744   (4096, 16) .3771   (4096, 8) .3801   (22,747 rows)
-#                   5120  (8192, 16) .3366   (8192, 8) .3378
-#   gated, forward  1536  2 rows of (2048, 8) .0520   (2048, 4) .0521   (512, 4) .0523
-#                   4096  (2048, 16) .1335   (1024, 4) .1341   (4096, 8) .1342
-#                   5120  (2048, 16) .1659   (2048, 4) .1661   (1024, 8) .1667
-#   add, backward    768  (1024, 8, 2, 3) .0837   4 rows of (256, 16, 1, 3) .0791
-#                   2560  (1024, 4, 2, 2) .2444   (1024, 4, 1, 3) .2455   (512, 8, 2, 2) .2456
-#   gated, backward 5120  (1024, 8, 1, 3) .3090   (2048, 8, 2, 3) .3104   (1024, 8, 3, 3) .3223
+#   add     2,048 x 768   [4.78]   (2, 1024, 8) 4.02   (4, 1024, 8) 4.16   (1, 1024, 8) 4.29   (1, 1024, 2) 4.99
+#           1,154 x 928   [4.31]   (2, 1024, 4) 3.07   (2, 1024, 8) 3.76   (1, 1024, 2) 3.56   (4, 128, 4) 3.90
+#   gated   1,154 x 928   [3.33]   (2, 256, 2) 2.70    (2, 1024, 4) 2.82   (4, 256, 4) 2.78    (1, 1024, 2) 3.28
+#           1,647 x 1,616 [5.82]   (1, 2048, 8) 4.35   (2, 2048, 8) 4.69   (1, 2048, 4) 4.75
+#           2,951 x 2,176 [14.5]   (1, 512, 4) 10.1    (1, 4096, 4) 11.4   (2, 4096, 16) 14.3
+#           23,320 x 144  [16.1]   (8, 256, 4) 7.0     (4, 256, 2) 8.4     (2, 256, 2) 15.7
+#           31,266 x 304  [24.6]   (4, 256, 4) 21.2    (8, 256, 8) 21.4    (4, 256, 8) 24.8
+#   plain   4,096 x 768   [4.92]   (4, 256, 4) 3.54    (2, 256, 2) 3.66    (2, 1024, 4) 3.84   (1, 1024, 2) 5.85
+#
+# and of large ones, where memory is the limit:
+#
+#   add     16,384 x 768   [52.8]  (1, 1024, 8) 51.1   (2, 1024, 16) 51.1  (1, 1024, 2) 51.8
+#           16,384 x 2,560 [170.6] (1, 4096, 4) 169.7, without asking 168.8; (2, 4096, 16) 169.1, 170.3
+#           29,531 x 2,896 [348.0] (1, 4096, 4) 348.2, without asking 345.9; (2, 4096, 16) 348.3, 348.4
+#           3,393 x 3,928  [57.5]  (1, 4096, 32) 54.3  (2, 4096, 16) 56.2  (1, 4096, 8) 56.6   (1, 4096, 4) 58.8
+#           16,384 x 5,120 [339.3] (1, 8192, 16) 337.2 (1, 8192, 32) 337.3
+#   gated   24,982 x 704   [37.5]  (2, 1024, 4) 36.1   (1, 1024, 4) 36.0   (2, 256, 2) 37.8
+#           16,384 x 1,536 [51.4]  (1, 2048, 8) 50.3   (2, 2048, 16) 50.3  (1, 2048, 4) 50.5
+#           16,384 x 4,096 [134.4] (2, 4096, 16) 131.4 (2, 4096, 32) 131.6 (1, 4096, 8) 133.7
+#           16,384 x 5,120 [171.6] (1, 8192, 8) 163.6  (1, 2048, 4) 164.8
+#   plain   16,384 x 2,560 [58.1]  (2, 256, 2) 56.2    (1, 1024, 4) 57.3, not asking; (2, 4096, 16) 74.3
+#
+# Backward, in milliseconds at 16,384 rows, as (block, warps, programs, stages), a row at a time but where told:
+#
+#   add      768  (1024, 8, 2, 3) .0837   4 rows of (256, 16, 1, 3) .0791
+#           2560  (1024, 4, 2, 2) .2444   (1024, 4, 1, 3) .2455   (512, 8, 2, 2) .2456
+#   gated   5120  (1024, 8, 1, 3) .3090   (2048, 8, 2, 3) .3104   (1024, 8, 3, 3) .3223
 
 
 def forward_shape(size: int, gated: bool, plain: bool = False) -> Shape:
     """The forward kernel for groups of `size` channels: each program has its rows once."""
-    block = piece(size)
-    if size <= 1024:
-        rows = max(4, 1024 // block) if size <= 512 else 2
-        each = 16 if plain or (gated and not 256 < size <= 512) else 8  # channels of a thread, about
-        return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each))
+    block, whole = piece(size), _power_of_two(size)
+    if size <= 512:  # programs start 1.2 ns apart: about a thousand channels each, or they wait for that
+        rows = max(4, _power_of_two(896 // size))
+        return _shared_out(rows, size, block, 16 if gated or plain else 8)
     if plain:
-        return Shape(1, block, _warps(_padded(size, block) // 32 // 16))
-    if gated and size <= 8192:
-        if 2048 < size <= 4096:
-            return Shape(rows=2, block=4096, warps=16)
-        return Shape(1, _power_of_two(size), warps=8) if size > 1280 else Shape(2, block, warps=4)
+        return Shape(2, 256, 2) if size <= 1024 else _shared_out(1, size, block, 16)
+    if size <= 1024:
+        return Shape(2, 1024, 4 if gated else 8)
+    if size > 8192:
+        return _shared_out(1, size, block, 16)
+    if gated:
+        if 1280 < size <= 2048 or size > 4096:
+            return Shape(1, whole, 8)
+        return Shape(2, block, 4) if size <= 1280 else Shape(1, block, 4) if size < 3072 else Shape(2, block, 16)
     if 2048 < size <= 3072:
-        return Shape(rows=2, block=4096, warps=16)
-    if size <= 8192:
-        warps = 32 if 3072 < size <= 4096 else 16 if size > 4608 else 8
-        return Shape(rows=1, block=_power_of_two(size), warps=warps)
-    return Shape(1, block, 16)
+        return Shape(1, whole, 4, asks=False)
+    return Shape(1, whole, 32 if 3072 < size <= 4096 else 16 if size > 4608 else 8)
+
+
+def _shared_out(rows: int, size: int, block: int, each: int) -> Shape:
+    """With as many warps as give a thread some `each` channels."""
+    return Shape(rows, block, _warps(rows * _padded(size, block) // 32 // each))
 
 
 def backward_shape(size: int, gated: bool, row_bytes: int, shared_bytes: int) -> LoopShape:

@@ -137,7 +137,7 @@ def test_norms_of_several_rows_pass_only_sums_between_threads(gated: bool, size:
     assert found.shared <= 4 * warps * arguments["ROWS"]
 
 
-@pytest.mark.parametrize("size", [608, 10240])
+@pytest.mark.parametrize("size", [304, 10240])
 def test_norms_wait_then_read_all_then_write(size: int) -> None:
     """A load behind a store waits for it, and for what that store waits for."""
     kernel = norm_kernels.forward_kernel
