@@ -139,7 +139,7 @@ def _time(plan: "Plan", config: Config, peak: float, device: str, args: argparse
         f"and {plan.training_flops:.2e} FLOPs",
         f"  at {args.mfu:.0%} MFU of {device}: {_device_time(hours)}",
         *(f"  {count:>5} GPU{'s' if count > 1 else ' '} {_duration(hours / count):>14}" for count in counts),
-        *(_uneven(config, n_gpus) if n_gpus else ()),
+        *(_refused(config, n_gpus) if n_gpus else ()),
     ]
 
 
@@ -150,17 +150,18 @@ def _n_gpus(config: Config, args: argparse.Namespace) -> int | None:
     return None if config.slurm.nodes is None else config.slurm.nodes * max(1, config.slurm.gpus_per_node)
 
 
-def _uneven(config: Config, n_gpus: int) -> list[str]:
-    """What would be refused at the start: an engine for one device, a global batch that does not divide over the GPUs."""
+def _refused(config: Config, n_gpus: int) -> list[str]:
+    """What would be refused at the start: say it now."""
+    found = []
     if n_gpus > 1 and config.engine.name == "single":
-        return [f"  engine.name=single trains on one GPU: choose engine=auto, ddp or fsdp for {n_gpus}"]
+        found.append(f"  engine.name=single trains on one GPU: choose engine=auto, ddp or fsdp for {n_gpus}")
     batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    if batch % (n_gpus * micro) == 0:
-        return []
-    return [
-        f"  training.global_batch_size={batch} cannot be split over {n_gpus} GPUs in micro-batches of {micro}: "
-        "make it a multiple of both, or lower training.micro_batch_size"
-    ]
+    if batch % (n_gpus * micro):
+        found.append(
+            f"  training.global_batch_size={batch} cannot be split over {n_gpus} GPUs in micro-batches of {micro}: "
+            "make it a multiple of both, or lower training.micro_batch_size"
+        )
+    return found
 
 
 def _size(n_bytes: float) -> str:
