@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     shards = [shard for shard in all_shards if arguments.label in (None, shard.label) and shard.n_documents]
     if not shards:
         labels = ", ".join(sorted({shard.label or '""' for shard in all_shards})) or "nothing"
-        raise ValueError(f"--split {arguments.split} --label {arguments.label}: no documents; the split has {labels}")
+        asked = f"--split {arguments.split}" + ("" if arguments.label is None else f" --label {arguments.label}")
+        raise ValueError(f"{asked}: no documents; the split has {labels}")
     ends = np.cumsum([shard.n_documents for shard in shards])
     generator = random.Random(arguments.seed)
     n_shown = min(arguments.documents, int(ends[-1]))

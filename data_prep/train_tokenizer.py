@@ -7,8 +7,6 @@ The same inputs give the same file. With --preset dna there is nothing to learn:
 """
 
 import argparse
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from mamba_train.config_data import BadDocuments
 from mamba_train.data.bad_documents import BadDocumentFilter
 from mamba_train.data.hub_text import read_hub
 from mamba_train.data.shard_job import Input, find_inputs
-from mamba_train.data.shards import write_durably
+from mamba_train.data.shards import replace_durably
 from mamba_train.data.text_files import Fields, read_texts
 from mamba_train.data.tokenizer import dna_tokenizer, train_tokenizer
 
@@ -57,9 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     if tokenizer.vocab_size < arguments.vocab_size and arguments.preset != "dna":
         print(f"the text is too small for more than {tokenizer.vocab_size:,} tokens (--vocab-size, --sample-mib)")
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
-    write_durably(temporary, tokenizer.serialised)
-    os.replace(temporary, output)
+    replace_durably(output, tokenizer.serialised)
     print(
         f"{output}: {tokenizer.vocab_size:,} tokens, end of document {tokenizer.eos_id}, SHA-256 {tokenizer.sha256:.12}"
     )

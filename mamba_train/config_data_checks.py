@@ -32,6 +32,7 @@ def data_problems(config: Config) -> Iterable[Problem]:
         yield from _task(data)
     elif data.path:
         yield "data.path", data.path, f"data.source={data.source} reads no path; use data=local"
+    yield from _of_streams(data)
     yield from _loading(data)
     if not 0 < data.validation_fraction < 1:
         yield "data.validation_fraction", data.validation_fraction, "expected more than 0 and less than 1"
@@ -86,6 +87,7 @@ def _shards(data: DataConfig) -> Iterable[Problem]:
             yield f"data.sources.{name}", path, SHARDS_EXPECTED
 
 
+HUB_OPTIONS = "hub_config hub_revision hub_split"
 REMOTE = r"https?://|hf:"  # how a place begins that is not on this machine
 
 
@@ -146,6 +148,21 @@ def _stream(config: Config) -> Iterable[Problem]:
     if data.continue_lanes and (data.lanes not in (None, batch) or data.mixture):
         problem = f"expected false, or data.lanes={batch} (training.global_batch_size) and no data.mixture"
         yield "data.continue_lanes", data.continue_lanes, problem
+
+
+def _of_streams(data: DataConfig) -> Iterable[Problem]:
+    """What would change nothing: `data.repeat=false` for shards is a run that does not end with the text, either."""
+    if data.source is not DataSource.stream:
+        names = f"lanes repeat shuffle_files shuffle_documents continue_lanes cache_shards {HUB_OPTIONS}"
+        reason = f"data.source={data.source} does not read it, data=stream does"
+    elif not any(re.match(r"hf:(?!//)", place or "") for place in _places(data).values()):
+        names, reason = HUB_OPTIONS, "it is for hf:NAME (the commit of an address is in it: hf://.../NAME@COMMIT)"
+    else:
+        return
+    for name in names.split():
+        value, usual = getattr(data, name), getattr(DataConfig(), name)
+        if value != usual:
+            yield f"data.{name}", value, f"expected {'null' if usual is None else str(usual).lower()}: {reason}"
 
 
 def _cached(data: DataConfig) -> Iterable[Problem]:

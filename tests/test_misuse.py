@@ -70,6 +70,12 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["training.total_steps=0"], ["training.total_steps=0", "more than 0"]),
         (["data=local"], ["data.path"]),
         (["data=local", "data.path=/no/such/folder"], ["data.path=/no/such/folder", "no such file or folder"]),
+        (["data.repeat=false"], ["data.repeat=False", "expected true", "data.source=stdlib does not read it"]),
+        (["data.cache_shards=true"], ["data.cache_shards=True", "expected false", "data=stream does"]),
+        (
+            ["data=stream", "data.path=docs", "data.tokenizer=LICENSE", "data.hub_revision=a"],
+            ["expected null", "hf:NAME"],
+        ),
         (["optim.lr=inf"], ["optim.lr=inf", "finite"]),
         (["guard.norm_ratio=1"], ["guard.norm_ratio=1", "more than 1"]),
         (["guard.min_steps=0"], ["guard.min_steps=0", "more than 0"]),

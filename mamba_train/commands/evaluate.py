@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_train.run_folder import EVALUATION, SUMMARY, read_summary
+from mamba_train.run_folder import EVALUATION, SUMMARY, read_summary, replace
 
 if TYPE_CHECKING:
     from mamba_train.convert.source import Pretrained
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 DEFAULT_SPLIT = "validation"
 DEFAULT_PRECISION = "fp32"
+DEFAULT_BATCH_SIZE = 8
 LONGEST_NAME = 100  # of a list of lengths in a file's name, in characters
 
 
@@ -49,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead: the same text in windows of each length, loss by position, a plot",
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="only the first N of each domain")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at once")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N",
+        help=f"windows at once (default: {DEFAULT_BATCH_SIZE}; with --lengths so many that they have 65,536 tokens)",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="of matrices (default: bf16 on a GPU, else fp32)")
     parser.add_argument(
@@ -137,6 +141,7 @@ def _domains(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "dict[str,
     from mamba_train.data.prepare import check_prepared
 
     found: dict[str, Corpus] = {}
+    with_text: set[str] = set()
     for name, folder in _folders(args).items():
         if not args.data and not (folder / MANIFEST_NAME).exists():  # moved, removed, or weights that were imported
             raise ValueError(f"{args.source}: its data are not in {folder}; name some by --data FOLDER")
@@ -147,10 +152,12 @@ def _domains(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "dict[str,
                 f"--data {folder}: made with another tokenizer than the model's (SHA-256 "
                 f"{manifest.tokenizer_sha256:.12} and {tokenizer.sha256:.12})"
             )
+        with_text |= {split for split, shards in manifest.shards.items() if any(shard.n_tokens for shard in shards)}
         for label in dict.fromkeys(entry.label for entry in manifest.shards[args.split] if entry.n_tokens > 1):
             found["/".join(part for part in (name, label) if part)] = Corpus([(folder, manifest)], args.split, [label])
     if not found:
-        raise ValueError(f"--split {args.split}: there is no text in it; the splits are {', '.join(SPLITS)}")
+        there = " and ".join(split for split in SPLITS if split in with_text)
+        raise ValueError(f"--split {args.split}: there is no text in it, but in {there or 'no split'}")
     return found
 
 
@@ -196,7 +203,7 @@ def _by_domain(
         (args.stride or -(-length // 2)) if protocol is Protocol.sliding else None,
         reset_at_documents=bool(_of_training(pretrained, "reset_state_at_documents")),
         max_tokens=args.max_tokens,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or DEFAULT_BATCH_SIZE,
     )
     scores = {}
     for label, corpus in domains.items():
@@ -242,7 +249,7 @@ def _by_length(
     if len(domains) > 1:
         print(f"of {len(domains)} domains the largest, {label}, is taken; name another by --data")
     reset = bool(_of_training(pretrained, "reset_state_at_documents"))
-    curve = score_lengths(corpus, tokenizer, losses, lengths, args.max_tokens, reset)
+    curve = score_lengths(corpus, tokenizer, losses, lengths, args.max_tokens, reset, args.batch_size)
     for length, one in curve.scores.items():
         print(_line(f"length {length}", one))
     for first, last, nats in curve.by_position():
@@ -258,7 +265,7 @@ def _by_length(
     path = _write(args, pretrained, "lengths", domains, content)
     if path is not None:
         picture = path.with_suffix(".png")
-        picture.write_bytes(png(length_figure(curve, trained, f"Length extrapolation of {pretrained.config.name}")))
+        replace(picture, png(length_figure(curve, trained, f"Length extrapolation of {pretrained.config.name}")))
         print(f"plot: {picture}")
 
 

@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from mamba_train.run_folder import SAMPLE
+from mamba_train.run_folder import SAMPLE, replace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         print("\n".join(f"--- {number} ---\n{text}" for number, text in enumerate(whole, start=1)))
     if args.save:
-        (Path(args.source) / SAMPLE).write_text("\n".join(whole) + "\n", encoding="utf-8")
+        replace(Path(args.source) / SAMPLE, "\n".join(whole) + "\n")
 
 
 def _check(args: argparse.Namespace) -> None:

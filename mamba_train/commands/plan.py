@@ -135,11 +135,11 @@ def _time(plan: "Plan", config: Config, peak: float, device: str, args: argparse
     n_gpus = _n_gpus(config, args)
     counts = (n_gpus,) if n_gpus else DEVICE_COUNTS
     return [
-        f"training: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens are {plan.total_tokens / 1e9:,.3g} "
-        f"billion tokens and {plan.training_flops:.2e} FLOPs",
-        f"  at {args.mfu:.0%} MFU of {device}: {hours:{',.0f' if hours >= 10 else '.2g'}} GPU-hours",
+        f"training: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens are {_tokens(plan.total_tokens)} "
+        f"and {plan.training_flops:.2e} FLOPs",
+        f"  at {args.mfu:.0%} MFU of {device}: {_device_time(hours)}",
         *(f"  {count:>5} GPU{'s' if count > 1 else ' '} {_duration(hours / count):>14}" for count in counts),
-        *(_uneven(config, n_gpus) if n_gpus else ()),
+        *(_refused(config, n_gpus) if n_gpus else ()),
     ]
 
 
@@ -150,22 +150,37 @@ def _n_gpus(config: Config, args: argparse.Namespace) -> int | None:
     return None if config.slurm.nodes is None else config.slurm.nodes * max(1, config.slurm.gpus_per_node)
 
 
-def _uneven(config: Config, n_gpus: int) -> list[str]:
-    """A global batch that does not divide over the GPUs would be refused at the start: say it now."""
+def _refused(config: Config, n_gpus: int) -> list[str]:
+    """What would be refused at the start: say it now."""
+    found = []
+    if n_gpus > 1 and config.engine.name == "single":
+        found.append(f"  engine.name=single trains on one GPU: choose engine=auto, ddp or fsdp for {n_gpus}")
     batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    if batch % (n_gpus * micro) == 0:
-        return []
-    return [
-        f"  training.global_batch_size={batch} cannot be split over {n_gpus} GPUs in micro-batches of {micro}: "
-        "make it a multiple of both, or lower training.micro_batch_size"
-    ]
+    if batch % (n_gpus * micro):
+        found.append(
+            f"  training.global_batch_size={batch} cannot be split over {n_gpus} GPUs in micro-batches of {micro}: "
+            "make it a multiple of both, or lower training.micro_batch_size"
+        )
+    return found
 
 
 def _size(n_bytes: float) -> str:
     return f"{n_bytes / GIB:,.1f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:,.1f} MiB"
 
 
+def _tokens(count: int) -> str:
+    return f"{count / 1e9:,.3g} billion tokens" if count >= 1e9 else f"{count:,} tokens"
+
+
+def _device_time(hours: float) -> str:
+    if hours < 0.1:
+        return f"{hours * 3600:.2g} GPU-seconds"
+    return f"{hours:{',.0f' if hours >= 10 else '.2g'}} GPU-hours"
+
+
 def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.2g} seconds"
     if hours < 1:
         return f"{hours * 60:.1f} minutes"
     return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"

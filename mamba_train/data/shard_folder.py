@@ -12,7 +12,7 @@ from typing import Any
 
 from mamba_train.data.documents import Log
 from mamba_train.data.manifest import TOKENIZER_NAME
-from mamba_train.data.shard_group import read_entry
+from mamba_train.data.shard_group import GROUPS_FOLDER, read_entry
 from mamba_train.data.shard_job import JOB_NAME, Job, JobSettings, create_once
 from mamba_train.data.shards import replace_durably
 from mamba_train.data.tokenizer import TextTokenizer
@@ -37,7 +37,7 @@ def adopt_folder(folder: Path, job: Job, tokenizer: TextTokenizer, log: Log, opt
     if difference is not None:
         raise ValueError(
             f"{option} {folder}: the folder was begun with other inputs or settings ({difference}); repeat those, "
-            "or choose another folder"
+            f"or choose another folder{'' if _has_entries(folder) else ', or remove this one: no group is finished'}"
         )
     if begun != job:
         for change in changes.values():
@@ -45,6 +45,10 @@ def adopt_folder(folder: Path, job: Job, tokenizer: TextTokenizer, log: Log, opt
         replace_durably(path, job.to_json().encode("utf-8"))
     if not (folder / TOKENIZER_NAME).exists():
         create_once(folder / TOKENIZER_NAME, tokenizer.serialised)
+
+
+def _has_entries(folder: Path) -> bool:
+    return (folder / GROUPS_FOLDER).is_dir() and any((folder / GROUPS_FOLDER).iterdir())
 
 
 def read_job(folder: Path) -> Job:

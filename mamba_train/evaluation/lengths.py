@@ -43,9 +43,11 @@ def score_lengths(
     lengths: Sequence[int],
     max_tokens: int | None,
     reset_at_documents: bool = False,
+    batch_size: int | None = None,
 ) -> LengthCurve:
     """Score the same tokens with windows of each of the lengths.
 
+    batch_size: windows at once; None: as many as have TOKENS_AT_ONCE tokens, and at least one.
     The targets are as many as whole windows of the longest length take. Raises ValueError when the corpus has not one.
     """
     longest = max(lengths)
@@ -62,7 +64,7 @@ def score_lengths(
             length,
             reset_at_documents=reset_at_documents,
             max_tokens=n_targets,
-            batch_size=max(1, TOKENS_AT_ONCE // length),
+            batch_size=batch_size or max(1, TOKENS_AT_ONCE // length),
         )
         scores[length] = score(corpus, tokenizer, losses, windows)
     return LengthCurve(scores)

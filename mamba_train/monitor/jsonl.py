@@ -27,6 +27,7 @@ class JsonlSink:
     def __init__(self, run_dir: Path, warn: Callable[[str], None] = print) -> None:
         self.path = Path(run_dir) / METRICS_NAME
         self.dropped = 0
+        self.n_kept = 0  # records that `cut_at` left
         self._warn = warn
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = self._open()
@@ -76,12 +77,13 @@ class JsonlSink:
         return target
 
     def _part(self, step: int, kept: Path, cut: Path) -> int:
-        n_cut = 0
+        self.n_kept = n_cut = 0
         with open(self.path, "rb") as source, open(kept, "wb") as kept_file, open(cut, "wb") as cut_file:
             for line in source:
                 record = _parse(line)
                 if record is not None and record["step"] <= step:
                     kept_file.write(line)
+                    self.n_kept += 1
                 else:
                     n_cut += 1
                     cut_file.write(line if line.endswith(b"\n") else line + b"\n")

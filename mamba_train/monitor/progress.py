@@ -1,8 +1,11 @@
 """Progress of a run on the terminal: a live bar, or plain lines where there is no terminal."""
 
-from collections.abc import Mapping
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -26,6 +29,7 @@ class Progress:
     ) -> None:
         # soft_wrap in `message` keeps long lines whole in a file; the bar itself fits the terminal.
         self._console = console or Console(highlight=False, force_terminal=_force_terminal(mode))
+        self._console.file = cast(IO[str], _Lasting(self._console.file))
         if mode is ProgressMode.auto:
             mode = ProgressMode.bar if self._console.is_terminal else ProgressMode.plain
         self.mode = mode
@@ -84,6 +88,36 @@ class Progress:
         bar = ProgressBar(total=self._total_steps, completed=step)
         top.add_row(f"{step:,}/{self._total_steps:,}", bar, f"eta {format_duration(metrics.get('eta_seconds'))}")
         return Group(top, Text("  ".join(_fields(metrics)), style="bold yellow" if metrics.get("skipped") else ""))
+
+
+class _Lasting:
+    """A file that a run outlives: with no reader any more, or on a full disk, it is given up, and training goes on."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file, self._is_lost = file, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        return self._attempt(lambda: self._file.write(text)) or 0
+
+    def flush(self) -> None:
+        self._attempt(self._file.flush)
+
+    def _attempt(self, call: Callable[[], Any]) -> Any:
+        if self._is_lost:
+            return None
+        try:
+            return call()
+        except OSError as error:
+            self._is_lost = True
+            with contextlib.suppress(OSError):  # what waits in its buffer must not fail at the end of the process
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+            with contextlib.suppress(OSError):
+                reason = f"the progress cannot be written any more ({error.strerror}); training goes on without a word"
+                print(f"warning: {reason}, metrics.jsonl has its steps", file=sys.stderr, flush=True)
+            return None
 
 
 def format_line(metrics: Mapping[str, Any], total_steps: int) -> str:

@@ -12,6 +12,7 @@ from mamba_train.monitor.figures import curves_figure, health_figure, png, repor
 from mamba_train.monitor.progress import format_duration
 from mamba_train.monitor.run_record import RunRecord, load_runs
 from mamba_train.monitor.scaling import fit, scaling_figure, scaling_line, scaling_points
+from mamba_train.run_folder import replace
 
 MAX_SKIPPED_SHOWN = 50
 MAX_SAMPLE_CHARACTERS = 20_000
@@ -54,8 +55,8 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Report
     png_path, html_path = output / "report.png", output / "report.html"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        png_path.write_bytes(png(report_figure(runs)))
-        html_path.write_text(render_html(runs), encoding="utf-8")
+        replace(png_path, png(report_figure(runs)))
+        replace(html_path, render_html(runs))
     except OSError as error:  # that of a full disk names no file
         raise ValueError(f"--output {output}: cannot be written ({error})") from error
     lines = [_one_line(run) for run in runs]

@@ -18,6 +18,7 @@ import netrc
 import os
 import queue
 import secrets
+import shlex
 import shutil
 import threading
 import time
@@ -108,7 +109,7 @@ class WandbSink:
     def upload_command(self) -> str | None:
         """What uploads a run that was recorded offline; None if there is nothing to upload."""
         recorded_offline = list((self._run_dir / "wandb").glob("offline-run-*"))
-        return f"mamba-train upload {self._run_dir}" if recorded_offline else None
+        return f"mamba-train upload {shlex.quote(str(self._run_dir))}" if recorded_offline else None
 
     def _work(self, start: dict[str, Any]) -> None:
         """The thread: start the run, log what comes, finish."""

@@ -4,10 +4,13 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mamba_train.commands import evaluate
+from mamba_train.evaluation import perplexity
+from mamba_train.evaluation.perplexity import losses_of
 from tests.commands.test_generate import mamba_train
 from tests.helpers import metrics, train
 
@@ -63,6 +66,32 @@ def test_another_question_does_not_replace_the_answer(run_dir: Path, tmp_path: P
     on_gpu = parser.parse_args([*common, "--device", "cuda"])
     assert evaluate._asked_for(on_gpu, {}) == "-max_tokens_64-precision_bf16"
     assert [result["data"] for result in found].count([data]) == 1
+
+
+def test_windows_at_once_are_as_many_as_asked_for(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with --lengths, where a GPU may have no room for what it takes by itself."""
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    rows: set[int] = set()
+
+    def watched(model: Any) -> Any:
+        def losses(tokens: Any, *rest: Any) -> Any:
+            rows.add(len(tokens))
+            return losses_of(model)(tokens, *rest)
+
+        return losses
+
+    monkeypatch.setattr(perplexity, "losses_of", watched)
+    common = [str(run_dir), "--max-tokens", "384", "--output", str(tmp_path)]
+    for arguments, expected in (([], {8, 4}), (["--lengths", "32,64"], {12, 6})):
+        for more, at_once in (([], expected), (["--batch-size", "3"], {3})):
+            rows.clear()
+            evaluate.run(parser.parse_args([*common, *arguments, *more]))
+            assert rows == at_once
+    with pytest.raises(ValueError, match="--split test: there is no text in it, but in train and validation"):
+        evaluate.run(parser.parse_args([str(run_dir), "--split", "test"]))
 
 
 def test_a_run_whose_data_are_gone_asks_for_others(run_dir: Path, tmp_path: Path) -> None:

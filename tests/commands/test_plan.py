@@ -1,6 +1,7 @@
 """`mamba-train plan`: its figures are those of the model that would be built."""
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,21 @@ def test_the_size_of_the_job_is_that_of_slurm_nodes(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "   32 GPUs" in printed
     assert "cannot be split" not in printed
+
+
+def test_a_small_run_has_figures_that_say_something(capsys: pytest.CaptureFixture[str]) -> None:
+    call("experiment=smoke")
+    printed = capsys.readouterr().out
+    assert re.search(r"are 10,240 tokens and \d\.\d\de\+10 FLOPs", printed)
+    assert re.search(r"MFU of H100 .*: \S+ GPU-seconds\n      1 GPU +\S+ seconds\n", printed)
+    assert "0.0 minutes" not in printed
+
+
+def test_an_engine_for_one_device_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    call("experiment=mamba_130m_pile", "engine=single", "--gpus", "4")
+    assert "engine.name=single trains on one GPU: choose engine=auto, ddp or fsdp for 4" in capsys.readouterr().out
+    call("experiment=mamba_130m_pile", "engine=ddp", "--gpus", "4")
+    assert "trains on one GPU" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`mamba-train report` on the command line."""
 
 import argparse
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -48,9 +49,21 @@ def test_user_mistakes_are_value_errors(run_dir: Path, tmp_path: Path, capsys: p
         call(str(run_dir), str(tmp_path))
     with pytest.raises(ValueError, match=r"--output .* is a file"):
         call(str(run_dir), "--output", str(run_dir / "metrics.jsonl"))
-    (run_dir / "report.png").symlink_to("/dev/full")
+
+
+def test_a_full_disk_leaves_the_report_of_before(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run_dir / "report.png").write_bytes(b"before")
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        write(path, data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ValueError, match=r"--output .*run: cannot be written \(.*No space left on device"):
         call(str(run_dir))
+    assert (run_dir / "report.png").read_bytes() == b"before"
+    assert not list(run_dir.glob("report.*.tmp"))
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json"])

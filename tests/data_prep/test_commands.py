@@ -1,5 +1,6 @@
 """The commands as a person gives them, with processes of their own."""
 
+import errno
 import gzip
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from data_prep import stats, tokenize
 from data_prep.__main__ import COMMANDS
+from mamba_train.data import shards
 from mamba_train.data.manifest import file_sha256, read_manifest
 from tests.data_prep.conftest import LABELS, write_rows
 from tests.data_prep.helpers import (
@@ -111,6 +113,36 @@ def test_an_array_whose_tasks_run_at_the_same_time(tmp_path: Path, pile: MakePil
     assert [process.returncode for process in processes] == [0] * 6, outputs
     assert any("complete: " in output for output in outputs)
     assert contents(tmp_path / "array") == contents(tmp_path / "one")
+
+
+def test_a_tokenizer_that_does_not_fit_leaves_the_one_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "raw" / "0.jsonl", [("some text", "A")])
+    (tmp_path / "t.json").write_bytes(b"before")
+    write = shards.write_durably
+
+    def full(path: Path, data: bytes) -> None:
+        write(path, data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards, "write_durably", full)
+    with pytest.raises(SystemExit):
+        command("train-tokenizer", "--vocab-size", 300, "--input", tmp_path / "raw", "--output", tmp_path / "t.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "t.json"]
+    assert (tmp_path / "t.json").read_bytes() == b"before"
+
+
+def test_inspect_of_a_split_that_is_empty(tmp_path: Path, tokenizer_file: Path, capsys: Any) -> None:
+    write_rows(tmp_path / "raw" / "0.jsonl", [("some text", "A")])
+    make_shards([str(tmp_path / "raw")], tmp_path / "out", tokenizer_file)
+    for arguments, message in (
+        (["--split", "test"], "error: --split test: no documents; the split has nothing"),
+        (["--label", "B"], "error: --split train --label B: no documents; the split has A"),
+    ):
+        with pytest.raises(SystemExit):
+            command("inspect", tmp_path / "out", *arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_a_killed_command_leaves_no_worker_behind(tmp_path: Path, tokenizer_file: Path) -> None:

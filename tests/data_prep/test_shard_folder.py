@@ -112,6 +112,13 @@ def test_an_input_that_shards_were_made_of_may_not_change(corpus: Path, tmp_path
         make_shards([str(corpus)], folder, tokenizer_file)
 
 
+def test_a_folder_in_which_nothing_is_finished_may_go(corpus: Path, tmp_path: Path, tokenizer_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"no field 'meta\.nope'"):
+        make_shards([str(corpus)], tmp_path / "out", tokenizer_file, label_key="meta.nope")
+    with pytest.raises(ValueError, match=", or remove this one: no group is finished"):
+        make_shards([str(corpus)], tmp_path / "out", tokenizer_file)
+
+
 def test_a_plan_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / JOB_NAME).write_text(json.dumps({"job_version": 1}))
     tokenizer = dna_tokenizer()

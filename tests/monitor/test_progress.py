@@ -1,7 +1,10 @@
 """What a person sees: plain lines where they are due, a bar that messages do not break."""
 
 import io
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from rich.console import Console
 
 from mamba_train.config import ProgressMode
 from mamba_train.monitor.progress import Progress, format_duration, format_line
+from tests.helpers import REPOSITORY, environment
 
 METRICS = {
     "step": 120,
@@ -71,6 +75,31 @@ def test_a_synthetic_task_shows_how_often_the_model_is_right() -> None:
 def test_auto_draws_a_bar_only_in_a_terminal(terminal: bool, mode: ProgressMode) -> None:
     console = Console(file=io.StringIO(), force_terminal=terminal)
     assert Progress(ProgressMode.auto, 10, 5, console).mode is mode
+
+
+@pytest.mark.parametrize("place", ["a pipe without a reader", "a full disk"])
+def test_a_run_outlives_what_it_prints_to(place: str) -> None:
+    """And ends with 0: what the file could not take must not fail when the interpreter ends, either."""
+    script = """
+from mamba_train.config import ProgressMode
+from mamba_train.monitor.progress import Progress
+from tests.helpers import REPOSITORY, environment
+with Progress(ProgressMode.plain, 3, 1) as progress:
+    for step in (1, 2, 3):
+        progress.update({"step": step})
+        progress.message("x" * 100_000)
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    target = writer if place.startswith("a pipe") else os.open("/dev/full", os.O_WRONLY)
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=target, stderr=subprocess.PIPE, text=True, env=environment(),
+        cwd=REPOSITORY, timeout=60,
+    )  # fmt: skip
+    os.close(target)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: the progress cannot be written any more") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_silent_shows_messages_only() -> None:

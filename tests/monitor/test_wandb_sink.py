@@ -245,11 +245,13 @@ def test_a_hang_is_said_while_the_training_goes_on_and_nothing_is_lost_when_it_e
 
 
 def test_the_command_that_uploads(tmp_path: Path, warnings: list[str]) -> None:
-    sink = WandbSink(tmp_path, OFFLINE, CONFIG, None, warnings.append)
+    run_dir = tmp_path / "my run"
+    run_dir.mkdir()
+    sink = WandbSink(run_dir, OFFLINE, CONFIG, None, warnings.append)
     assert len(sink.run_id or "") == 8, "known at once, for the checkpoint"
     sink.finish(0)
-    assert sink.upload_command == f"mamba-train upload {tmp_path}"
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    assert sink.upload_command == f"mamba-train upload '{run_dir}'"
+    assert list((run_dir / "wandb").glob("offline-run-*"))
 
 
 def test_wandb_that_cannot_be_imported_does_not_stop_the_run(

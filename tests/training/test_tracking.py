@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mamba_train.checkpoint.storage import complete_steps
-from tests.helpers import curve, environment, train, train_command
+from tests.helpers import curve, environment, metrics, train, train_command
 
 pytestmark = pytest.mark.slow
 
@@ -115,3 +115,15 @@ def test_metrics_that_cannot_be_written_from_the_start_are_one_line(tmp_path: Pa
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "metrics.jsonl cannot be written (Is a directory)" in result.stderr.splitlines()[-1]
+
+
+def test_steps_that_the_metrics_have_lost_are_counted(tmp_path: Path, corpus: Path) -> None:
+    """Deleted or cut by hand: what follows is recorded, and nobody takes it for the whole."""
+    run_dir = tmp_path / "run"
+    assert train(run_dir, corpus, "training.total_steps=5").returncode == 0
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[3:]))
+    result = train(run_dir, corpus, "training.total_steps=6")
+    assert result.returncode == 0, result.stderr
+    assert f"warning: {run_dir}/metrics.jsonl has 2 of the 5 steps so far" in result.stdout
+    assert [record["step"] for record in metrics(run_dir)] == [4, 5, 6]

@@ -67,6 +67,8 @@ class RecordingHook(Hook):
             ) from error
         if cut is not None:
             self._log(f"metrics after step {recorded} were moved to {cut}")
+        if self._jsonl.n_kept < recorded:
+            self._log(f"warning: {self._jsonl.path} has {self._jsonl.n_kept:,} of the {recorded:,} steps so far")
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         if self._jsonl is not None:
