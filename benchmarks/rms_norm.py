@@ -168,9 +168,9 @@ def sweep(kind: str, rows: int, channels: int, best: int = 6) -> None:
         times = []
         for shape in dict.fromkeys([chosen, *launches(channels)]):
             with mock.patch.object(launch, "forward_shape", return_value=shape):
-                times.append((microseconds(ours, replays=5), tuple(shape)[:3]))
+                times.append((microseconds(ours, replays=5), tuple(shape)))
     found = "; ".join(f"{time:.2f} {shape}" for time, shape in sorted(times)[:best])
-    print(f"{kind} {rows} x {channels}: mamba_ssm {theirs:.2f}, chosen {tuple(chosen)[:3]}, waits {waits:.2f}; {found}")
+    print(f"{kind} {rows} x {channels}: mamba_ssm {theirs:.2f}, chosen {tuple(chosen)}, waits {waits:.2f}; {found}")
 
 
 def main() -> None:

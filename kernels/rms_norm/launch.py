@@ -193,8 +193,7 @@ def _asking(device: int | None, moved: int, shape: Shape) -> int:
 
     moved: bytes that the kernel reads and writes.
     """
-    is_cached = moved <= _cache_bytes(device)
-    return 0 if is_cached or not shape.asks else processors(device) * min(32, 64 // shape.warps)
+    return 0 if moved <= _cache_bytes(device) else processors(device) * min(32, 64 // shape.warps)
 
 
 @functools.cache

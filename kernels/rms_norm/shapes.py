@@ -13,7 +13,6 @@ class Shape(NamedTuple):
     rows: int  # that a program has at once
     block: int  # channels of a piece of a row, a power of two
     warps: int
-    asks: bool = True  # for its rows before it waits for the kernel before
 
 
 class LoopShape(NamedTuple):
@@ -41,8 +40,9 @@ class LoopShape(NamedTuple):
 # and of large ones, where memory is the limit:
 #
 #   add     16,384 x 768   [52.8]  (1, 1024, 8) 51.1   (2, 1024, 16) 51.1  (1, 1024, 2) 51.8
-#           16,384 x 2,560 [170.6] (1, 4096, 4) 169.7, without asking 168.8; (2, 4096, 16) 169.1, 170.3
-#           29,531 x 2,896 [348.0] (1, 4096, 4) 348.2, without asking 345.9; (2, 4096, 16) 348.3, 348.4
+#           16,384 x 2,560 [170.3] (2, 4096, 16) 169.6 (1, 4096, 4) 170.7
+#           29,531 x 2,896 [344.8] (2, 4096, 16) 344.8 (1, 4096, 4) 349.6
+#           26,497 x 3,128 [334.8] (2, 4096, 16) 334.8 (1, 4096, 32) 336.4
 #           3,393 x 3,928  [57.5]  (1, 4096, 32) 54.3  (2, 4096, 16) 56.2  (1, 4096, 8) 56.6   (1, 4096, 4) 58.8
 #           16,384 x 5,120 [339.3] (1, 8192, 16) 337.2 (1, 8192, 32) 337.3
 #   gated   24,982 x 704   [37.5]  (2, 1024, 4) 36.1   (1, 1024, 4) 36.0   (2, 256, 2) 37.8
@@ -74,9 +74,9 @@ def forward_shape(size: int, gated: bool, plain: bool = False) -> Shape:
         if 1280 < size <= 2048 or size > 4096:
             return Shape(1, whole, 8)
         return Shape(2, block, 4) if size <= 1280 else Shape(1, block, 4) if size < 3072 else Shape(2, block, 16)
-    if 2048 < size <= 3072:
-        return Shape(1, whole, 4, asks=False)
-    return Shape(1, whole, 32 if 3072 < size <= 4096 else 16 if size > 4608 else 8)
+    if 2048 < size <= 3200:
+        return Shape(2, whole, 16)
+    return Shape(1, whole, 32 if 3200 < size <= 4096 else 16 if size > 4608 else 8)
 
 
 def _shared_out(rows: int, size: int, block: int, each: int) -> Shape:
