@@ -70,11 +70,12 @@ def run(args: argparse.Namespace) -> None:
         if alone:
             print(text, end="", flush=True)
 
+    prompts = [[tokenizer.eos_id, *_encoded(tokenizer, text)] for text in texts]
     show(0, texts[0])
     continued = generate_text(
         model,
         tokenizer,
-        [[tokenizer.eos_id, *_encoded(tokenizer, text)] for text in texts],
+        prompts,
         Sampling(args.temperature, args.top_k, args.top_p, args.seed),
         max_new_tokens=args.max_new_tokens,
         stop_strings=args.stop,
