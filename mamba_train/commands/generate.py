@@ -4,8 +4,12 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mamba_train.run_folder import SAMPLE, replace
+
+if TYPE_CHECKING:
+    from mamba_train.data.tokenizer import TextTokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,11 +70,12 @@ def run(args: argparse.Namespace) -> None:
         if alone:
             print(text, end="", flush=True)
 
+    prompts = [[tokenizer.eos_id, *_encoded(tokenizer, text)] for text in texts]
     show(0, texts[0])
     continued = generate_text(
         model,
         tokenizer,
-        [[tokenizer.eos_id, *tokenizer.encode(text).tolist()] for text in texts],
+        prompts,
         Sampling(args.temperature, args.top_k, args.top_p, args.seed),
         max_new_tokens=args.max_new_tokens,
         stop_strings=args.stop,
@@ -84,6 +89,19 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(f"--- {number} ---\n{text}" for number, text in enumerate(whole, start=1)))
     if args.save:
         replace(Path(args.source) / SAMPLE, "\n".join(whole) + "\n")
+
+
+def _encoded(tokenizer: "TextTokenizer", prompt: str) -> list[int]:
+    """Token ids of a prompt; a vocabulary without all bytes may have none for some of its characters."""
+    try:
+        ids: list[int] = tokenizer.encode(prompt).tolist()
+    except ValueError as error:
+        raise ValueError(f"--prompt {prompt!r}: {error}") from error
+    if prompt and not ids:
+        raise ValueError(f"--prompt {prompt!r}: the tokenizer of these weights has a token for none of its characters")
+    if (read := tokenizer.decode(ids)) != prompt:
+        print(f"warning: --prompt {prompt!r}: the tokenizer makes {read!r} of it", file=sys.stderr)
+    return ids
 
 
 def _check(args: argparse.Namespace) -> None:

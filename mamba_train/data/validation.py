@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mamba_train.data.batches import AnyCorpus, Batch, WindowForm
+from mamba_train.data.synthetic import SyntheticCorpus
 from mamba_train.data.tokenizer import TextTokenizer
 
 # However small its part of the held-out text, a domain is judged by this many sequences, if it has them.
@@ -34,12 +35,14 @@ class ValidationSet:
     def n_bytes(self, tokenizer: TextTokenizer) -> int:
         """UTF-8 bytes of the text of just the targets in these windows.
 
-        On a few windows bytes per token differ from the domain's average by a percent or so.
+        On a few windows bytes per token differ from the domain's average by a percent or so. A target of a synthetic
+        task counts as one byte, as in training: what the tokenizer shows of it is no text.
         """
         total = 0
         for batch in self.batches(1):
             targets = batch.targets[0].numpy()
-            total += tokenizer.n_bytes(targets[targets >= 0])
+            targets = targets[targets >= 0]
+            total += targets.size if isinstance(self.corpus, SyntheticCorpus) else tokenizer.n_bytes(targets)
         return total
 
 

@@ -138,13 +138,17 @@ class PretrainedModel(HarnessModel):
 
     def __init__(
         self,
-        checkpoint: str | Path,
+        checkpoint: str | Path | None = None,
         max_length: int = DEFAULT_MAX_LENGTH,
         batch_size: int | str | None = DEFAULT_BATCH_SIZE,
         device: str | None = None,
         precision: str | None = None,
         max_batch_size: int | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown or checkpoint is None:
+            said = f"{next(iter(unknown))}: there is no such argument" if unknown else "checkpoint is missing"
+            raise ValueError(f"--model_args {said}; expected checkpoint=PATH, and max_length, precision where needed")
         pretrained = load_pretrained(checkpoint, print)
         if pretrained.tokenizer is None:
             raise ValueError(f"checkpoint={checkpoint}: there is no tokenizer.json here")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mamba_train.commands import generate
+from mamba_train.data.synthetic import symbols
+from mamba_train.data.tokenizer import dna_tokenizer
 from tests.helpers import REPOSITORY, environment, metrics, train
 
 
@@ -39,6 +42,20 @@ def test_generate_continues_the_prompt_and_saves(run_dir: Path) -> None:
     assert mamba_train(*arguments).stdout == result.stdout
     assert mamba_train(*arguments, "--seed", "1").stdout != result.stdout
     assert mamba_train(*arguments, "--state-precision", "bf16").returncode == 0
+
+
+def test_a_prompt_that_the_tokenizer_does_not_know_is_not_left_out_silently(capsys: pytest.CaptureFixture[str]) -> None:
+    task = symbols(16)
+    known = task.decode([1, 2])
+    assert generate._encoded(task, known) == [1, 2]
+    assert generate._encoded(task, "") == []
+    assert not capsys.readouterr().err
+    assert generate._encoded(task, f"a{known}") == [1, 2]
+    assert f"warning: --prompt 'a{known}': the tokenizer makes '{known}' of it" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--prompt 'abc': the tokenizer of these weights has a token for none of"):
+        generate._encoded(task, "abc")
+    with pytest.raises(ValueError, match="--prompt 'acgt': the character 'a' is not in the vocabulary"):
+        generate._encoded(dna_tokenizer(), "acgt")
 
 
 @pytest.mark.parametrize(

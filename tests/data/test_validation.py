@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from mamba_train.config_data import SyntheticTask
 from mamba_train.data.batches import Batch, WindowForm
 from mamba_train.data.corpus import Corpus
+from mamba_train.data.synthetic import SyntheticCorpus, symbols
 from mamba_train.data.tokenizer import train_tokenizer
 from mamba_train.data.validation import MIN_SEQUENCES, ValidationSet, validation_sets
 from tests.data.folders import numbered, write_text_folder
@@ -65,6 +67,13 @@ def test_bytes_are_those_of_the_targets_that_count(tmp_path: Path) -> None:
         first_bytes = [len(tokenizer.decode(tokenizer.encode(text)[:1]).encode()) for text in texts]
         expected = n_all - (sum(first_bytes) if mask else first_bytes[0])
         assert found.n_bytes(tokenizer) == expected
+
+
+def test_a_target_of_a_task_is_one_byte_as_in_training(tmp_path: Path) -> None:
+    task = SyntheticCorpus(SyntheticTask.induction_heads, 16, 1, 32, "validation", tmp_path)
+    [found] = validation_sets({"": task}, WindowForm(32, False), 4)
+    n_targets = sum(int((batch.targets >= 0).sum()) for batch in found.batches(4))
+    assert found.n_bytes(symbols(16)) == n_targets > 0
 
 
 def test_a_domain_smaller_than_a_window_is_left_out(make_corpus: MakeCorpus) -> None:

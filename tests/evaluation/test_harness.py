@@ -144,6 +144,20 @@ def test_settings_of_a_task_that_draws(top_k: int, expected: int | None) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "--model_args checkpoint is missing"),
+        ({"chekpoint": "x"}, "--model_args chekpoint: there is no such argum"),
+    ],
+)
+def test_arguments_that_are_missing_or_unknown_are_one_line(arguments: dict[str, str], message: str) -> None:
+    from mamba_train.evaluation.harness import PretrainedModel
+
+    with pytest.raises(ValueError, match=message):
+        PretrainedModel(**arguments, batch_size=1)  # type: ignore[arg-type]
+
+
 def test_the_command_line_of_the_harness_knows_our_model(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, models.MAMBA2)
     task, *_ = tasks(tmp_path)
