@@ -167,7 +167,7 @@ def _json_record(line: bytes, fields: Fields) -> tuple[str, int, str]:
     except orjson.JSONDecodeError:
         row = _python_json(line)
     if not isinstance(row, dict):
-        raise _Unusable("wrong type", f"expected a JSON object, got {type(row).__name__}")
+        raise _Unusable("wrong type", f"expected a JSON object, got {_kind(row)}")
     return record_of(row, fields)
 
 
@@ -192,13 +192,17 @@ def _string(row: Any, key: str, option: str) -> str:
             except (RecursionError, ValueError):
                 value = None
         if not isinstance(value, dict) or part not in value:
-            there = ", ".join(repr(name) for name in value) if isinstance(value, dict) else type(value).__name__
+            there = ", ".join(repr(name) for name in value) if isinstance(value, dict) else _kind(value)
             raise _Unusable("no field", f"no field {key!r} ({option}), only {there or 'an empty object'}")
         value = value[part]
     if not isinstance(value, str):
-        got = type(value).__name__
-        raise _Unusable("wrong type", f"field {key!r} ({option}) must be a string, got {got}")
+        raise _Unusable("wrong type", f"field {key!r} ({option}) must be a string, got {_kind(value)}")
     return value
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is called; numbers alike, as orjson takes integers of more than 64 bits for floats."""
+    return "a number" if type(value) in (int, float) else type(value).__name__
 
 
 def _parquet(

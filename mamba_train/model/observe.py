@@ -47,11 +47,14 @@ class _ScanRecorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if isinstance(func, torch._ops.OpOverload) and func._schema.name in SCAN_OPERATORS:
-            # Both operators return y and the state after the last position first.
-            call = {**_arguments_by_name(func, args, kwargs), FINAL_STATE: result[1].detach()}
-            self._calls.append(call)
+        if not (isinstance(func, torch._ops.OpOverload) and func._schema.name in SCAN_OPERATORS):
+            return func(*args, **kwargs)
+        named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        asks = {"with_final_state": True} if "with_final_state" in named else {}  # a caller may do without
+        result = func(**named | asks)
+        # Both operators return y and the state after the last position first.
+        call = {**_arguments_by_name(func, args, kwargs), FINAL_STATE: result[1].detach()}
+        self._calls.append(call)
         return result
 
 

@@ -103,7 +103,7 @@ def test_paths_that_give_nothing(tmp_path: Path) -> None:
         (b"not json", ":7: invalid JSON (Expecting value at column 1)"),
         (b'["x"]', ":7: expected a JSON object, got list"),
         (b'{"txt": "x"}', ":7: no field 'text' (data.text_key), only 'txt'"),
-        (b'{"text": 7}', ":7: field 'text' (data.text_key) must be a string, got int"),
+        (b'{"text": 7}', ":7: field 'text' (data.text_key) must be a string, got a number"),
         (b'{"text": null}', ":7: field 'text' (data.text_key) must be a string, got NoneType"),
         (b'{"text": "\xff"}', ":7: not valid UTF-8 (byte 0xff)"),
         (b'{"text": "\\ud800"}', ":7: the text has an unpaired surrogate"),

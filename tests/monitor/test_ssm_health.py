@@ -116,3 +116,19 @@ def test_layers_without_an_ssm_keep_their_numbers() -> None:
     calls = observe(torch.zeros(1, 3, 4), torch.full((4, 2), -1.0), None) * 2
     health = ssm_health(calls, layers=[0, 3])
     assert {key.split("/")[1] for key in health} == {"layer_00", "layer_03"}
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_the_state_of_ssd_is_seen_where_the_caller_asks_for_none(with_gradients: bool) -> None:
+    x, dt, A = torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3), -torch.rand(3)
+    B = torch.randn(2, 7, 1, 5)
+    with torch.no_grad():
+        _, state = ssd(x, dt, A, B, B, return_final_state=True)
+    with observe_scans() as calls:
+        y = ssd(x.requires_grad_(with_gradients), dt, A, B, B)
+    assert y.requires_grad == with_gradients
+    assert torch.equal(calls[0]["final_state"], state)
+    assert ssm_health(calls)["ssm/layer_00/state_rms"] == pytest.approx(float(state.square().mean().sqrt()))
+    if with_gradients:
+        y.sum().backward()
+        assert x.grad is not None
