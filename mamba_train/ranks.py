@@ -29,8 +29,9 @@ FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.01, 0.5
 PART_CHARACTERS = 4 << 20  # the store hangs up on whoever sends it more than 8 MiB at once
 # Of a collective operation, where a watchdog knows better how long ranks may wait for each other.
 WATCHED_TIMEOUT = timedelta(days=7)
-# Jobs of one cluster that share a node must not meet at one port.
-FIRST_PORT, N_PORTS = 20000, 20000
+# Jobs of one cluster that share a node must not meet at one port, which is below those that Linux hands out itself; and
+# a job that has found its port taken must not come back to it.
+FIRST_PORT, N_PORTS, PORTS_FROM_START_TO_START = 20000, 12000, 5003
 
 
 class OtherRankFailed(ValueError):
@@ -77,8 +78,10 @@ def _address() -> tuple[str, int]:
     host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
     if not host:
         raise ValueError("MASTER_ADDR is not set: set it to the host of rank 0, or start with torchrun or srun")
-    port = env.get("MASTER_PORT") or str(FIRST_PORT + int(env.get("SLURM_JOB_ID", 0)) % N_PORTS)
-    return host, int(port)
+    if port := env.get("MASTER_PORT"):
+        return host, int(port)
+    job, start = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_RESTART_COUNT", 0))
+    return host, FIRST_PORT + (job + start * PORTS_FROM_START_TO_START) % N_PORTS
 
 
 def _first_host(node_list: str) -> str:

@@ -6,9 +6,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
 
-from mamba_train.ranks import PART_CHARACTERS, WATCHED_TIMEOUT, Launch, Ranks
+from mamba_train.ranks import FIRST_PORT, N_PORTS, PART_CHARACTERS, WATCHED_TIMEOUT, Launch, Ranks, launch
 from tests.helpers import REPOSITORY
 
 
@@ -53,3 +54,29 @@ def test_collective_operations_wait_as_long_as_a_watchdog_lets_them() -> None:
     result = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, cwd=REPOSITORY)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == [1800.0] * 2 + [WATCHED_TIMEOUT.total_seconds()] * 2
+
+
+def test_a_job_meets_at_a_port_of_its_own_and_at_another_one_when_it_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "gpu[007-008]"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+
+    def address(job: int, start: int) -> tuple[str, int] | None:
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        if start:  # SLURM sets it only then
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        else:
+            monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+        return launch().address
+
+    found = [address(job, start) for job in range(123_456, 123_466) for start in range(20)]
+    hosts, ports = zip(*filter(None, found), strict=True)
+    assert set(hosts) == {"gpu007"}
+    assert len(set(ports)) == 200
+    assert FIRST_PORT <= min(ports) <= max(ports) < FIRST_PORT + N_PORTS <= 32768, "where Linux begins by itself"
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert address(123_456, 3) == ("gpu007", 1234)

@@ -18,6 +18,9 @@ N_NODES = 4
 NODES = tuple(f"node{number}" for number in range(1, N_NODES + 1))
 HOSTS = Path("/etc/hosts")
 DAEMONS = ("munged", "slurmctld", "slurmd")
+# Where clusters run at the same time, one per test process, their daemons' ports must differ, and the numbers of their
+# jobs too, as the ranks of a job meet at a port that follows from it (mamba_train.ranks: 12,000 ports from 20,000 on).
+FIRST_PORT, PORTS_OF_CLUSTER, JOBS_OF_CLUSTER, N_PLACES = 10000, 80, 100, 120
 
 # cred_expire shortens the wait before a requeued job may start from two minutes to some seconds; SlurmdTimeout
 # is how long a node may be silent before it counts as down.
@@ -50,6 +53,7 @@ JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 AccountingStorageType=accounting_storage/none
 JobRequeue=1
+FirstJobId={first_job}
 KillWait=10
 OverTimeLimit=0
 MinJobAge=300
@@ -82,11 +86,16 @@ class Cluster:
         self.folder.chmod(0o755)  # munged insists that others cannot write into the folders above its socket
         for name in ("munge", "run", "state", "log", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        first = _free_ports(N_NODES + 1)
+        place, first = _free_ports(N_NODES + 1)
         self.conf = self.folder / "slurm.conf"
         self.conf.write_text(
             CONFIG.format(
-                folder=self.folder, port=first, first_port=first + 1, last_port=first + N_NODES, n_nodes=N_NODES
+                folder=self.folder,
+                port=first,
+                first_port=first + 1,
+                last_port=first + N_NODES,
+                n_nodes=N_NODES,
+                first_job=1 + place * JOBS_OF_CLUSTER,
             )
         )
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
@@ -199,14 +208,16 @@ def _name_nodes() -> None:
         HOSTS.write_text(f"{text.rstrip()}\n127.0.0.1 {' '.join(missing)}\n")
 
 
-def _free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports that nobody listens on."""
-    for first in range(20000 + os.getpid() % 500 * 20, 32000, 20):
+def _free_ports(count: int) -> tuple[int, int]:
+    """A place on this machine that no other cluster has, and the first of `count` free neighbouring ports there."""
+    for number in range(N_PLACES):
+        place = (os.getpid() + number) % N_PLACES
+        first = FIRST_PORT + place * PORTS_OF_CLUSTER
         sockets = [socket.socket() for _ in range(count)]
         try:
             for offset, one in enumerate(sockets):
                 one.bind(("", first + offset))
-            return first
+            return place, first
         except OSError:
             continue
         finally:

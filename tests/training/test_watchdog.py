@@ -28,15 +28,18 @@ from tests.helpers import REPOSITORY, metrics, train_command
 
 QUICK = ["watchdog.heartbeat_seconds=0.3", "watchdog.step_seconds=2", "alerts.timeout_seconds=5"]
 
-# Run by python -c: train.py whose step 5 sleeps in the place that is said: in Python, with the interpreter's lock, or
-# where it waits for its data.
+# Run by python -c: train.py whose step 5 sleeps in the place that is said: in Python, with the interpreter's lock, in
+# many short sleeps, or where it waits for its data.
 HANGING = """
 import ctypes, sys, time
 from mamba_train.training.trainer import Trainer
 step = Trainer._step
 where, seconds = sys.argv.pop(1), float(sys.argv.pop(1))
 def hang():
-    if where != "lock":
+    if where == "work":
+        for _ in range(int(10 * seconds)):  # unlike one sleep, it goes on where it was when it had been stopped
+            time.sleep(0.1)
+    elif where != "lock":
         time.sleep(seconds)
     else:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # PyDLL keeps the lock
@@ -57,12 +60,16 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+def hanging(where: str, seconds: float, run_dir: Path, corpus: Path, *more: str) -> list[str]:
+    arguments = train_command(run_dir, corpus)[2:]
+    return [sys.executable, "-c", HANGING, where, str(seconds), *arguments, *QUICK, "training.total_steps=8", *more]
+
+
 def run_hanging(
     where: str, seconds: float, run_dir: Path, corpus: Path, *more: str
 ) -> subprocess.CompletedProcess[str]:
-    arguments = train_command(run_dir, corpus)[2:]
     return subprocess.run(
-        [sys.executable, "-c", HANGING, where, str(seconds), *arguments, *QUICK, "training.total_steps=8", *more],
+        hanging(where, seconds, run_dir, corpus, *more),
         cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
@@ -123,6 +130,42 @@ def test_a_step_has_its_whole_time_after_its_data_have_come(tmp_path: Path) -> N
     assert (now.name, now.step, now.since, now.limit_seconds) == ("step", 7, began + 50, 2.0)
     hook.begin("after the step", 7)
     assert hook._now().since < began + 50
+
+
+def test_a_process_that_was_stopped_has_the_whole_time_again_but_once(tmp_path: Path) -> None:
+    config = WatchdogConfig(heartbeat_seconds=1.0, step_seconds=60.0)
+    hook = WatchdogHook(
+        tmp_path, config, 60.0, Ranks(Launch(0, 2), HashStore()), Alerts(AlertsConfig(), tmp_path, print)
+    )
+    hook.begin("step", 7)
+    began = hook._now().since
+    hook._excuse(0.9 * SILENT_INTERVALS)
+    assert hook._now().since == began, "a busy machine, no more"
+    hook._excuse(1.1 * SILENT_INTERVALS)
+    back = hook._now().since
+    assert began < back <= time.monotonic()
+    hook._excuse(1.1 * SILENT_INTERVALS)
+    assert hook._now().since == back, "for ever, otherwise"
+    hook.begin("after the step", 7)
+    hook._excuse(1.1 * SILENT_INTERVALS)
+    assert hook._now().since > hook._activity.since > back
+
+
+@pytest.mark.slow
+def test_a_process_that_goes_on_after_it_was_stopped_is_left_alone(tmp_path: Path, corpus: Path) -> None:
+    """Its step has taken longer than it may, all in all; a second hang must not be told when SLURM wakes it."""
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        hanging("work", 3, run_dir, corpus, "watchdog.step_seconds=6"),
+        cwd=REPOSITORY, env=child_environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: (of := read_heartbeats(run_dir).get(0)) and (of["activity"], of["step"]) == ("step", 5))
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(7)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [event["kind"] for event in read_events(run_dir)] == ["start", "finished"]
 
 
 def test_a_stream_may_be_as_patient_as_it_says(tmp_path: Path) -> None:

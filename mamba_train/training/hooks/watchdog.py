@@ -6,7 +6,8 @@ all its threads and, where there is one, NCCL's flight record into the run folde
 life, and leaves with EXIT_RESTART. Whoever started the processes (torchrun, srun) ends the others.
 
 Waiting for data has a limit of its own, as a stream may be patient with its server. The other ranks wait in the step
-meanwhile: as long as a rank is alive and waits for its data, their time does not count.
+meanwhile: as long as a rank is alive and waits for its data, their time does not count. Nor does the time in which a
+process was stopped: SLURM wakes a stopped one to end it, when the others have said long ago what happened.
 """
 
 import atexit
@@ -76,6 +77,8 @@ class WatchdogHook(Hook):
         self._data_seconds = data_seconds
         self._loader: BatchLoader | None = None
         self._others_waited_at = 0.0  # when another rank was last seen waiting for its data
+        self._back_at = 0.0  # when this process last went on after it had been stopped
+        self._excused: _Activity | None = None  # in which that was: once in each, so that nothing is put off for ever
         self._host = platform.node()
         self._heartbeat = Heartbeat(run_dir, ranks.rank)
         self.begin("start", 0)
@@ -138,12 +141,14 @@ class WatchdogHook(Hook):
     def _now(self) -> _Activity:
         """What the main thread does; in a step, the time that it or another rank has waited for data is left out."""
         activity, loader = self._activity, self._loader
+        activity = replace(activity, since=max(activity.since, self._back_at))
         if loader is None or activity.name not in IN_STEP:
             return activity
         waiting_since = loader.waiting_since
         if waiting_since is None:
             return replace(activity, since=max(activity.since, loader.came_at, self._others_waited_at))
         of_first_step = activity.limit_seconds if activity.name == "first step" else 0.0
+        waiting_since = max(waiting_since, self._back_at)
         return _Activity(DATA, activity.step, waiting_since, max(self._data_seconds, of_first_step))
 
     def _watch(self) -> None:
@@ -155,8 +160,16 @@ class WatchdogHook(Hook):
                 self._end(activity)
             left = activity.limit_seconds - (time.monotonic() - activity.since)
             self._set_backstop(max(left, 0) + pause)
+            slept_at = time.monotonic()
             if self._closed.wait(pause):
                 return
+            self._excuse(time.monotonic() - slept_at - pause)
+
+    def _excuse(self, late_seconds: float) -> None:
+        """Give the activity its whole time again when this thread slept for so much longer than it wanted to."""
+        activity = self._activity
+        if late_seconds > SILENT_INTERVALS * self._config.heartbeat_seconds and self._excused is not activity:
+            self._excused, self._back_at = activity, time.monotonic()
 
     def _beat(self) -> None:
         activity = self._now()
