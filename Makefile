@@ -9,8 +9,9 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 # Test processes; each of them computes on one thread.
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+GPU_JOBS ?= 8
 
-.PHONY: train test test-slow lint format clean
+.PHONY: train test test-slow test-gpu lint format clean
 
 train: $(STAMP)
 	$(BIN)/python train.py $(ARGS)
@@ -23,6 +24,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+# On a machine with a GPU; first in several processes, then what needs most of its memory.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -n $(GPU_JOBS) tests/gpu -m "not large_memory"
+	$(BIN)/python -m pytest tests/gpu -m large_memory
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

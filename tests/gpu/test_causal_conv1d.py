@@ -169,14 +169,13 @@ def test_reference_runs_what_the_kernels_cannot(caplog: pytest.LogCaptureFixture
     assert "causal_conv1d runs in plain PyTorch" in line
 
 
+@pytest.mark.large_memory(40)
 def test_more_than_2_to_the_31_elements() -> None:
     """The whole equals its parts, whose offsets fit in 32 bits; what is summed is near fp64's sums.
 
     How many programs share a sum depends on the number of channels, so those of a part are rounded otherwise.
     """
     batch, length, channels = 3, 2**18 + 17, 4160
-    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
-        pytest.skip("needs 40 GiB of GPU memory")
     torch.use_deterministic_algorithms(False)  # filling outputs of this size takes long
     x, grad = (torch.randn(batch, length, channels, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     assert x.numel() > 2**31

@@ -213,9 +213,8 @@ def test_capture_in_a_cuda_graph() -> None:
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.large_memory(40)
 def test_a_state_of_more_than_2_to_the_31_elements() -> None:
-    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
-        pytest.skip("needs 40 GiB of GPU memory")
     torch.use_deterministic_algorithms(False)
     inputs = scan_inputs(520, 16384, 256, torch.bfloat16)
     assert inputs["state"].numel() > 2**31

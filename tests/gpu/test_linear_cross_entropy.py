@@ -178,10 +178,9 @@ def test_capture_in_a_cuda_graph() -> None:
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.large_memory(8)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_above_inputs_and_outputs(weight_dtype: torch.dtype) -> None:
-    if torch.cuda.get_device_properties(0).total_memory < 8 * GIB:
-        pytest.skip("needs 8 GiB of GPU memory")
     torch.use_deterministic_algorithms(False)
     hidden, weight, targets = draw(32 * 2048, 50280, 768, torch.bfloat16, weight_dtype)
     torch.cuda.synchronize()
@@ -193,11 +192,10 @@ def test_peak_memory_above_inputs_and_outputs(weight_dtype: torch.dtype) -> None
     assert peak < 1.5 * GIB
 
 
+@pytest.mark.large_memory(40)
 @pytest.mark.parametrize("whole", [False, True], ids=["chunks", "one chunk"])
 def test_more_than_2_to_the_31_logits(whole: bool) -> None:
     """A buffer of 2^31 logits is one that only a chunk_size asks for; more tokens than that are the usual case."""
-    if torch.cuda.get_device_properties(0).total_memory < 40 * GIB:
-        pytest.skip("needs 40 GiB of GPU memory")
     torch.use_deterministic_algorithms(False)
     tokens, vocabulary = 43_008, 50_280
     assert tokens * vocabulary > 2**31

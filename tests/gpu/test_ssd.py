@@ -296,11 +296,10 @@ def test_reference_runs_what_the_kernels_cannot(caplog: pytest.LogCaptureFixture
     assert [line.split()[0] for line in lines] == ["ssd", "ssd_backward"]
 
 
+@pytest.mark.large_memory(70)
 def test_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole equals its parts: one sequence, and few heads, whose offsets fit in 32 bits."""
     batch, length, heads = 2, 2**18 + 17, 88
-    if torch.cuda.mem_get_info()[0] < 70 * 2**30:
-        pytest.skip("needs 70 GiB of free GPU memory")
     torch.use_deterministic_algorithms(False)  # filling outputs of this size takes long
     monkeypatch.setattr(launch, "MIN_SEGMENT_CHUNKS", length)  # few heads would be cut, and rounded otherwise
     inputs = make_inputs(batch, length, heads, without=("initial_state", "z"))
