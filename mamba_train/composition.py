@@ -47,8 +47,20 @@ def to_config(composed: DictConfig, may_be_missing: Collection[str] = ()) -> Con
         raise ValueError(f"{missing[0]} has no value; give one on the command line: {missing[0]}=VALUE")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    _find_home(config)
     check_config(config, ignore=may_be_missing)
     return config
+
+
+def _find_home(config: Config) -> None:
+    """Put the home folder in the place of `~` where nothing later does: in quotes or in YAML no shell has done so."""
+    config.run_dir = os.path.expanduser(config.run_dir)
+    if config.evaluation.task_folder is not None:
+        config.evaluation.task_folder = os.path.expanduser(config.evaluation.task_folder)
+    slurm = config.slurm
+    slurm.python = slurm.python and os.path.expanduser(slurm.python)
+    slurm.container_image = slurm.container_image and os.path.expanduser(slurm.container_image)
+    slurm.container_mounts = [os.path.expanduser(mount) for mount in slurm.container_mounts]
 
 
 def compose_config(overrides: Iterable[str] = (), may_be_missing: Collection[str] = ()) -> Config:

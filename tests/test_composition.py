@@ -1,6 +1,7 @@
 """What a value of the wrong kind is told, without a process for each."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +47,15 @@ def test_null_is_offered_where_it_is_taken_and_nowhere_else(key: str, value: str
 def test_what_is_wrong_is_said_in_one_line(override: str, expected: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         compose_config([override])
+
+
+def test_a_tilde_is_the_home_folder_where_no_shell_has_read_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tasks").mkdir()
+    mounts = "slurm.container_mounts=['~/a','/b:/c']"
+    config = compose_config(
+        ["run_dir='~/run'", "evaluation.task_folder='~/tasks'", "slurm.python='~/bin/python'", mounts]
+    )
+    assert (config.run_dir, config.evaluation.task_folder) == (f"{tmp_path}/run", f"{tmp_path}/tasks")
+    assert config.slurm.python == f"{tmp_path}/bin/python"
+    assert config.slurm.container_mounts == [f"{tmp_path}/a", "/b:/c"]
