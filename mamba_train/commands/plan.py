@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--mfu {args.mfu}: expected more than 0 and at most 1")
     if args.peak_tflops is not None and not 0 < args.peak_tflops < float("inf"):
         raise ValueError(f"--peak-tflops {args.peak_tflops}: expected more than 0")
+    if args.gpu_memory_gib is not None and not args.gpu_memory_gib > 0:
+        raise ValueError(f"--gpu-memory-gib {args.gpu_memory_gib}: expected more than 0")
     config = compose_config(args.overrides, may_be_missing=MAY_BE_MISSING)
     import torch  # only now: a mistake above is said at once
 

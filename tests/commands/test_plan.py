@@ -104,6 +104,8 @@ def test_an_engine_for_one_device_is_named(capsys: pytest.CaptureFixture[str]) -
         (["--device", "abacus"], "--device abacus: its peak is not known here; give --peak-tflops"),
         (["--gpus", "3", "engine=fsdp", "engine.replicas=2"], "engine.replicas=2: expected a divisor of the 3 GPUs"),
         (["--peak-tflops", "-1"], "--peak-tflops -1.0: expected more than 0"),
+        (["--gpu-memory-gib", "0"], "--gpu-memory-gib 0.0: expected more than 0"),
+        (["--gpu-memory-gib", "nan"], "--gpu-memory-gib nan: expected more than 0"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str) -> None:
