@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_the_samples_and_not_from_the_steps(tmp_path: Path, c
 
 def test_a_run_records_validates_saves_and_learns(tmp_path: Path, corpus: Path) -> None:
     run_dir = tmp_path / "run"
-    config = make_config(run_dir, corpus, "training.total_steps=40", "checkpoint.permanent_interval_steps=15")
+    config = make_config(run_dir, corpus, "training.total_steps=40", "checkpoint.permanent_interval_steps=12")
     build_trainer(config).run()
     records = metrics(run_dir)
     assert [record["step"] for record in records] == list(range(1, 41))
@@ -127,8 +127,8 @@ def test_a_run_records_validates_saves_and_learns(tmp_path: Path, corpus: Path) 
         assert not record["skipped"]
         assert ("validation/loss" in record) == (record["step"] % 10 == 0)
         assert ("ssm/layer_01/dt_p50" in record) == (record["step"] == 1 or record["step"] % 10 == 0)
-    # The two newest, multiples of 15, and the best; the last one is also the best here.
-    assert complete_steps(run_dir / "checkpoints") == [40, 35, 30, 15]
+    # The two newest, multiples of 12, and the best; the last one is also the best here.
+    assert complete_steps(run_dir / "checkpoints") == [40, 36, 24, 12]
     state = load(run_dir / "checkpoints" / "step_00000040").state["train"]
     assert state["step"] == 40
     assert state["best_validation_loss"] == min(r["validation/loss"] for r in records if "validation/loss" in r)

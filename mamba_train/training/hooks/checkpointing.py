@@ -35,7 +35,7 @@ class HoldUp(Hook):
 
 
 class CheckpointHook(Hook):
-    """Saves every so many steps, at each new best validation loss, and at the end.
+    """Saves every so many steps, those to be kept for good included, at each new best validation loss, and at the end.
 
     The training waits for the copy only; the files are written while it goes on. A full disk does not stop it: the
     save is left out, loudly, and tried again at the next occasion. Only when the last one fails too does the run end
@@ -68,7 +68,9 @@ class CheckpointHook(Hook):
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         state = trainer.state
         is_new_best = self._config.keep_best and state.best_validation_step == state.step
-        if state.step % self._config.interval_steps and not is_new_best:
+        permanent = self._config.permanent_interval_steps
+        is_permanent = permanent is not None and state.step % permanent == 0
+        if state.step % self._config.interval_steps and not is_permanent and not is_new_best:
             return
         begin = time.perf_counter()
         self.save_now(trainer)
