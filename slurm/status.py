@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,15 +209,20 @@ def _ask_queue(job: str) -> str:
 
 def _waiting_job(run_dir: Path, after: float) -> str | None:
     """The job that has been submitted for a run after a time, alone or in a sweep, and has not started it yet."""
-    found: dict[float, str] = {}
+    found = {when: job for when, job in submitted_jobs(run_dir) if when > after}
+    return found[max(found)] if found else None
+
+
+def submitted_jobs(run_dir: Path) -> Iterator[tuple[float, str]]:
+    """When (seconds since 1970) and as which job a run was submitted, each time: alone, or as a task of a sweep."""
+    run_dir = run_dir.absolute()  # of `.` there would be no folder above
     for root in (run_dir, *run_dir.parents):
         for file in (root / run_folder.SLURM).glob(f"submission-*/{JOB}"):
             content, name = _read_job(file), str(run_dir.relative_to(root))
-            if name in content["runs"] and file.stat().st_mtime > after:
-                runs = content["runs"]
+            runs = content["runs"]
+            if name in runs:
                 task = f"_{runs.index(name)}" if len(runs) > 1 else ""
-                found[file.stat().st_mtime] = content["job"] + task
-    return found[max(found)] if found else None
+                yield file.stat().st_mtime, content["job"] + task
 
 
 def _read_job(file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mamba_train.composition import CONF_DIR, compose_config, explain, user_erro
 from mamba_train.config import Config, EngineKind, SlurmConfig
 from mamba_train.monitor.redact import names_credential
 from slurm.script import Run, Submission, render, tasks_per_node
-from slurm.status import JOB
+from slurm.status import JOB, submitted_jobs
 
 REPOSITORY = CONF_DIR.parent
 CODE = ("train.py", "conf", "kernels", "mamba_train", "slurm")
@@ -170,27 +170,46 @@ def check(config: Config) -> None:
 
 
 def refuse_second_job(submission: Submission) -> None:
-    """Raise ValueError when an earlier job of a run is still in the queue."""
-    for folder in sorted(submission.log_dir.glob("submission-*")):
-        if not (folder / JOB).is_file():
-            continue
-        job = json.loads((folder / JOB).read_text(encoding="utf-8"))["job"]
-        queued = subprocess.run(["squeue", "--noheader", "--job", job], capture_output=True, text=True)
-        if queued.returncode == 0 and queued.stdout.strip():
-            raise ValueError(
-                f"run_dir={submission.log_dir.parent}: job {job} is still in the queue and comes back by itself; "
-                f"wait for it, scancel {job}, or choose another run_dir"
-            )
+    """Raise ValueError when an earlier job of a run, alone or in another sweep, is still in the queue."""
+    queued: dict[str, set[str]] = {}
+    for run in submission.runs:
+        for _, job in submitted_jobs(run.run_dir):
+            number = job.partition("_")[0]
+            if number not in queued:
+                queued[number] = _in_queue(number)
+            if job in queued[number]:
+                raise ValueError(
+                    f"run_dir={run.run_dir}: job {job} is still in the queue and comes back by itself; "
+                    f"wait for it, scancel {job}, or choose another run_dir"
+                )
+
+
+def _in_queue(number: str) -> set[str]:
+    """A job, or those tasks of an array that have not ended; nothing where there is no SLURM to ask."""
+    command = ["squeue", "--noheader", "--array", "--format=%i", "--job", number]
+    try:
+        return set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+    except FileNotFoundError:
+        return set()
 
 
 def plan(submission: Submission) -> None:
-    """Print the plan of the first run; a config that cannot be planned is not submitted."""
-    command = [sys.executable, "-m", "mamba_train", "plan", "--device", submission.slurm.gpu]
-    command += submission.runs[0].overrides
+    """Print the plan of each run that needs something else than those before it; what does not fit is not submitted."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    result = subprocess.run(command, cwd=submission.working_dir, env=environment)
-    if result.returncode:
-        sys.exit(result.returncode)
+    planned: list[list[object]] = []
+    for run in submission.runs:
+        config = run.config
+        needs: list[object] = [config.model, config.engine, config.training, config.checkpoint]
+        needs += [config.data.sequence_length, config.data.vocab_size, config.data.tokenizer]
+        if needs in planned:
+            continue
+        planned.append(needs)
+        if submission.is_array:
+            print(f"plan of {run.run_dir}:", flush=True)
+        command = [sys.executable, "-m", "mamba_train", "plan", "--device", submission.slurm.gpu, *run.overrides]
+        result = subprocess.run(command, cwd=submission.working_dir, env=environment)
+        if result.returncode:
+            sys.exit(result.returncode)
 
 
 def write(submission: Submission) -> None:

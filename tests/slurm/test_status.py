@@ -75,6 +75,16 @@ def test_a_run_in_full(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "line 96" not in text
 
 
+def test_a_run_is_found_from_inside_its_folder(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(monkeypatch, "PENDING|0:00|1:00:00||Priority\n")
+    submission = run_dir.parent / "slurm" / "submission-001"
+    submission.mkdir(parents=True)
+    (submission / status.JOB).write_text(json.dumps({"job": "8", "runs": ["b", "a"]}))
+    os.utime(submission / status.JOB, (NOW - 1, NOW - 1))
+    monkeypatch.chdir(run_dir)
+    assert "job     8_1: PENDING (Priority)" in show([Path()], 0)
+
+
 def test_a_job_that_waits_or_has_gone(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queue(monkeypatch, "PENDING|0:00|1:00:00||Priority\n")
     assert "job     7: PENDING (Priority)" in show([run_dir], 0)

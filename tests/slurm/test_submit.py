@@ -1,5 +1,6 @@
 """What is submitted, and what is refused before it is; no cluster needed."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 from mamba_train.composition import compose_config
 from mamba_train.config_checks import seconds_of
 from slurm.script import LINE, TEMPLATE, render
-from slurm.submit import compose_submission, sweep
+from slurm.status import JOB
+from slurm.submit import compose_submission, plan, refuse_second_job, sweep
 from tests.helpers import REPOSITORY, environment
 from tests.slurm.rendered import BASE, script_of
 
@@ -150,6 +152,44 @@ def test_the_site_of_the_environment_reaches_the_job(tmp_path: Path, monkeypatch
     assert "module load cuda" in render(submission)
     monkeypatch.delenv("MAMBA_TRAIN_SITE")
     assert compose_submission(overrides, tmp_path).slurm.partition is None
+
+
+def queued_by(root: Path, job: str, *runs: str) -> None:
+    folder = root / "slurm" / "submission-001"
+    folder.mkdir(parents=True)
+    (folder / JOB).write_text(json.dumps({"job": job, "runs": list(runs)}))
+
+
+def test_a_run_whose_job_is_queued_is_refused_alone_and_in_any_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def squeue(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        queue = {"7": "7_1\n", "8": "8\n"}[command[-1]]
+        return subprocess.CompletedProcess(command, 0, stdout=queue, stderr="")
+
+    monkeypatch.setattr("slurm.submit.subprocess.run", squeue)
+    queued_by(tmp_path / "run", "7", "seed-0", "seed-1")
+    queued_by(tmp_path / "run" / "seed-2", "8", ".")
+    refuse_second_job(compose_submission([*BASE, "run_dir=run/seed-0"], tmp_path))  # this task has ended
+    refuse_second_job(compose_submission([*BASE, "run_dir=run/seed-3"], tmp_path))
+    for overrides, job in ((["run_dir=run/seed-1"], "7_1"), (["run_dir=run", "seed=2,3"], "8")):
+        with pytest.raises(ValueError, match=f"job {job} is still in the queue"):
+            refuse_second_job(compose_submission([*BASE, *overrides], tmp_path))
+
+
+def test_each_run_of_a_sweep_that_needs_something_else_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["slurm.nodes=1", "engine=ddp", "training.global_batch_size=64", "data.sequence_length=2048"]
+    swept = ["model=mamba_tiny,mamba_2.8b", "engine.recompute=none", "seed=0,1", "run_dir=run"]
+    submission = compose_submission([*overrides, *swept], tmp_path)
+    with pytest.raises(SystemExit):
+        plan(submission)
+    shown = capfd.readouterr()
+    assert [line for line in shown.out.splitlines() if line.startswith("plan of ")] == [
+        f"plan of {tmp_path}/run/model-{model}_seed-0:" for model in ("mamba_tiny", "mamba_2.8b")
+    ]
+    assert "error: engine.name=ddp: the run needs" in shown.err
 
 
 @pytest.mark.parametrize(
