@@ -24,6 +24,12 @@ from mamba_train.config_data import DataSource
 from mamba_train.config_data_checks import LONGEST_SECONDS, Problem, data_problems
 from mamba_train.ranks import launch
 
+# A digit too many would otherwise be an error of torch's, or fill the memory here with a list of layers.
+LARGEST_NUMBER = 2**31 - 1
+LARGEST_OF_MODEL = {"model.n_layer": 10_000} | {
+    f"model.{name}": 1_000_000 for name in ("d_model", "d_intermediate", "d_state", "d_conv", "expand")
+}
+
 
 def check_config(config: Config, ignore: Collection[str] = ()) -> None:
     """Raise ValueError for the first value that cannot work, naming its key and what is accepted.
@@ -54,6 +60,12 @@ def _ranges(config: Config) -> Iterable[Problem]:
         for name, value in vars(settings).items() if is_dataclass(settings) else ():
             if isinstance(value, float) and not math.isfinite(value):
                 yield f"{section}.{name}", value, "expected a finite number"
+            if isinstance(value, int) and value > LARGEST_NUMBER:
+                yield f"{section}.{name}", value, f"expected at most {LARGEST_NUMBER:,}"
+    for key, largest in LARGEST_OF_MODEL.items():
+        value = _get(config, key)
+        if value > largest:
+            yield key, value, f"expected at most {largest:,}"
     positive = (
         "model.n_layer model.d_model model.d_state model.d_conv model.expand model.pad_vocab_size_multiple "
         "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "

@@ -59,3 +59,18 @@ def test_a_tilde_is_the_home_folder_where_no_shell_has_read_it(monkeypatch: pyte
     assert (config.run_dir, config.evaluation.task_folder) == (f"{tmp_path}/run", f"{tmp_path}/tasks")
     assert config.slurm.python == f"{tmp_path}/bin/python"
     assert config.slurm.container_mounts == [f"{tmp_path}/a", "/b:/c"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "largest"),
+    [
+        ("model.n_layer", 10**6, "10,000"),
+        ("model.d_model", 10**8, "1,000,000"),
+        ("model.vocab_size", 10**20, "2,147,483,647"),
+        ("training.total_steps", 10**10, "2,147,483,647"),
+        ("data.sequence_length", 10**10, "2,147,483,647"),
+    ],
+)
+def test_a_number_with_digits_too_many(key: str, value: int, largest: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{key}={value}: expected at most {largest}')}$"):
+        compose_config([f"{key}={value}"])
