@@ -208,15 +208,21 @@ def _ask_queue(job: str) -> str:
 
 def _waiting_job(run_dir: Path, after: float) -> str | None:
     """The job that has been submitted for a run after a time, alone or in a sweep, and has not started it yet."""
-    found: dict[float, str] = {}
-    for root in (run_dir, *run_dir.parents):
-        for file in (root / run_folder.SLURM).glob(f"submission-*/{JOB}"):
-            content, name = _read_job(file), str(run_dir.relative_to(root))
-            if name in content["runs"] and file.stat().st_mtime > after:
-                runs = content["runs"]
-                task = f"_{runs.index(name)}" if len(runs) > 1 else ""
-                found[file.stat().st_mtime] = content["job"] + task
+    found = {when: f"{job}{task}" for job, task, when in submitted_jobs(run_dir) if when > after}
     return found[max(found)] if found else None
+
+
+def submitted_jobs(run_dir: Path) -> list[tuple[str, str, float]]:
+    """The jobs that were submitted for a run, alone or in a sweep: id, which task of it (such as `_3`), and when."""
+    found = []
+    for root in (run_dir, *run_dir.parents):
+        for file in sorted((root / run_folder.SLURM).glob(f"submission-*/{JOB}")):
+            content, name = _read_job(file), str(run_dir.relative_to(root))
+            runs = content["runs"]
+            if name in runs:
+                task = f"_{runs.index(name)}" if len(runs) > 1 else ""
+                found.append((content["job"], task, file.stat().st_mtime))
+    return found
 
 
 def _read_job(file: Path) -> dict[str, Any]:

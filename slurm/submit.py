@@ -25,7 +25,7 @@ from mamba_train.composition import CONF_DIR, compose_config, explain, user_erro
 from mamba_train.config import Config, EngineKind, SlurmConfig
 from mamba_train.monitor.redact import names_credential
 from slurm.script import Run, Submission, render, tasks_per_node
-from slurm.status import JOB
+from slurm.status import JOB, submitted_jobs
 
 REPOSITORY = CONF_DIR.parent
 CODE = ("train.py", "conf", "kernels", "mamba_train", "slurm")
@@ -170,15 +170,13 @@ def check(config: Config) -> None:
 
 
 def refuse_second_job(submission: Submission) -> None:
-    """Raise ValueError when an earlier job of a run is still in the queue."""
-    for folder in sorted(submission.log_dir.glob("submission-*")):
-        if not (folder / JOB).is_file():
-            continue
-        job = json.loads((folder / JOB).read_text(encoding="utf-8"))["job"]
+    """Raise ValueError when an earlier job of a run, alone or in a sweep, is still in the queue."""
+    run_of = {job: run.run_dir for run in reversed(submission.runs) for job, *_ in submitted_jobs(run.run_dir)}
+    for job, run_dir in run_of.items():
         queued = subprocess.run(["squeue", "--noheader", "--job", job], capture_output=True, text=True)
         if queued.returncode == 0 and queued.stdout.strip():
             raise ValueError(
-                f"run_dir={submission.log_dir.parent}: job {job} is still in the queue and comes back by itself; "
+                f"run_dir={run_dir}: job {job} is still in the queue and comes back by itself; "
                 f"wait for it, scancel {job}, or choose another run_dir"
             )
 
