@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -85,6 +86,27 @@ def test_a_checkpoint_whose_replacement_never_came_is_put_back(folder, make_chec
     path.rename(folder / "replaced.step_00000007.elsewhere.1.0123abcd")
     assert newest_complete(folder, pytest.fail) == path
     assert_same(load(path), make_checkpoint(7))
+
+
+def test_a_disk_that_may_only_be_read_is_no_reason_to_fail(folder, make_checkpoint, monkeypatch):
+    path = save(folder, make_checkpoint(6), reserve_gib=0)
+    _leftover(folder, "replaced", host="elsewhere")
+
+    def read_only(source, target):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "rename", read_only)
+    assert newest_complete(folder, pytest.fail) == path
+
+
+def test_a_process_of_another_user_lives(folder, monkeypatch):
+    def not_permitted(pid, number):
+        raise PermissionError("Operation not permitted")
+
+    path = _leftover(folder, pid=1)
+    monkeypatch.setattr(os, "kill", not_permitted)
+    newest_complete(folder, pytest.fail)
+    assert path.exists()
 
 
 def test_a_replaced_checkpoint_never_comes_back_later(folder, make_checkpoint):

@@ -161,6 +161,14 @@ def test_a_disk_that_only_rank_0_finds_full_is_full_for_all(folder: Path, monkey
     assert "rank 0 says how much is needed" in str(errors[1])
 
 
+def test_there_must_be_room_for_what_all_ranks_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half, mib = Piece((2, 2**19), 0, torch.ones(2**19)), 2**20  # 2 of 4 MiB
+    saver = Saver(folder, Ranks(Launch(0, 2), HashStore()), reserve_gib=0)
+    monkeypatch.setattr(disk, "_free_bytes", lambda folder: 4 * mib)
+    with pytest.raises(NotEnoughDiskSpace):
+        saver.start(Record(5), Pieces({"w": half}), {})
+
+
 def test_what_one_rank_cannot_write_no_rank_takes_for_saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = saving.write_rank_files
 
