@@ -138,6 +138,23 @@ def test_a_reader_that_puts_the_old_folder_back_does_not_stop_the_save(
     assert [p.name for p in folder.iterdir()] == ["step_00000007"]
 
 
+def test_a_disk_that_fails_at_the_last_moment_is_named(folder, make_checkpoint, assert_same, monkeypatch):
+    save(folder, make_checkpoint(7), reserve_gib=0)
+    rename = os.rename
+
+    def failing(source, target):
+        if str(target).endswith("/step_00000007"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            save(folder, make_checkpoint(7, seed=1), reserve_gib=0)
+    path = newest_complete(folder, pytest.fail)
+    assert_same(load(path), make_checkpoint(7))
+
+
 def test_deletion_takes_the_name_first(folder, make_checkpoint, monkeypatch):
     path = save(folder, make_checkpoint(7), reserve_gib=0)
     monkeypatch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)
