@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,31 @@ def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run_folder.os, "replace", lambda *_: None)
     run_folder.write_summary(tmp_path, n_parameters=2, data_folder=tmp_path)  # killed before its last moment
     assert run_folder.read_summary(tmp_path)["n_parameters"] == 1
+
+
+def test_only_one_process_has_the_folder_and_is_named(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / run_folder.LOCK).write_text("999999999999")  # of a process that is gone
+    first = run_folder.lock(run_dir)
+    for _ in range(2):  # whoever has failed leaves the name of the one that trains
+        with pytest.raises(ValueError, match=rf"run_dir=.*run: process {os.getpid()} is training there; wait for it"):
+            run_folder.lock(run_dir)
+    first.close()
+    run_folder.lock(run_dir).close()
+
+
+def test_whoever_is_patient_has_the_folder_next(tmp_path: Path) -> None:
+    first = run_folder.lock(tmp_path)
+    timer = threading.Timer(0.2, first.close)
+    timer.start()
+    run_folder.lock(tmp_path, patience_seconds=60).close()
+    timer.join()
+
+
+def test_a_filesystem_without_locks_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", without)
+    run_folder.lock(tmp_path).close()

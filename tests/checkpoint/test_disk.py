@@ -1,6 +1,7 @@
 import errno
 import os
 import shutil
+import stat
 import subprocess
 from collections import namedtuple
 from pathlib import Path
@@ -87,6 +88,28 @@ def test_other_errors_keep_their_name(folder, monkeypatch):
         save(folder, _big(1), reserve_gib=0)
     assert not isinstance(caught.value, NotEnoughDiskSpace)
     assert _listing(folder) == []
+
+
+def test_folders_that_a_filesystem_cannot_flush_are_no_reason_to_fail(folder, monkeypatch):
+    """For files it must work."""
+    fsync = os.fsync
+
+    def of_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    path = save(folder, _big(1), reserve_gib=0)
+    assert newest_complete(folder, pytest.fail) == path
+
+    def of_folders_only(descriptor):
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", of_folders_only)
+    with pytest.raises(OSError, match="Invalid argument"):
+        save(folder, _big(2), reserve_gib=0)
 
 
 @pytest.fixture

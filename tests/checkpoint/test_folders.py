@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -87,6 +88,27 @@ def test_a_checkpoint_whose_replacement_never_came_is_put_back(folder, make_chec
     assert_same(load(path), make_checkpoint(7))
 
 
+def test_a_disk_that_may_only_be_read_is_no_reason_to_fail(folder, make_checkpoint, monkeypatch):
+    path = save(folder, make_checkpoint(6), reserve_gib=0)
+    _leftover(folder, "replaced", host="elsewhere")
+
+    def read_only(source, target):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "rename", read_only)
+    assert newest_complete(folder, pytest.fail) == path
+
+
+def test_a_process_of_another_user_lives(folder, monkeypatch):
+    def not_permitted(pid, number):
+        raise PermissionError("Operation not permitted")
+
+    path = _leftover(folder, pid=1)
+    monkeypatch.setattr(os, "kill", not_permitted)
+    newest_complete(folder, pytest.fail)
+    assert path.exists()
+
+
 def test_a_replaced_checkpoint_never_comes_back_later(folder, make_checkpoint):
     path = save(folder, make_checkpoint(7), reserve_gib=0)
     _leftover(folder, "replaced", host="elsewhere")
@@ -114,6 +136,23 @@ def test_a_reader_that_puts_the_old_folder_back_does_not_stop_the_save(
     assert meddled
     assert_same(load(path), make_checkpoint(7, seed=1))
     assert [p.name for p in folder.iterdir()] == ["step_00000007"]
+
+
+def test_a_disk_that_fails_at_the_last_moment_is_named(folder, make_checkpoint, assert_same, monkeypatch):
+    save(folder, make_checkpoint(7), reserve_gib=0)
+    rename = os.rename
+
+    def failing(source, target):
+        if str(target).endswith("/step_00000007"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            save(folder, make_checkpoint(7, seed=1), reserve_gib=0)
+    path = newest_complete(folder, pytest.fail)
+    assert_same(load(path), make_checkpoint(7))
 
 
 def test_deletion_takes_the_name_first(folder, make_checkpoint, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mamba_train.checkpoint import Checkpoint, load, rng, save
+from mamba_train.checkpoint.storage import load_rng
 
 
 def _draw() -> list[object]:
@@ -42,6 +43,12 @@ def test_the_same_numbers_come_again_through_a_file(folder, drawn_before):
     assert _draw() != expected
     assert rng.restore(load(path).rng) == []
     assert _draw() == expected
+
+
+def test_a_rank_that_there_was_not_has_no_state(folder):
+    path = save(folder, Checkpoint(1, {"w": torch.ones(1)}, rng=rng.capture()), reserve_gib=0)
+    assert load_rng(path, 0).keys() == rng.capture().keys()
+    assert load_rng(path, 1) == {}
 
 
 def test_states_are_flat_bytes():

@@ -3,16 +3,21 @@
 import errno
 import os
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from mamba_train.checkpoint import NotEnoughDiskSpace, complete_steps, disk, load, saving
-from mamba_train.checkpoint.pieces import Pieces
+from mamba_train.checkpoint.pieces import Piece, Pieces
 from mamba_train.checkpoint.saving import Saver
 from mamba_train.checkpoint.storage import Record
-from mamba_train.ranks import join
+from mamba_train.ranks import Launch, Ranks, join
 
 
 def pieces(value: float) -> Pieces:
@@ -106,3 +111,88 @@ def test_a_run_that_fails_does_not_wait_for_a_rank_that_is_gone(
     saver.close(failed=True)
     assert complete_steps(folder) == []
     gate.set()
+
+
+class TwoRanks:
+    """Savers of two ranks, each in a thread of this process: what they need of each other is in the store."""
+
+    def __init__(self, folder: Path) -> None:
+        store = HashStore()
+        self.savers = [Saver(folder, Ranks(Launch(rank, 2), store), reserve_gib=0) for rank in (0, 1)]
+
+    def both(self, work: Callable[[int], Any]) -> list[Any]:
+        """What `work` returns for each rank, or the error that it raises."""
+
+        def outcome(rank: int) -> Any:
+            try:
+                return work(rank)
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(outcome, (0, 1)))
+
+    def start(self, rank: int, step: int, then: Callable[[], object] = lambda: None) -> None:
+        """Of `w` each rank has half, of `b` both have all."""
+        w, b = torch.arange(12.0).view(4, 3) + step, torch.full((3,), float(step))
+        half = Piece((4, 3), 6 * rank, w.view(-1)[6 * rank : 6 * rank + 6])
+        self.savers[rank].start(Record(step), Pieces({"w": half, "b": Piece.whole(b, rank == 1)}), {}, then)
+
+
+def test_two_ranks_save_one_checkpoint(folder: Path) -> None:
+    ranks, done = TwoRanks(folder), []
+    for step in (5, 6):  # the second in the buffers of the first
+        assert (
+            ranks.both(lambda rank, step=step: ranks.start(rank, step, lambda: done.append((rank, step)))) == [None] * 2
+        )
+    assert ranks.both(lambda rank: ranks.savers[rank].wait()) == [None, None]
+    assert done == [(0, 5), (0, 6)], "what follows a save is done once"
+    for step in (5, 6):
+        found = load(folder / f"step_{step:08d}").model
+        assert torch.equal(found["w"], torch.arange(12.0).view(4, 3) + step)
+        assert found["b"].tolist() == [step] * 3
+
+
+def test_a_disk_that_only_rank_0_finds_full_is_full_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "_free_bytes", lambda folder: 100)
+    ranks = TwoRanks(folder)
+    errors = ranks.both(lambda rank: ranks.start(rank, 5))
+    assert [type(error) for error in errors] == [NotEnoughDiskSpace] * 2
+    assert "rank 0 says how much is needed" in str(errors[1])
+
+
+def test_there_must_be_room_for_what_all_ranks_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half, mib = Piece((2, 2**19), 0, torch.ones(2**19)), 2**20  # 2 of 4 MiB
+    saver = Saver(folder, Ranks(Launch(0, 2), HashStore()), reserve_gib=0)
+    monkeypatch.setattr(disk, "_free_bytes", lambda folder: 4 * mib)
+    with pytest.raises(NotEnoughDiskSpace):
+        saver.start(Record(5), Pieces({"w": half}), {})
+
+
+def test_what_one_rank_cannot_write_no_rank_takes_for_saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = saving.write_rank_files
+
+    def full_for_rank_1(staged: Path, rank: int, *rest: Any) -> Any:
+        if rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(staged, rank, *rest)
+
+    monkeypatch.setattr(saving, "write_rank_files", full_for_rank_1)
+    ranks, done = TwoRanks(folder), []
+    assert ranks.both(lambda rank: ranks.start(rank, 5, lambda: done.append(rank))) == [None, None]
+    errors = ranks.both(lambda rank: ranks.savers[rank].wait())
+    assert [type(error) for error in errors] == [NotEnoughDiskSpace] * 2
+    assert (complete_steps(folder), done) == ([], [])
+
+
+def test_a_run_that_fails_gives_up_a_save_that_another_rank_does_not_finish(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "GIVE_UP_SECONDS", 0.05)
+    ranks = TwoRanks(folder)
+    ranks.start(0, 5)  # rank 1 is dead
+    ranks.savers[0].close(failed=True)
+    end = time.monotonic() + 30
+    while list(folder.iterdir()):
+        assert time.monotonic() < end, "it waits, and what it has written stays"
+        time.sleep(0.01)

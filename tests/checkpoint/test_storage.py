@@ -23,8 +23,8 @@ from mamba_train.checkpoint import (
     storage,
     verify,
 )
-from mamba_train.checkpoint.pieces import Piece
-from mamba_train.checkpoint.storage import model_shapes
+from mamba_train.checkpoint.pieces import Piece, Pieces
+from mamba_train.checkpoint.storage import load_pieces, model_shapes
 from mamba_train.checkpoint.tensors import read_pieces, read_tensors, write_pieces
 
 
@@ -123,6 +123,20 @@ def test_whatever_cut_it_any_other_cut_reads_it(tmp_path_factory, rows, width, w
     for parts in split({name: Piece.whole(tensor) for name, tensor in found.items()}, sorted(wanted)):
         read_pieces(files, parts)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        (Pieces({"v": Piece.whole(torch.ones(4))}), r"there is no tensor 'v' in the files of .*model"),
+        (Pieces({"w": Piece.whole(torch.ones(4))}), r"'w' has shape \(2, 2\), expected \(4,\)"),
+        (Pieces({}, {"w.exp_avg": Piece.whole(torch.ones(4))}), r"there is no tensor 'w.exp_avg' in the files of"),
+    ],
+)
+def test_what_a_checkpoint_does_not_have_is_named(folder, pieces, message):
+    path = save(folder, Checkpoint(1, {"w": torch.ones(2, 2)}), reserve_gib=0)
+    with pytest.raises(DamagedCheckpoint, match=rf"checkpoint .*step_00000001 cannot be loaded: {message}"):
+        load_pieces(path, pieces)
 
 
 def test_model_only(folder, make_checkpoint):

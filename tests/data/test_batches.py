@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
-from mamba_train.data.batches import IGNORE_INDEX, BatchSource, WindowForm, document_numbers
+from mamba_train.data.batches import IGNORE_INDEX, Batch, BatchSource, WindowForm, document_numbers
 from mamba_train.data.corpus import Corpus, ReadError
 from mamba_train.data.validation import validation_sets
 from tests.data.folders import write_folder
@@ -125,6 +125,9 @@ def test_a_global_step_does_not_depend_on_ranks_or_accumulation(make_corpus: Mak
         for step in [39, 0, 1, 20, 12, 13]:
             found = global_step(new_source(), step, batch_size, ranks, accumulation)
             assert torch.equal(found, reference[step])
+    source = new_source()  # nor does it, when a run goes back to an earlier step
+    for step in [39, 20, 0, 21, 1]:
+        assert torch.equal(global_step(source, step, batch_size, 1, 1), reference[step])
     swapped = global_step(new_source(), 3, batch_size, 2, 1, swap=True)
     assert not torch.equal(swapped, reference[3])
 
@@ -265,6 +268,30 @@ def test_a_batch_survives_the_way_to_the_device(make_corpus: MakeCorpus, monkeyp
             if boundaries:
                 assert copy.seq_idx.dtype is torch.int32
                 assert torch.equal(copy.seq_idx, batch.seq_idx)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"lengths": torch.tensor([4, 0, 2])}, {"labels": torch.tensor([[5, IGNORE_INDEX, 1]] * 3)}],
+    ids=["a stream that ends", "a task"],
+)
+def test_what_is_no_target_survives_the_way_to_the_device(more: dict[str, torch.Tensor]) -> None:
+    batch = Batch(torch.arange(12).view(3, 4), None, **more)
+    n_targets = {"lengths": 3 + 0 + 1, "labels": 2 * 3}[next(iter(more))]
+    for copy in (batch, pickle.loads(pickle.dumps(batch)), batch.to("cpu")):
+        assert copy.n_targets == n_targets
+        assert copy.targets.dtype is torch.int64
+        assert torch.equal(copy.targets, batch.targets)
+
+
+def test_the_bytes_of_a_mixture_are_those_of_its_shares(make_corpus: MakeCorpus) -> None:
+    """3 bytes in each token of `a`, none in half of those of `b`, which end documents."""
+    corpora = {"a": make_corpus([[list(range(1, 100))]]), "b": make_corpus([[[7]] * 50])}
+    stages = [(0, {"a": 1.0, "b": 3.0}), (10, {"b": 1.0})]
+    source = BatchSource(corpora, 4, 0, WindowForm(8, False), stages)
+    a, b = 3 * 99 / 100, 3 * 50 / 100
+    assert source.bytes_per_target(39) == pytest.approx(a / 4 + 3 * b / 4)
+    assert source.bytes_per_target(40) == pytest.approx(b)
 
 
 def test_sources_of_one_size_have_orders_of_their_own(make_corpus: MakeCorpus) -> None:

@@ -60,3 +60,12 @@ def test_shuffles_differ_between_epochs_seeds_and_sources() -> None:
     documents = [tuple(order.documents(Piece(0), epoch, 0)) for order in orders for epoch in (0, 1)]
     assert len(set(files)) == len(set(documents)) == 6
     assert all(sorted(found) == list(range(50)) for found in documents)
+
+
+def test_the_order_is_pinned() -> None:
+    # A checkpoint's place in a stream means nothing under another order: change STREAM_ORDER with these lists.
+    order = LaneOrder(3, "pile", 14, 4, shuffle_files=True, block=6)
+    assert order.pieces(3, 0) == [Piece(11), Piece(1), Piece(10), Piece(9, 2, 1)]
+    assert order.pieces(3, 1) == [Piece(10), Piece(9, 2, 1), Piece(11), Piece(1)]
+    assert order.documents(Piece(5), 0, 0) == [2, 5, 1, 4, 0, 3]
+    assert order.documents(Piece(5, 2, 1), 1, 2) == [15, 14, 12, 17, 16, 13]

@@ -36,6 +36,8 @@ def test_the_order_is_pinned() -> None:
     # A checkpoint's position means nothing under another order: change ORDER_VERSION with this list.
     pinned = [1, 9, 0, 7, 2, 3, 8, 4, 11, 6, 5, 10]
     assert permute(np.arange(12), 12, epoch_key(0, 0)).tolist() == pinned
+    of_a_source = [6, 0, 8, 5, 1, 10, 3, 9, 2, 7, 4, 11]
+    assert permute(np.arange(12), 12, epoch_key(0, 0, "pile")).tolist() == of_a_source
 
 
 def test_seeds_and_epochs_have_their_own_orders() -> None:

@@ -13,6 +13,7 @@ from mamba_train.data.shard_job import (
     Input,
     Job,
     JobSettings,
+    create_once,
     find_inputs,
     group_inputs,
 )
@@ -103,6 +104,31 @@ def test_each_size_is_looked_at_a_few_times_only() -> None:
     inputs = [Counted("train", f"{number:05d}.txt", 10) for number in range(1000)]
     assert len(group_inputs(inputs, 1 << 30)) == 1
     assert looked_at <= 5 * len(inputs)
+
+
+def test_each_part_of_a_dataset_of_the_hub_is_a_group(tmp_path: Path) -> None:
+    """Their sizes are not known; together they would be one worker's."""
+    parts = [Input("train", f"part {n}", 0, HubText("NAME", None, "main", "train", n, 3)) for n in range(3)]
+    groups = group_inputs([Input("train", "a", 5), Input("train", "b", 5), *parts], 1 << 30)
+    assert [[entry.name for entry in group.inputs] for group in groups] == [
+        ["a", "b"], ["part 0"], ["part 1"], ["part 2"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def without(*_: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr("mamba_train.data.shard_job.os.link", without)
+    path = tmp_path / "job.json"
+    create_once(path, b"first")
+    assert path.read_bytes() == b"first"
+    if links:
+        create_once(path, b"second")
+        assert path.read_bytes() == b"first", "what another process wrote before stays"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_number_of_groups_stays_sane() -> None:

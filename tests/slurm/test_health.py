@@ -78,3 +78,17 @@ def test_what_the_check_stumbles_over_is_a_finding(
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().out == "bad node7: RuntimeError: CUDA error: GPU lost\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("true", None),
+        ("echo the fan; echo is loud >&2; exit 3", "the fan is loud"),
+        ("exit 3", "exit 3: exit code 3"),
+    ],
+)
+def test_what_the_sites_own_check_says(monkeypatch: pytest.MonkeyPatch, command: str, problem: str | None) -> None:
+    monkeypatch.setenv("MAMBA_TRAIN_HEALTH_COMMAND", command)
+    monkeypatch.setattr("slurm.health._kernel_problem", lambda device: None)
+    assert find_problem(0) == problem

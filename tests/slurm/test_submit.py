@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from mamba_train.composition import compose_config
 from mamba_train.config_checks import seconds_of
+from slurm import submit
 from slurm.script import LINE, TEMPLATE, render
 from slurm.status import JOB
 from slurm.submit import compose_submission, plan, refuse_second_job, sweep
@@ -307,3 +309,79 @@ def test_the_command_line(tmp_path: Path) -> None:
 def test_a_rank_that_dies_takes_the_others_with_it() -> None:
     # NCCL does not notice by itself within seconds, as gloo does in the tests on a cluster.
     assert "\nsrun --kill-on-bad-exit=1 " in TEMPLATE.read_text()
+
+
+class Queue:
+    """sbatch and squeue of a cluster of which only the queue is looked at."""
+
+    def __init__(self) -> None:
+        self.queued: list[str] = []
+        self.refusal = ""
+
+    def run(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if command[0] == "squeue":
+            here = command[command.index("--job") + 1] in self.queued
+            return subprocess.CompletedProcess(command, 0, stdout="a line\n" if here else "", stderr="")
+        assert command[0] == "sbatch"
+        if self.refusal:
+            return subprocess.CompletedProcess(command, 1, stdout="", stderr=self.refusal)
+        self.queued.append(str(7 + len(self.queued)))
+        return subprocess.CompletedProcess(command, 0, stdout=f"{self.queued[-1]};cluster\n", stderr="")
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Queue:
+    found = Queue()
+    monkeypatch.setattr(submit.subprocess, "run", found.run)
+    monkeypatch.setattr(submit.shutil, "which", lambda name: name)
+    monkeypatch.setattr(submit, "plan", lambda submission: None)
+    monkeypatch.setattr(submit, "CODE", ("train.py", "slurm"))
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def submits(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["submit", *BASE, *overrides])
+    submit.main()
+
+
+def test_a_run_whose_job_is_queued_is_not_submitted_again(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submits(monkeypatch, "run_dir=run")
+    folder = Path("run/slurm/submission-001")
+    assert capsys.readouterr().out.startswith("job 7: 2 nodes x 2 processes")
+    assert json.loads((folder / "job.json").read_text()) == {"job": "7", "runs": ["."]}
+    assert (folder / "job.sbatch").read_text().startswith("#!/bin/bash")
+    assert OmegaConf.load(folder / "config.yaml").run_dir == "run"
+    assert sorted(path.name for path in (folder / "code").iterdir()) == ["slurm", "train.py"]
+    with pytest.raises(SystemExit):
+        submits(monkeypatch, "run_dir=run")
+    assert "run: job 7 is still in the queue and comes back by itself" in capsys.readouterr().err
+    queue.queued[:] = ["8"]
+    submits(monkeypatch, "run_dir=run")
+    assert Path("run/slurm/submission-002/job.json").is_file()
+
+
+@pytest.mark.parametrize("first", ["sweep", "alone"])
+def test_a_run_that_is_queued_in_a_sweep_is_not_submitted_alone(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: str
+) -> None:
+    sweep, alone = ("run_dir=run", "seed=0,1"), ("run_dir=run/seed-1", "seed=1")
+    one, other = (sweep, alone) if first == "sweep" else (alone, sweep)
+    submits(monkeypatch, *one)
+    with pytest.raises(SystemExit):
+        submits(monkeypatch, *other)
+    assert "run/seed-1: job 7 is still in the queue" in capsys.readouterr().err
+    submits(monkeypatch, "run_dir=run", "seed=2,3")  # others in the same folder
+    assert queue.queued == ["7", "8"]
+
+
+def test_what_sbatch_refuses_leaves_no_submission(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue.refusal = "sbatch: error: invalid\npartition"
+    with pytest.raises(SystemExit):
+        submits(monkeypatch, "run_dir=run")
+    assert "error: sbatch refused the job: sbatch: error: invalid partition\n" in capsys.readouterr().err
+    assert list(Path("run/slurm").iterdir()) == []

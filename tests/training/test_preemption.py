@@ -243,7 +243,8 @@ def test_the_time_limit_leaves_room_for_two_saves_and_a_step() -> None:
     assert stop.reason == "the job's time limit is 77 s away"
     now[0] = 0
     assert stop.requested(), "once asked, always asked"
-    assert not StopRequest({}, clock=lambda: 1e12).requested()
+    for unknown in ({}, {"SLURM_JOB_END_TIME": ""}, {"SLURM_JOB_END_TIME": "UNLIMITED"}):
+        assert not StopRequest(unknown, clock=lambda: 1e12).requested()
 
 
 def test_the_time_limit_ends_in_a_save(tmp_path: Path, corpus: Path) -> None:
@@ -293,6 +294,25 @@ assert stop.reason == "SIGUSR1"
 def test_a_forked_child_neither_dies_of_usr1_nor_asks_the_run_to_stop(repository: Path) -> None:
     result = subprocess.run([sys.executable, "-c", CHILDREN], cwd=repository, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+OTHER_SIGNALS = """
+import os, signal, time
+from mamba_train.training.preemption import StopRequest
+stop = StopRequest({})
+stop.listen()
+seen = []
+for number in (signal.SIGCHLD, signal.SIGALRM):  # of a worker that has ended, of a library
+    signal.signal(number, lambda number, frame: seen.append(number))
+    os.kill(os.getpid(), number)
+    time.sleep(0.3)
+assert seen == [signal.SIGCHLD, signal.SIGALRM] and stop.reason is None, (seen, stop.reason)
+"""
+
+
+def test_other_signals_are_no_request_to_stop(repository: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", OTHER_SIGNALS], cwd=repository, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 AT_THE_VERY_END = """

@@ -96,6 +96,36 @@ def test_a_call_that_keeps_the_interpreter_to_itself_is_ended_too(tmp_path: Path
     assert "in hang" in stacks.read_text()
 
 
+def test_a_call_that_keeps_the_interpreter_to_itself_has_its_time_too(tmp_path: Path, corpus: Path) -> None:
+    """Longer than the signs of life are apart, and no longer than the step may take."""
+    result = run_hanging("lock", 5, tmp_path / "run", corpus, "watchdog.step_seconds=60")
+    assert result.returncode == 0, result.stderr
+
+
+OVER = """
+import sys, time
+from pathlib import Path
+from torch.distributed import HashStore
+from mamba_train.config import AlertsConfig, WatchdogConfig
+from mamba_train.ranks import Launch, Ranks
+from mamba_train.training.hooks import watchdog
+from mamba_train.training.hooks.alerts import Alerts
+watchdog.BACKSTOP_SECONDS = 0.5
+run_dir = Path(sys.argv[1])
+alerts = Alerts(AlertsConfig(), run_dir, print)
+hook = watchdog.WatchdogHook(run_dir, WatchdogConfig(), 60.0, Ranks(Launch(), HashStore()), alerts)
+hook._set_backstop(0.0)
+hook.close(failed=False)
+time.sleep(1)
+"""
+
+
+def test_a_run_that_is_over_is_not_ended_any_more(tmp_path: Path) -> None:
+    """By what should have ended it if its last thread had not come back."""
+    result = subprocess.run([sys.executable, "-c", OVER, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_a_slow_step_is_left_alone_and_nothing_is_left_behind(tmp_path: Path, corpus: Path) -> None:
     result = run_hanging("python", 0.5, tmp_path / "run", corpus)
     assert result.returncode == 0, result.stderr
@@ -115,10 +145,14 @@ def test_waiting_for_data_has_a_limit_of_its_own(tmp_path: Path, corpus: Path) -
     assert [event["kind"] for event in read_events(tmp_path / "run")] == ["start", "hang"]
 
 
+def make_hook(run_dir: Path, config: WatchdogConfig, rank: int = 0, **alerts: Any) -> WatchdogHook:
+    """Of one of two ranks; alerts: for AlertsConfig."""
+    ranks = Ranks(Launch(rank, 2), HashStore())
+    return WatchdogHook(run_dir, config, 60.0, ranks, Alerts(AlertsConfig(**alerts), run_dir, print))
+
+
 def test_a_step_has_its_whole_time_after_its_data_have_come(tmp_path: Path) -> None:
-    config = WatchdogConfig(step_seconds=2.0)
-    alerts = Alerts(AlertsConfig(), tmp_path, print)
-    hook = WatchdogHook(tmp_path, config, 60.0, Ranks(Launch(0, 2), HashStore()), alerts)
+    hook = make_hook(tmp_path, WatchdogConfig(step_seconds=2.0))
     hook.begin("step", 7)
     began = hook._now().since
     loader: Any = SimpleNamespace(waiting_since=began + 1, came_at=0.0)
@@ -132,11 +166,43 @@ def test_a_step_has_its_whole_time_after_its_data_have_come(tmp_path: Path) -> N
     assert hook._now().since < began + 50
 
 
+def test_each_activity_has_its_limit(tmp_path: Path) -> None:
+    hook = make_hook(tmp_path, WatchdogConfig(first_step_seconds=3.0, step_seconds=1.0, between_steps_seconds=2.0))
+    found = [("start", hook._now().limit_seconds)]
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(step=4))
+    hook.first_step = 4
+    for begin in (hook.on_step, hook.at_end.on_step):
+        begin(trainer, {})
+        found.append((hook._now().name, hook._now().limit_seconds))
+    for stop in (hook.on_stop, hook.on_end):
+        stop(trainer)
+        found.append((hook._now().name, hook._now().limit_seconds))
+    hook.begin("first step", 4)
+    found.append(("first step", hook._now().limit_seconds))
+    assert found == [
+        ("start", 2.0), ("after the step", 2.0), ("step", 1.0), ("stopping", 2.0), ("finishing", 2.0),
+        ("first step", 3.0),
+    ]  # fmt: skip
+
+
+def test_a_start_forgets_the_ranks_that_there_are_no_more(tmp_path: Path) -> None:
+    for rank in (1, 2):
+        Heartbeat(tmp_path, rank).write({"rank": rank})
+    make_hook(tmp_path, WatchdogConfig(enabled=False)).start()
+    assert list(read_heartbeats(tmp_path)) == [1]
+
+
+def test_nobody_watches_where_the_watchdog_is_off(tmp_path: Path) -> None:
+    before = threading.active_count()
+    hook = make_hook(tmp_path, WatchdogConfig(enabled=False))
+    hook.start()
+    assert threading.active_count() == before
+    hook.close(failed=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_process_that_was_stopped_has_the_whole_time_again_but_once(tmp_path: Path) -> None:
-    config = WatchdogConfig(heartbeat_seconds=1.0, step_seconds=60.0)
-    hook = WatchdogHook(
-        tmp_path, config, 60.0, Ranks(Launch(0, 2), HashStore()), Alerts(AlertsConfig(), tmp_path, print)
-    )
+    hook = make_hook(tmp_path, WatchdogConfig(heartbeat_seconds=1.0, step_seconds=60.0))
     hook.begin("step", 7)
     began = hook._now().since
     hook._excuse(0.9 * SILENT_INTERVALS)
@@ -149,6 +215,13 @@ def test_a_process_that_was_stopped_has_the_whole_time_again_but_once(tmp_path: 
     hook.begin("after the step", 7)
     hook._excuse(1.1 * SILENT_INTERVALS)
     assert hook._now().since > hook._activity.since > back
+    waiting: Any = SimpleNamespace(waiting_since=time.monotonic(), came_at=0.0)
+    hook._loader = waiting
+    hook.begin("step", 8)
+    hook._excuse(1.1 * SILENT_INTERVALS)
+    now = hook._now()
+    assert now.name == "data of step"
+    assert now.since > waiting.waiting_since, "waiting for data, too"
 
 
 @pytest.mark.slow
@@ -214,16 +287,20 @@ class OtherRank(Heartbeat):
         super().close()
 
 
-def leave(run_dir: Path, monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> float:
-    """What a rank does whose step 7 hangs; returns the seconds that it took until it left."""
+HANGS = WatchdogConfig(heartbeat_seconds=0.3, step_seconds=2.0)
 
+
+def forbid_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     def left(code: int) -> None:
         raise Left(code)
 
     monkeypatch.setattr("mamba_train.training.hooks.watchdog.os._exit", left)
-    config = WatchdogConfig(heartbeat_seconds=0.3, step_seconds=2.0)
-    alerts = Alerts(AlertsConfig(), run_dir, print)
-    hook = WatchdogHook(run_dir, config, 2.0, Ranks(Launch(rank, world_size), HashStore()), alerts)
+
+
+def leave(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **alerts: Any) -> float:
+    """What rank 1 of 2 does whose step 7 hangs; returns the seconds that it took until it left."""
+    forbid_to_leave(monkeypatch)
+    hook = make_hook(run_dir, HANGS, 1, **alerts)
     hook.begin("step", 7)
     began = time.monotonic()
     try:
@@ -238,7 +315,7 @@ def test_a_hang_is_said_by_a_rank_that_has_found_it(tmp_path: Path, monkeypatch:
     """Rank 0 is still in a hook, which may take far longer than a step: it will not say anything."""
     other = OtherRank(tmp_path, 0, "after the step", 6)
     try:
-        leave(tmp_path, monkeypatch, rank=1, world_size=2)
+        leave(tmp_path, monkeypatch)
     finally:
         other.close()
     (hang,) = read_events(tmp_path)
@@ -247,13 +324,41 @@ def test_a_hang_is_said_by_a_rank_that_has_found_it(tmp_path: Path, monkeypatch:
 
 
 def test_the_rank_that_speaks_leaves_before_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """srun kills the whole step when one task has left: rank 0 may be behind by its interval."""
+    """srun kills the whole step when one task has left: rank 0 may be behind by its interval, and its alert takes."""
     other = OtherRank(tmp_path, 0, "step", 7)
     try:
-        seconds = leave(tmp_path, monkeypatch, rank=1, world_size=2)
+        seconds = leave(tmp_path, monkeypatch, command="true", timeout_seconds=0.5)
     finally:
         other.close()
-    assert seconds >= (SILENT_INTERVALS + SPEAKER_INTERVALS) * 0.3, "it has not waited for rank 0"
+    alert = 0.5
+    assert seconds >= (SILENT_INTERVALS + SPEAKER_INTERVALS) * 0.3 + alert, "it has not waited for rank 0"
+    assert read_events(tmp_path) == []
+
+
+def test_a_rank_that_gives_no_sign_of_life_does_not_speak_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was in the same step, and is the lowest."""
+    silent = {"rank": 0, "host": "node", "pid": 5, "activity": "step", "step": 7}
+    Heartbeat(tmp_path, 0).write(silent)
+    leave(tmp_path, monkeypatch)
+    (hang,) = read_events(tmp_path)
+    assert hang["silent"] == [0]
+    assert "step 7 has not ended within 2 s: no sign of life of rank 0 (process 5 on node)" in hang["text"]
+
+
+def test_a_step_that_ends_after_all_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the signs of life of the others are compared."""
+    forbid_to_leave(monkeypatch)
+    hook = make_hook(tmp_path, HANGS)
+    hook.begin("step", 7)
+    timer = threading.Timer(0.2, hook.begin, ("after the step", 7))
+    timer.start()
+    try:
+        hook._end(hook._activity)
+    finally:
+        timer.join()
+        hook.close(failed=False)
     assert read_events(tmp_path) == []
 
 
