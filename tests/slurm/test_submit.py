@@ -320,8 +320,9 @@ class Queue:
 
     def run(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         if command[0] == "squeue":
-            here = command[command.index("--job") + 1] in self.queued
-            return subprocess.CompletedProcess(command, 0, stdout="a line\n" if here else "", stderr="")
+            job = command[command.index("--job") + 1]
+            tasks = f"{job}\n{job}_0\n{job}_1\n" if job in self.queued else ""  # whether it is an array or not
+            return subprocess.CompletedProcess(command, 0, stdout=tasks, stderr="")
         assert command[0] == "sbatch"
         if self.refusal:
             return subprocess.CompletedProcess(command, 1, stdout="", stderr=self.refusal)
