@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +57,10 @@ def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run_folder.os, "replace", lambda *_: None)
     run_folder.write_summary(tmp_path, n_parameters=2, data_folder=tmp_path)  # killed before its last moment
     assert run_folder.read_summary(tmp_path)["n_parameters"] == 1
+
+
+def test_who_trains_here_is_said_with_its_machine(tmp_path: Path) -> None:
+    with run_folder.lock(tmp_path):
+        who = re.escape(f"process {os.getpid()} on {socket.gethostname()} is training there")
+        with pytest.raises(ValueError, match=who):
+            run_folder.lock(tmp_path)
