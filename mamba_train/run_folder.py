@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ def lock(run_dir: Path, patience_seconds: float = 0.0) -> TextIO:
             "wait for it, or use another run_dir"
         )
     file.truncate(0)
-    file.write(str(os.getpid()))
+    file.write(f"{os.getpid()} on {socket.gethostname()}")  # a disk may be that of many machines
     file.flush()
     return file
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -64,7 +66,8 @@ def test_only_one_process_has_the_folder_and_is_named(tmp_path: Path) -> None:
     (run_dir / run_folder.LOCK).write_text("999999999999")  # of a process that is gone
     first = run_folder.lock(run_dir)
     for _ in range(2):  # whoever has failed leaves the name of the one that trains
-        with pytest.raises(ValueError, match=rf"run_dir=.*run: process {os.getpid()} is training there; wait for it"):
+        who = re.escape(f"process {os.getpid()} on {socket.gethostname()} is training there; wait for it")
+        with pytest.raises(ValueError, match=f"run_dir=.*run: {who}"):
             run_folder.lock(run_dir)
     first.close()
     run_folder.lock(run_dir).close()
