@@ -221,10 +221,11 @@ def test_records_that_find_no_room_behind_a_hang_are_left_out(
 def test_a_hang_is_said_while_the_training_goes_on_and_nothing_is_lost_when_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
-    release = threading.Event()
+    entered, release = threading.Event(), threading.Event()
 
     class Slow(Failing):
         def log(self, *args: Any, **kwargs: Any) -> None:
+            entered.set()
             release.wait(60)
             super().log()
 
@@ -233,6 +234,7 @@ def test_a_hang_is_said_while_the_training_goes_on_and_nothing_is_lost_when_it_e
     monkeypatch.setattr(wandb_sink, "STALL_SECONDS", 0.1)
     sink = WandbSink(tmp_path, OFFLINE, CONFIG, "abc", warnings.append)
     sink.log({"step": 1})
+    assert entered.wait(60)
     while not warnings:
         sink.log({"step": 2})
         time.sleep(0.05)

@@ -57,15 +57,13 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def run_until_killed(text: Path, run_dir: Path, *overrides: str) -> None:
-    """Kill a run when its checkpoint of step 8 is there."""
-    process = subprocess.Popen(
-        command(text, run_dir, *overrides), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not list(run_dir.glob("checkpoints/step_*8/manifest.json")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    """A run that is killed after step 10, two steps after a checkpoint."""
+    python, _, *rest = command(text, run_dir, *overrides)
+    killed = subprocess.run(
+        [python, str(Path(__file__).with_name("dying.py")), "step", "10", *rest],
+        env={**environment(), "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 @pytest.mark.slow
