@@ -105,9 +105,13 @@ def test_workers_give_the_same_batches_and_survive_what_ends_a_job(source: Batch
         # A worker that is gone, as for want of memory.
         path.write_bytes(content)
         loader.step(0)
-        with pytest.raises(ReadError, match=r"a process that loads data has died"):  # it may be said at once
+
+        def kill_and_go_on() -> None:  # it may be said at once
             os.kill(children(before)[0].pid or 0, signal.SIGKILL)
             collections.deque((loader.step(12 * step) for step in range(1, 100)), maxlen=0)
+
+        with pytest.raises(ReadError, match=r"a process that loads data has died"):
+            kill_and_go_on()
     finally:
         loader.close()
     assert not children(before)

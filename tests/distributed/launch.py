@@ -16,7 +16,7 @@ from typing import Any
 from tests.helpers import REPOSITORY, TINY_RUN, environment
 
 DRIVER = Path(__file__).with_name("driver.py")
-# Below those that Linux hands out itself: of these, any process may get one in the seconds until torchrun listens. Those
+# Below those that Linux hands out itself, of which any process may get one in the seconds until torchrun listens; those
 # from 10,000 on are the daemons' and jobs' of tests/slurm.
 PORTS = range(3000, 10000)
 _numbers = itertools.count(os.getpid() * 97)  # test processes beside each other have neighbouring numbers

@@ -1,5 +1,6 @@
 """Killed at any instant and started again, a run ends as if it had never been killed."""
 
+import os
 import random
 import signal
 import subprocess
@@ -89,11 +90,9 @@ def test_killed_runs_end_bit_equal_many_times(
 
 def test_two_resumes_in_a_row_and_the_cut_lines(tmp_path: Path, corpus: Path, undisturbed: list[tuple]) -> None:
     run_dir = tmp_path / "run"
-    process = start(run_dir, corpus)
-    assert kill_when(process, lambda: last_step(run_dir) >= 13)
+    assert run_and_die("step", 13, run_dir, corpus)
     seen_by_the_first = {record["step"] for record in metrics_so_far(run_dir)}
-    process = start(run_dir, corpus)
-    assert kill_when(process, lambda: last_step(run_dir) >= 23)
+    assert run_and_die("step", 23, run_dir, corpus)
     check_against(undisturbed, run_dir, corpus)
     cut = sorted(run_dir.glob("metrics.cut-*.jsonl"))
     assert cut, "the steps that were done twice are kept aside"
