@@ -194,6 +194,7 @@ def test_a_tracker_that_hangs_holds_up_nobody(
     assert "has not finished" in warnings[0]
     assert abandoned == [True]
     release.set()
+    sink._thread.join(60)
 
 
 def test_records_that_find_no_room_behind_a_hang_are_left_out(
@@ -216,6 +217,7 @@ def test_records_that_find_no_room_behind_a_hang_are_left_out(
     training.join(30)
     assert not training.is_alive()
     release.set()
+    sink._thread.join(60)  # else it may abandon, in earnest, the service of the next test
 
 
 def test_a_hang_is_said_while_the_training_goes_on_and_nothing_is_lost_when_it_ends(
