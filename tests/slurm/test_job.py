@@ -104,9 +104,10 @@ def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> Non
 
 def test_the_signal_of_slurm(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """--signal=USR1@SECONDS reaches Python, which saves; the batch script requeues."""
-    overrides = ("training.total_steps=70", "checkpoint.interval_steps=1000", "checkpoint.keep_best=false")
-    # SLURM sends it 15 to 30 seconds after the start; the steps of the first one alone take 35.
-    job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=2", "slurm.signal_seconds=90", step_seconds=0.5)
+    overrides = ("training.total_steps=130", "checkpoint.interval_steps=1000", "checkpoint.keep_best=false")
+    # SLURM sends it up to half a minute early, so 30 to 60 seconds after the start: the run is in its steps, which take
+    # longer than that in the first one.
+    job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=2", "slurm.signal_seconds=60", step_seconds=0.5)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_end()
     assert job.restarts >= 1
@@ -115,6 +116,7 @@ def test_the_signal_of_slurm(cluster: Cluster, tmp_path: Path, corpus: Path) -> 
     reasons = [entry["reason"] for entry in history(job) if entry["event"] == "requeue"]
     assert len(reasons) == job.restarts
     assert all("SIGUSR1" in reason for reason in reasons), reasons
+    assert "which is saved" in reasons[0]
 
 
 def test_the_time_limit(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:

@@ -48,7 +48,7 @@ def command(text: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> list[
 
 def run(text: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(text, run_dir, *overrides, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=120
+        command(text, run_dir, *overrides, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=300
     )
 
 
@@ -61,7 +61,7 @@ def run_until_killed(text: Path, run_dir: Path, *overrides: str) -> None:
     python, _, *rest = command(text, run_dir, *overrides)
     killed = subprocess.run(
         [python, str(Path(__file__).with_name("dying.py")), "step", "10", *rest],
-        env={**environment(), "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120,
+        env={**environment(), "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 

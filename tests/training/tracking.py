@@ -13,6 +13,7 @@ from train import run
 
 FAILURE = sys.argv[1]
 AT_RECORD = 5
+AT_ONE_OF_THE_LAST_RECORDS = 195  # wandb itself waits for its service for half a minute, and then says so
 
 init = wandb_sink._init
 
@@ -56,7 +57,7 @@ match FAILURE:
         at_record(AT_RECORD, lambda: signal_service(signal.SIGKILL))
     case "hang":  # longer than anybody waits for it
         wandb_sink.FINISH_TIMEOUT_SECONDS = 6.0
-        at_record(AT_RECORD, lambda: signal_service(signal.SIGSTOP))
+        at_record(AT_ONE_OF_THE_LAST_RECORDS, lambda: signal_service(signal.SIGSTOP))
 
 sys.argv = ["train.py", *sys.argv[2:]]
 composition.main(functools.partial(run, stop=StopRequest()))
