@@ -214,18 +214,23 @@ def plan(submission: Submission) -> None:
 
 def write(submission: Submission) -> None:
     """Put code, configs and the script into the folder of the submission: a requeued job runs what is there."""
-    submission.code.mkdir(parents=True)
-    for name in CODE:
-        source, target = REPOSITORY / name, submission.code / name
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy2(source, target)
+    copy_code(submission.code)
     for index, run in enumerate(submission.runs):
         name = f"config-{index}.yaml" if submission.is_array else "config.yaml"
         OmegaConf.save(OmegaConf.structured(run.config), submission.folder / name)
         run.run_dir.mkdir(parents=True, exist_ok=True)
     submission.script.write_text(render(submission), encoding="utf-8")
+
+
+def copy_code(folder: Path) -> None:
+    """Make a folder with all that a job runs."""
+    folder.mkdir(parents=True)
+    for name in CODE:
+        source, target = REPOSITORY / name, folder / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, target)
 
 
 def sbatch(submission: Submission) -> str:

@@ -17,8 +17,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-# How long an example takes says something about the machine only.
-hypothesis.settings.register_profile("no-deadline", deadline=None)
+# How long an example takes, or to draw it, says something about the machine only.
+hypothesis.settings.register_profile(
+    "no-deadline", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("no-deadline")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "heartbeats"
+SIZE = 512  # characters, mostly the same at each time: a shorter content over a longer one would be torn for a moment
 
 
 class Heartbeat:
@@ -20,15 +21,15 @@ class Heartbeat:
         self._path = run_dir / FOLDER / f"rank_{rank:05d}.json"
 
     def write(self, values: dict[str, Any]) -> None:
-        """Replace what the file says."""
-        content = json.dumps(values).encode() + b"\n"
+        """Replace what the file says, in one write, so that nobody reads half of it."""
+        content = json.dumps(values).ljust(SIZE).encode() + b"\n"
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Closed each time: until then NFS may keep it from the other machines.
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 os.pwrite(descriptor, content, 0)
-                os.ftruncate(descriptor, len(content))
+                os.ftruncate(descriptor, len(content))  # of one that was longer
             finally:
                 os.close(descriptor)
 

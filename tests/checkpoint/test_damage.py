@@ -86,7 +86,11 @@ def test_any_changed_byte_of_any_file_is_found(folder, make_checkpoint, tmp_path
     assert verify(copy) == []
     sizes = {name: (path / name).stat().st_size for name in FILES}
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=300,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
     @given(st.sampled_from(FILES), st.integers(0, 2**30), st.integers(1, 255))
     def check(name, position, change):
         data = bytearray((path / name).read_bytes())

@@ -15,6 +15,8 @@ from typing import Any
 
 from tests.helpers import REPOSITORY
 
+STEPS_TO_BE_KILLED_IN = 3  # then a run waits: however busy the machine is, it does not end before
+
 
 @dataclass(frozen=True)
 class Start:
@@ -54,9 +56,9 @@ def errors(output: Path) -> str:
 
 
 def run_until_killed(spec: dict[str, Any], start: Start, output: Path, step: int) -> None:
-    """Start all ranks and kill them all as soon as a step is done."""
+    """Start all ranks and kill them all as soon as a step is done, or in one of the next ones."""
     n_before = len(records(output))
-    ranks = launch(spec, start, output)
+    ranks = launch({**spec, "wait_after": step + STEPS_TO_BE_KILLED_IN}, start, output)
     while True:
         done = records(output)[n_before:]
         if done and done[-1]["step"] >= step:
@@ -66,7 +68,7 @@ def run_until_killed(spec: dict[str, Any], start: Start, output: Path, step: int
     for rank in ranks:
         os.kill(rank.pid, signal.SIGKILL)
     for rank in ranks:
-        assert rank.wait() == -signal.SIGKILL
+        assert rank.wait() != 0  # the first to be killed may have made the others fail by themselves
 
 
 def run_to_the_end(spec: dict[str, Any], start: Start, output: Path, swap: bool = False) -> None:

@@ -77,7 +77,7 @@ def main(rank: int, spec: dict[str, Any]) -> None:
                 temporary = output / "state.tmp"
                 temporary.write_text(json.dumps({"step": step, "data": state_of(source, samples)}))
                 temporary.rename(output / "state.json")
-        time.sleep(STEP_SECONDS)
+        time.sleep(600 if step == spec.get("wait_after") else STEP_SECONDS)
     loader.close()
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -54,23 +55,29 @@ def test_what_does_not_divide_is_refused(source: BatchSource, world_size: int, m
         BatchLoader(source, 0, world_size, micro_batch_size)
 
 
-def shoot_at_children(n: int) -> None:
+def children(before: set[BaseProcess]) -> list[BaseProcess]:
+    """The processes that were started since; other tests may have left theirs."""
+    return [process for process in multiprocessing.active_children() if process not in before]
+
+
+def shoot_at_children(before: set[BaseProcess], n: int) -> None:
     """Send them what ends a job as soon as they exist, which is long before they run code of ours."""
-    while len(multiprocessing.active_children()) < n:
+    while len(children(before)) < n:
         time.sleep(0.001)
-    for process in multiprocessing.active_children():
+    for process in children(before):
         for shielded in SHIELDED_SIGNALS:
             os.kill(process.pid or 0, shielded)
 
 
 def test_workers_give_the_same_batches_and_survive_what_ends_a_job(source: BatchSource) -> None:
     loader = BatchLoader(source, 1, 2, 2, workers=2)
-    early = threading.Thread(target=shoot_at_children, args=(2,))
+    before = set(multiprocessing.active_children())
+    early = threading.Thread(target=shoot_at_children, args=(before, 2))
     early.start()
     try:
         loader.step(0)
         early.join()
-        processes = multiprocessing.active_children()
+        processes = children(before)
         assert len(processes) == 2
         for step in range(1, 30):
             if step in (2, 10):
@@ -98,12 +105,16 @@ def test_workers_give_the_same_batches_and_survive_what_ends_a_job(source: Batch
         # A worker that is gone, as for want of memory.
         path.write_bytes(content)
         loader.step(0)
-        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-        with pytest.raises(ReadError, match=r"a process that loads data has died"):
+
+        def kill_and_go_on() -> None:  # it may be said at once
+            os.kill(children(before)[0].pid or 0, signal.SIGKILL)
             collections.deque((loader.step(12 * step) for step in range(1, 100)), maxlen=0)
+
+        with pytest.raises(ReadError, match=r"a process that loads data has died"):
+            kill_and_go_on()
     finally:
         loader.close()
-    assert not multiprocessing.active_children()
+    assert not children(before)
 
 
 def test_the_random_state_of_the_run_is_left_alone(source: BatchSource) -> None:
@@ -135,6 +146,14 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def wait_until_gone(workers: list[int]) -> None:
+    """Whoever ends closes its files a little earlier, which is what ends a wait for its output."""
+    end = time.monotonic() + 30
+    while not all(is_gone(pid) for pid in workers):
+        assert time.monotonic() < end, "a worker is still there"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("scenario", ["exit", "close", "raise"])
 def test_a_worker_that_hangs_does_not_keep_the_process(make_corpus: MakeCorpus, scenario: str) -> None:
     process, workers = start(scenario, make_corpus([numbered(1, 20, 24)]).folder)
@@ -143,7 +162,7 @@ def test_a_worker_that_hangs_does_not_keep_the_process(make_corpus: MakeCorpus, 
     assert ("ZeroDivisionError" in errors) == (scenario == "raise")
     # Python's tracker of semaphores sometimes tells of one that was removed while the process ended.
     assert len([line for line in errors.splitlines() if "resource_tracker" not in line]) < 10
-    assert all(is_gone(pid) for pid in workers)
+    wait_until_gone(workers)
 
 
 @pytest.mark.parametrize("scenario", ["killed", "killed in a step"])
@@ -155,7 +174,7 @@ def test_a_worker_that_is_killed_with_a_lock_or_in_a_step_is_noticed(make_corpus
         process.kill()
     assert process.returncode == 0, errors
     assert "a process that loads data has died" in printed
-    assert all(is_gone(pid) for pid in workers)
+    wait_until_gone(workers)
 
 
 def test_workers_do_not_outlive_a_process_that_is_killed(make_corpus: MakeCorpus) -> None:
@@ -163,7 +182,4 @@ def test_workers_do_not_outlive_a_process_that_is_killed(make_corpus: MakeCorpus
     assert not any(is_gone(pid) for pid in workers)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    deadline = time.monotonic() + 30
-    while not all(is_gone(pid) for pid in workers):
-        assert time.monotonic() < deadline, "a worker is still there"
-        time.sleep(0.05)
+    wait_until_gone(workers)

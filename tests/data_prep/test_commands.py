@@ -20,6 +20,7 @@ from data_prep import stats, tokenize
 from data_prep.__main__ import COMMANDS
 from mamba_train.data import shards
 from mamba_train.data.manifest import file_sha256, read_manifest
+from mamba_train.data.shard_group import GROUPS_FOLDER
 from tests.data_prep.conftest import LABELS, write_rows
 from tests.data_prep.helpers import (
     REPOSITORY,
@@ -77,21 +78,21 @@ def test_killed_at_random_instants_it_goes_on(tmp_path: Path, pile: MakePile, to
     """kill -9 of the command, its workers included in its fate, ten times; then the same bytes."""
     pile(12, 1200)
     generator = random.Random(5)
-    began = time.monotonic()
-    arguments = tokenize_arguments(tmp_path, tmp_path / "timed", tokenizer_file, "--workers", 2, *GROUP_OPTIONS)
+    arguments = tokenize_arguments(tmp_path, tmp_path / "whole", tokenizer_file, "--workers", 2, *GROUP_OPTIONS)
     process = start(*arguments)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    whole = contents(tmp_path / "timed")
-    assert len(read_manifest(tmp_path / "timed").source["inputs"]) == 13
-    seconds = time.monotonic() - began
+    whole = contents(tmp_path / "whole")
+    assert len(read_manifest(tmp_path / "whole").source["inputs"]) == 13
     n_killed = 0
     for attempt in range(10):
         folder = tmp_path / f"killed-{attempt}"
         arguments = tokenize_arguments(tmp_path, folder, tokenizer_file, "--workers", 2, *GROUP_OPTIONS)
-        for _ in range(2):
+        for n_groups in (generator.randrange(7), generator.randrange(7, 13)):
             process = start(*arguments)
-            time.sleep(generator.uniform(0.1, seconds))
+            while process.poll() is None and len(list((folder / GROUPS_FOLDER).glob("*.json"))) < n_groups:
+                time.sleep(0.002)
+            time.sleep(generator.uniform(0, 0.1 if n_groups else 2.0))  # it takes about a second to begin
             process.send_signal(signal.SIGKILL)
             n_killed += process.wait() == -signal.SIGKILL
         process = start(*arguments)

@@ -130,22 +130,21 @@ class Run:
 
 def disturb(run: Run, event: Event) -> None:
     """Do an event from outside to a run, which begins a start if there is none, and wait until it has ended."""
-    begun = -1
+    begun, pids = -1, list[int]()
 
     def has_come_far_enough() -> bool:
-        nonlocal begun
+        nonlocal begun, pids
         if run.ended:
             assert not run.finished, f"the run was over before {event}"
             run.start()
             begun = -1
-        if len(run.pids()) < RANKS:
+        if len(pids := run.pids()) < RANKS:
             return False
         if begun < 0:
             begun = run.last_step
         return run.last_step >= max(event.step, begun + 2)
 
     run.go_until(has_come_far_enough, str(event))
-    pids = run.pids()
     if event.kind in ("kill all", "torn"):
         run.kill_all()
         if event.kind == "torn":

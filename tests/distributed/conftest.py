@@ -1,4 +1,5 @@
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def texts(common: Path) -> Path:
     folder = common / "corpus"
     if not folder.exists():
         # By a rename: another test process may be doing the same.
-        made = write_corpus(common / f"corpus.{id(folder)}")
+        made = write_corpus(common / f"corpus.{os.getpid()}")
         with contextlib.suppress(OSError):
             made.rename(folder)
     return folder

@@ -1,6 +1,8 @@
 """Runs of several processes on the CPU, by torchrun as a user starts it, and what they leave behind."""
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -14,6 +16,10 @@ from typing import Any
 from tests.helpers import REPOSITORY, TINY_RUN, environment
 
 DRIVER = Path(__file__).with_name("driver.py")
+# Below those that Linux hands out itself, of which any process may get one in the seconds until torchrun listens; those
+# from 10,000 on are the daemons' and jobs' of tests/slurm.
+PORTS = range(3000, 10000)
+_numbers = itertools.count(os.getpid() * 97)  # test processes beside each other have neighbouring numbers
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,13 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        port: int = server.getsockname()[1]
-        return port
+    """A port that nobody listens at, and that nobody else will choose before it is used."""
+    for number in _numbers:
+        port = PORTS[number % len(PORTS)]
+        with contextlib.suppress(OSError), socket.socket() as server:
+            server.bind(("localhost", port))
+            return port
+    raise AssertionError("there is always a next number")
 
 
 def overrides(corpus: Path, run_dir: Path, *more: str) -> list[str]:

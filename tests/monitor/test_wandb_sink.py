@@ -194,6 +194,7 @@ def test_a_tracker_that_hangs_holds_up_nobody(
     assert "has not finished" in warnings[0]
     assert abandoned == [True]
     release.set()
+    sink._thread.join(60)
 
 
 def test_records_that_find_no_room_behind_a_hang_are_left_out(
@@ -216,15 +217,17 @@ def test_records_that_find_no_room_behind_a_hang_are_left_out(
     training.join(30)
     assert not training.is_alive()
     release.set()
+    sink._thread.join(60)  # else it may abandon, in earnest, the service of the next test
 
 
 def test_a_hang_is_said_while_the_training_goes_on_and_nothing_is_lost_when_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
-    release = threading.Event()
+    entered, release = threading.Event(), threading.Event()
 
     class Slow(Failing):
         def log(self, *args: Any, **kwargs: Any) -> None:
+            entered.set()
             release.wait(60)
             super().log()
 
@@ -233,6 +236,7 @@ def test_a_hang_is_said_while_the_training_goes_on_and_nothing_is_lost_when_it_e
     monkeypatch.setattr(wandb_sink, "STALL_SECONDS", 0.1)
     sink = WandbSink(tmp_path, OFFLINE, CONFIG, "abc", warnings.append)
     sink.log({"step": 1})
+    assert entered.wait(60)
     while not warnings:
         sink.log({"step": 2})
         time.sleep(0.05)
@@ -269,7 +273,15 @@ def test_an_unreachable_server_means_recording_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)  # the server of these tests is a closed port
-    monkeypatch.setattr(wandb_sink, "INIT_TIMEOUT_SECONDS", 1.0)
+    init = wandb_sink._init
+
+    def init_impatiently(start: dict[str, Any], mode: Any) -> Any:
+        with monkeypatch.context() as patch:
+            if mode == "online":  # offline, a busy machine may take longer
+                patch.setattr(wandb_sink, "INIT_TIMEOUT_SECONDS", 1.0)
+            return init(start, mode)
+
+    monkeypatch.setattr(wandb_sink, "_init", init_impatiently)
     sink = WandbSink(tmp_path, LoggingConfig(wandb=WandbMode.auto), CONFIG, "abc", warnings.append)
     sink.log({"step": 7})
     sink.finish(0)

@@ -202,10 +202,10 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float) -> None
 
 
 def _name_nodes() -> None:
-    text = HOSTS.read_text()
-    missing = [node for node in NODES if node not in text.split()]
+    missing = [node for node in NODES if node not in HOSTS.read_text().split()]
     if missing:
-        HOSTS.write_text(f"{text.rstrip()}\n127.0.0.1 {' '.join(missing)}\n")
+        with HOSTS.open("a") as file:  # never empty in between: all that runs on this machine looks names up there
+            file.write(f"\n127.0.0.1 {' '.join(missing)}\n")
 
 
 def _free_ports(count: int) -> tuple[int, int]:

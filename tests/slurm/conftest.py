@@ -12,22 +12,36 @@ from mamba_train.checkpoint.storage import complete_steps
 from tests.helpers import REPOSITORY, TINY_RUN, curve, environment, metrics, train_command
 from tests.slurm.cluster import N_NODES, Cluster, wait_for, why_not
 
-# Put into a job's copy of the code: its steps are slow enough to be caught in the middle, and cost no more.
+# Put into a job's copy of the code. The steps of the first start are slow; and before one of them it waits, if the test
+# says so, until the test has done to it what it wants and lets it go: however busy the machine is, that happens there.
+# Later starts are not disturbed any more, and run as fast as they can.
 SLOW_STEPS = """
 
+import os
 import time
+from pathlib import Path
 
 _step = Trainer._step
 
 
 def _slow_step(self):
-    time.sleep({seconds})
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        time.sleep({seconds})
+        while self.state.step == {hold_after} and not Path({go!r}).exists():
+            time.sleep(0.02)
     return _step(self)
 
 
 Trainer._step = _slow_step
 print("the copy runs")
 """
+
+
+def slow_down(code: Path, run_dir: Path, seconds: float, hold_after: int | None) -> None:
+    """Put SLOW_STEPS into a copy of the code."""
+    trainer = code / "mamba_train" / "training" / "trainer.py"
+    slow = SLOW_STEPS.format(seconds=seconds, hold_after=hold_after, go=str(run_dir / "go"))
+    trainer.write_text(trainer.read_text() + slow)
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +79,14 @@ class Job:
     def restarts(self) -> int:
         return int(self.cluster.job(self.id)["Restarts"])
 
-    def wait_for_steps(self, n_steps: int) -> None:
+    def wait_for_steps(self, n_steps: int, saved: int | None = None) -> None:
+        """Until so many steps are recorded, and a checkpoint is complete."""
         wait_for(lambda: self.n_steps >= n_steps, f"step {n_steps} of job {self.id}", 90)
+        wait_for(lambda: saved is None or saved in self.saved, f"checkpoint {saved} of job {self.id}", 90)
+
+    def go(self) -> None:
+        """Let a job go on that waits after `hold_after` steps."""
+        (self.run_dir / "go").touch()
 
     def wait_for_end(self, state: str = "COMPLETED") -> None:
         end = self.cluster.wait_for_end(self.id)
@@ -115,14 +135,16 @@ def submit_job(
     corpus: Path,
     *overrides: str,
     step_seconds: float = 0.1,
+    hold_after: int | None = None,
     env: dict[str, str] | None = None,
 ) -> Job:
-    """Submit a run whose steps take at least `step_seconds`."""
-    result = submit(cluster, folder, corpus, *overrides, env=env)
+    """Submit a run whose first start takes `step_seconds` for a step at least, and waits after so many."""
+    # Released when its copy of the code is as it should be: it may be read as soon as it is queued.
+    result = submit(cluster, folder, corpus, *overrides, "slurm.sbatch=['--hold']", env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     job = next(line for line in result.stdout.splitlines() if line.startswith("job ")).split()[1].rstrip(":")
-    copy = folder / "run" / "slurm" / "submission-001" / "code" / "mamba_train" / "training" / "trainer.py"
-    copy.write_text(copy.read_text() + SLOW_STEPS.format(seconds=step_seconds))
+    slow_down(folder / "run" / "slurm" / "submission-001" / "code", folder / "run", step_seconds, hold_after)
+    cluster.run("scontrol", "release", job)
     return Job(cluster, job, folder / "run")
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from mamba_train.monitor.event_log import read_events
 from slurm.script import LINE, TEMPLATE
+from slurm.submit import copy_code
 from tests.helpers import REPOSITORY, curve, metrics, train_command
 from tests.slurm.cluster import N_NODES, Cluster, wait_for
-from tests.slurm.conftest import Job, Undisturbed, submit, submit_job
+from tests.slurm.conftest import Job, Undisturbed, slow_down, submit, submit_job
 
 pytestmark = pytest.mark.slow
 
@@ -50,12 +51,15 @@ def test_a_job_on_two_nodes(cluster: Cluster, tmp_path: Path, corpus: Path) -> N
     for name in ("plain", "killed", "asked"):
         (tmp_path / name).mkdir()
     plain = submit_job(cluster, tmp_path / "plain", corpus, *overrides, *two)
-    asked = submit_job(cluster, tmp_path / "asked", corpus, *overrides, *two)
+    asked = submit_job(cluster, tmp_path / "asked", corpus, *overrides, *two, hold_after=12)
     asked.wait_for_steps(12)
     os.kill(cluster.task_pids(asked.id, rank=1)[0], signal.SIGUSR1)
-    killed = submit_job(cluster, tmp_path / "killed", corpus, *overrides, *two)
-    killed.wait_for_steps(12)
+    asked.go()
+    killed = submit_job(cluster, tmp_path / "killed", corpus, *overrides, *two, hold_after=12)
+    killed.wait_for_steps(12, saved=8)
+    assert "ranks   2, " in status(killed)
     os.kill(cluster.task_pids(killed.id, rank=1)[0], signal.SIGKILL)
+    killed.go()
     killed_at = time.monotonic()
     wait_for(lambda: len(events(killed)) > 1, "the batch script to notice", 60)
     assert time.monotonic() - killed_at < 30, "seconds, not the time-out of a collective"
@@ -63,7 +67,7 @@ def test_a_job_on_two_nodes(cluster: Cluster, tmp_path: Path, corpus: Path) -> N
         job.wait_for_end()
     assert (plain.restarts, asked.restarts, killed.restarts) == (0, 1, 1)
     assert len(set(history(plain)[0]["nodes"].strip("node[]"))) > 1, "two nodes"
-    assert 0 < len(killed.repeated_steps()) <= 8
+    assert killed.repeated_steps() == [9, 10, 11, 12]
     assert not asked.repeated_steps()
     assert "SIGUSR1" in history(asked)[1]["reason"]
     assert curve(killed.run_dir) == curve(plain.run_dir) == curve(asked.run_dir)
@@ -73,7 +77,7 @@ def test_a_job_on_two_nodes(cluster: Cluster, tmp_path: Path, corpus: Path) -> N
 def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     # SLURM's signals reach the processes that read ahead, too.
     overrides = ("training.total_steps=60", "checkpoint.interval_steps=50", "data.workers=1")
-    job = submit_job(cluster, tmp_path, corpus, *overrides, "logging.wandb=offline")
+    job = submit_job(cluster, tmp_path, corpus, *overrides, "logging.wandb=offline", hold_after=10)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_steps(10)
     page = status(job)
@@ -81,6 +85,7 @@ def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> Non
     assert " of 60 (" in page
     assert "step 10/60" in page, "the tail of the log"
     cluster.run("scontrol", "requeue", job.id)
+    job.go()
     job.wait_for_end()
     assert job.restarts == 1
     assert job.log.count("the copy runs") == 2, "a requeued job runs the code that was submitted"
@@ -99,9 +104,10 @@ def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> Non
 
 def test_the_signal_of_slurm(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """--signal=USR1@SECONDS reaches Python, which saves; the batch script requeues."""
-    overrides = ("training.total_steps=70", "checkpoint.interval_steps=1000", "checkpoint.keep_best=false")
-    # SLURM sends it 15 to 30 seconds after the start; the steps alone take 35.
-    job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=2", "slurm.signal_seconds=90", step_seconds=0.5)
+    overrides = ("training.total_steps=130", "checkpoint.interval_steps=1000", "checkpoint.keep_best=false")
+    # SLURM sends it up to half a minute early, so 30 to 60 seconds after the start: the run is in its steps, which take
+    # longer than that in the first one.
+    job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=2", "slurm.signal_seconds=60", step_seconds=0.5)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_end()
     assert job.restarts >= 1
@@ -110,12 +116,13 @@ def test_the_signal_of_slurm(cluster: Cluster, tmp_path: Path, corpus: Path) -> 
     reasons = [entry["reason"] for entry in history(job) if entry["event"] == "requeue"]
     assert len(reasons) == job.restarts
     assert all("SIGUSR1" in reason for reason in reasons), reasons
+    assert "which is saved" in reasons[0]
 
 
 def test_the_time_limit(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """No signal is asked for: the run knows its end time and how long a save takes."""
     overrides = ("training.total_steps=110", "checkpoint.interval_steps=1000", "checkpoint.keep_best=false")
-    # The steps alone take 55 of the 60 seconds, of which the run leaves the last ten alone.
+    # The steps of the first start alone take 55 of the 60 seconds, of which the run leaves the last ten alone.
     job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=1", "slurm.signal_seconds=0", step_seconds=0.5)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_end()
@@ -128,13 +135,13 @@ def test_the_time_limit(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
 
 def test_a_killed_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     overrides = ("training.total_steps=60", "checkpoint.interval_steps=8", "checkpoint.keep_best=false")
-    job = submit_job(cluster, tmp_path, corpus, *overrides)
+    job = submit_job(cluster, tmp_path, corpus, *overrides, hold_after=20)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
-    job.wait_for_steps(20)
+    job.wait_for_steps(20, saved=16)
     os.kill(cluster.task_pids(job.id)[0], signal.SIGKILL)
     job.wait_for_end()
     assert job.restarts == 1
-    assert 0 < len(job.repeated_steps()) <= 8, "from the last checkpoint, not from the beginning"
+    assert job.repeated_steps() == [17, 18, 19, 20], "from the last checkpoint, not from the beginning"
     undisturbed.check_equal(job)
     assert "exit code 137" in history(job)[1]["reason"]
 
@@ -146,11 +153,12 @@ def test_a_stopped_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     for name in ("plain", "stopped"):
         (tmp_path / name).mkdir()
     plain = submit_job(cluster, tmp_path / "plain", corpus, *overrides, "slurm.nodes=2")
-    job = submit_job(cluster, tmp_path / "stopped", corpus, *overrides, *quick, "slurm.nodes=2")
-    job.wait_for_steps(12)
-    assert "ranks   2, " in status(job)
+    job = submit_job(cluster, tmp_path / "stopped", corpus, *overrides, *quick, "slurm.nodes=2", hold_after=12)
+    # Not in a save or a validation, which may take far longer than a step before it is a hang.
+    job.wait_for_steps(12, saved=8)
     pid = cluster.task_pids(job.id, rank=1)[0]
     os.kill(pid, signal.SIGSTOP)
+    job.go()
     for one in (job, plain):
         one.wait_for_end()
     assert (plain.restarts, job.restarts) == (0, 1)
@@ -158,7 +166,7 @@ def test_a_stopped_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     (hang,) = [event for event in read_events(job.run_dir) if event["kind"] == "hang"]
     assert hang["silent"] == [1]
     assert list((job.run_dir / "hangs").glob("step_*_rank_00000.txt"))
-    assert 0 < len(job.repeated_steps()) <= 8
+    assert job.repeated_steps() == [9, 10, 11, 12]
     assert curve(job.run_dir) == curve(plain.run_dir)
 
 
@@ -168,10 +176,12 @@ def test_a_lost_node(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     for name in ("plain", "lost"):
         (tmp_path / name).mkdir()
     plain = submit_job(cluster, tmp_path / "plain", corpus, *overrides, "slurm.nodes=2", "slurm.exclude='node[1-2]'")
-    job = submit_job(cluster, tmp_path / "lost", corpus, *overrides, "slurm.nodes=2", "slurm.exclude='node[3-4]'")
-    job.wait_for_steps(20)
+    first = ("slurm.nodes=2", "slurm.exclude='node[3-4]'")
+    job = submit_job(cluster, tmp_path / "lost", corpus, *overrides, *first, hold_after=20)
+    job.wait_for_steps(20, saved=16)
     before = cluster.run("scontrol", "show", "hostnames", cluster.job(job.id)["NodeList"]).split()
     cluster.kill_node(before[1])
+    job.go()
     try:
         wait_for(lambda: cluster.job(job.id)["JobState"] == "PENDING", "the job to wait for nodes", 60)
         cluster.run("scontrol", "update", f"JobId={job.id}", f"ExcNodeList={before[1]}")
@@ -180,7 +190,7 @@ def test_a_lost_node(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
         assert (plain.restarts, job.restarts) == (0, 1)
         after = cluster.run("scontrol", "show", "hostnames", cluster.job(job.id)["NodeList"]).split()
         assert before[1] not in after
-        assert 0 < len(job.repeated_steps()) <= 8
+        assert job.repeated_steps() == [17, 18, 19, 20]
         assert curve(job.run_dir) == curve(plain.run_dir)
         assert len(curve(plain.run_dir)) == 60
     finally:
@@ -191,7 +201,7 @@ def test_a_lost_node(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
 def test_a_lost_daemon_whose_processes_live_on(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """Two starts must not train in one folder: the second waits for the run's lock."""
     overrides = ("training.total_steps=60", "checkpoint.interval_steps=8", "checkpoint.keep_best=false")
-    job = submit_job(cluster, tmp_path, corpus, *overrides)
+    job = submit_job(cluster, tmp_path, corpus, *overrides, hold_after=10)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_steps(10)
     [pid] = cluster.task_pids(job.id)[:1]
@@ -322,6 +332,8 @@ def test_a_signal_during_the_health_check_blames_no_node(cluster: Cluster, tmp_p
 def test_the_plain_script_filled_in_by_a_person(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     overrides = ("training.total_steps=200", "checkpoint.interval_steps=1000", "checkpoint.keep_best=false")
     command = train_command(tmp_path / "run", corpus, *overrides)
+    copy_code(code := tmp_path / "code")
+    slow_down(code, tmp_path / "run", 0, hold_after=20)
     filled_in = {
         "#SBATCH --nodes": "1",
         "#SBATCH --ntasks-per-node": "1",
@@ -329,7 +341,7 @@ def test_the_plain_script_filled_in_by_a_person(cluster: Cluster, tmp_path: Path
         "#SBATCH --cpus-per-task": "1",
         "#SBATCH --time": "0:05:00",
         "RUN_DIR": str(tmp_path / "run"),
-        "CODE": str(REPOSITORY),
+        "CODE": str(code),
         "PYTHON": sys.executable,
         "OVERRIDES": f"({shlex.join(command[2:])})",
         "GPUS_PER_NODE": "0",
@@ -346,6 +358,7 @@ def test_the_plain_script_filled_in_by_a_person(cluster: Cluster, tmp_path: Path
     job = Job(cluster, cluster.run("sbatch", *options, str(tmp_path / "mine.sbatch")).strip(), tmp_path / "run")
     job.wait_for_steps(20)
     cluster.run("scontrol", "requeue", job.id)
+    job.go()
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_end()
     assert job.restarts == 1

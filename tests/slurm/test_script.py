@@ -99,6 +99,14 @@ def test_when_a_job_comes_back(
     assert (slurm_of_fakes / "scontrol.log").read_text().count("requeue 7") == requeues
 
 
+def test_a_signal_that_comes_before_python_listens_is_a_request_to_stop(slurm_of_fakes: Path) -> None:
+    """SLURM may send it half a minute early, in the first instant of a start."""
+    assert start_job(slurm_of_fakes, script_of(slurm_of_fakes, "slurm.health_check=false"), ["exit 138"]) == 75
+    last = recorded(slurm_of_fakes)[-1]
+    assert last["event"] == "requeue"
+    assert last["reason"].startswith("SIGUSR1: asked to stop")
+
+
 def test_a_job_that_slurm_will_not_queue_again_says_so(slurm_of_fakes: Path) -> None:
     (slurm_of_fakes / "requeue").write_text("1")
     assert start_job(slurm_of_fakes, script_of(slurm_of_fakes, "slurm.health_check=false"), ["exit 75"]) == 75

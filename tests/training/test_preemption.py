@@ -269,24 +269,29 @@ from mamba_train.training.preemption import StopRequest
 stop = StopRequest({})
 stop.first_step_done()
 stop.listen()
-def with_a_handler():
+def with_a_handler(ready):
     signal.signal(signal.SIGTERM, lambda *args: sys.exit(3))
+    plain(ready)
+def plain(ready):
+    ready.set()
     time.sleep(60)
-def plain():
-    time.sleep(60)
+fork = multiprocessing.get_context("fork")
 for target, exit_code in ((plain, -signal.SIGTERM), (with_a_handler, 3)):
-    child = multiprocessing.get_context("fork").Process(target=target)
+    ready = fork.Event()
+    child = fork.Process(target=target, args=(ready,))
     child.start()
-    time.sleep(0.3)
+    assert ready.wait(60)
     os.kill(child.pid, signal.SIGUSR1)
     time.sleep(0.3)
     assert child.is_alive() and stop.reason is None
     child.terminate()
-    child.join(10)
+    child.join(60)
     time.sleep(0.3)
     assert child.exitcode == exit_code and stop.reason is None, (child.exitcode, stop.reason)
 os.kill(os.getpid(), signal.SIGUSR1)
-time.sleep(0.3)
+end = time.monotonic() + 60
+while stop.reason is None and time.monotonic() < end:
+    time.sleep(0.01)
 assert stop.reason == "SIGUSR1"
 """
 

@@ -4,13 +4,13 @@ import os
 import random
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
 
 from mamba_train.checkpoint.storage import complete_steps
-from tests.helpers import curve, environment, metrics, train, train_command
+from tests.helpers import REPOSITORY, curve, environment, metrics, train, train_command
 
 TOTAL_STEPS = 40
 SAVE_INTERVAL = 5
@@ -27,30 +27,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[
     return found
 
 
-def start(run_dir: Path, corpus: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        train_command(run_dir, corpus, f"training.total_steps={TOTAL_STEPS}"),
+def run_and_die(where: str, value: float, run_dir: Path, corpus: Path) -> bool:
+    """A start that is killed there (dying.py); False when it ended before."""
+    overrides = train_command(run_dir, corpus, f"training.total_steps={TOTAL_STEPS}")[2:]
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("dying.py")), where, str(value), *overrides],
         cwd=corpus.parent,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        env={**environment(), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+    assert result.returncode in (0, -signal.SIGKILL), result.stderr
+    return result.returncode != 0
 
 
 def last_step(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def kill_when(process: subprocess.Popen, condition) -> bool:
-    """`kill -9` as soon as `condition()` holds; False when the run ended before."""
-    while process.poll() is None:
-        if condition():
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.001)
-    return False
 
 
 def check_against(undisturbed: list[tuple], run_dir: Path, corpus: Path) -> None:
@@ -67,16 +61,10 @@ def run_with_kills(run_dir: Path, corpus: Path, n_kills: int, seed: int) -> int:
         reached = max(complete_steps(checkpoints), default=0) if checkpoints.exists() else 0
         if reached >= TOTAL_STEPS - SAVE_INTERVAL:
             break
-        process = start(run_dir, corpus)
         if number % 2:
-            # In the middle of a write: while its folder stands beside the finished ones.
-            wait = generator.uniform(0, 0.01)
-            hit = kill_when(process, lambda: checkpoints.exists() and any(checkpoints.glob("writing.*")))
-            time.sleep(wait)
+            hits += run_and_die("save", generator.uniform(0, 0.02), run_dir, corpus)
         else:
-            target = reached + generator.randint(1, SAVE_INTERVAL + 2)
-            hit = kill_when(process, lambda t=target: last_step(run_dir) >= t)
-        hits += hit
+            hits += run_and_die("step", reached + generator.randint(1, SAVE_INTERVAL + 2), run_dir, corpus)
         # No more than the steps since the last finished save are lost. The training goes on while one is written, but
         # does not begin the next one before it is finished.
         saved = max(complete_steps(checkpoints), default=0) if checkpoints.exists() else 0
@@ -102,11 +90,9 @@ def test_killed_runs_end_bit_equal_many_times(
 
 def test_two_resumes_in_a_row_and_the_cut_lines(tmp_path: Path, corpus: Path, undisturbed: list[tuple]) -> None:
     run_dir = tmp_path / "run"
-    process = start(run_dir, corpus)
-    assert kill_when(process, lambda: last_step(run_dir) >= 13)
+    assert run_and_die("step", 13, run_dir, corpus)
     seen_by_the_first = {record["step"] for record in metrics_so_far(run_dir)}
-    process = start(run_dir, corpus)
-    assert kill_when(process, lambda: last_step(run_dir) >= 23)
+    assert run_and_die("step", 23, run_dir, corpus)
     check_against(undisturbed, run_dir, corpus)
     cut = sorted(run_dir.glob("metrics.cut-*.jsonl"))
     assert cut, "the steps that were done twice are kept aside"

@@ -48,7 +48,7 @@ def command(text: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> list[
 
 def run(text: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(text, run_dir, *overrides, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=120
+        command(text, run_dir, *overrides, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=300
     )
 
 
@@ -57,15 +57,13 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def run_until_killed(text: Path, run_dir: Path, *overrides: str) -> None:
-    """Kill a run when its checkpoint of step 8 is there."""
-    process = subprocess.Popen(
-        command(text, run_dir, *overrides), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not list(run_dir.glob("checkpoints/step_*8/manifest.json")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    """A run that is killed after step 10, two steps after a checkpoint."""
+    python, _, *rest = command(text, run_dir, *overrides)
+    killed = subprocess.run(
+        [python, str(Path(__file__).with_name("dying.py")), "step", "10", *rest],
+        env={**environment(), "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 @pytest.mark.slow
@@ -124,12 +122,12 @@ def test_a_server_that_is_away_for_longer_than_a_step_may_take_is_waited_for(tex
 
         server.faults = itertools.repeat(away)
         place = f"data.path='{address(server, '/{000..015}.jsonl.zst')}'"
-        quick = ["watchdog.step_seconds=2", "watchdog.heartbeat_seconds=0.3", "data.sequence_length=512"]
+        quick = ["watchdog.step_seconds=5", "watchdog.heartbeat_seconds=0.3", "data.sequence_length=512"]
         result = run(small, tmp_path / "run", place, *quick, "engine=ddp", "engine.device=cpu", ranks=2)
     assert result.returncode == 0, result.stderr
     records = metrics(tmp_path / "run")
     assert sum(record["data/repeated_requests"] for record in records) == 3
-    assert max(record["step_seconds"] for record in records) > 4
+    assert max(record["step_seconds"] for record in records) > 5
     assert [event["kind"] for event in read_events(tmp_path / "run")] == ["start", "finished"]
 
 

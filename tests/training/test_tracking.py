@@ -76,7 +76,7 @@ def check(failure: str, expected: str, tmp_path: Path, corpus: Path, untracked: 
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     warnings = [line for line in result.stdout.splitlines() if line.startswith("wandb: ") and "goes on" in line]

@@ -13,9 +13,19 @@ from train import run
 
 FAILURE = sys.argv[1]
 AT_RECORD = 5
+AT_ONE_OF_THE_LAST_RECORDS = 195  # wandb itself waits for its service for half a minute, and then says so
 
-wandb_sink.INIT_TIMEOUT_SECONDS = 3.0
-wandb_sink.FINISH_TIMEOUT_SECONDS = 6.0
+init = wandb_sink._init
+
+
+def init_impatiently(start: dict[str, Any], mode: Any) -> Any:
+    """Nobody answers when it is online; offline, a busy machine may take its time."""
+    patient = wandb_sink.INIT_TIMEOUT_SECONDS
+    wandb_sink.INIT_TIMEOUT_SECONDS = 3.0 if mode == "online" else patient
+    try:
+        return init(start, mode)
+    finally:
+        wandb_sink.INIT_TIMEOUT_SECONDS = patient
 
 
 def signal_service(number: int) -> None:
@@ -41,11 +51,13 @@ def at_record(number: int, act: Any) -> None:
     wandb_sink._log = wrapper
 
 
+wandb_sink._init = init_impatiently
 match FAILURE:
     case "crash":
         at_record(AT_RECORD, lambda: signal_service(signal.SIGKILL))
     case "hang":  # longer than anybody waits for it
-        at_record(AT_RECORD, lambda: signal_service(signal.SIGSTOP))
+        wandb_sink.FINISH_TIMEOUT_SECONDS = 6.0
+        at_record(AT_ONE_OF_THE_LAST_RECORDS, lambda: signal_service(signal.SIGSTOP))
 
 sys.argv = ["train.py", *sys.argv[2:]]
 composition.main(functools.partial(run, stop=StopRequest()))

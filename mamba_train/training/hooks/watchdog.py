@@ -154,16 +154,16 @@ class WatchdogHook(Hook):
     def _watch(self) -> None:
         pause = min(self._config.heartbeat_seconds, self._config.step_seconds / 4)
         while True:
-            activity = self._now()
+            activity, began = self._now(), time.monotonic()
             self._beat()
-            if time.monotonic() - activity.since > activity.limit_seconds:
-                self._end(activity)
-            left = activity.limit_seconds - (time.monotonic() - activity.since)
-            self._set_backstop(max(left, 0) + pause)
-            slept_at = time.monotonic()
+            self._set_backstop(max(activity.since + activity.limit_seconds - began, 0) + pause)
             if self._closed.wait(pause):
                 return
-            self._excuse(time.monotonic() - slept_at - pause)
+            # Wherever in here it was stopped, that is known before it is said that something takes too long.
+            self._excuse(time.monotonic() - began - pause)
+            activity = self._now()
+            if time.monotonic() - activity.since > activity.limit_seconds:
+                self._end(activity)
 
     def _excuse(self, late_seconds: float) -> None:
         """Give the activity its whole time again when this thread slept for so much longer than it wanted to."""
