@@ -27,8 +27,10 @@ test-slow: $(STAMP)
 
 # On a machine with a GPU; first in several processes, then what needs most of its memory.
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -n $(GPU_JOBS) tests/gpu -m "not large_memory"
-	$(BIN)/python -m pytest tests/gpu -m large_memory
+	code=0; \
+	$(BIN)/python -m pytest -n $(GPU_JOBS) tests/gpu -m "not large_memory" || code=1; \
+	$(BIN)/python -m pytest tests/gpu -m large_memory || code=1; \
+	exit $$code
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -197,7 +197,7 @@ class CheckpointConfig:
     resume: bool = True
     interval_steps: int = 100
     keep_last: int = 2
-    permanent_interval_steps: int | None = None  # these are never deleted
+    permanent_interval_steps: int | None = None  # its multiples are saved, too, and never deleted
     keep_best: bool = True  # the best by validation loss, besides the last ones
     reserve_gib: float = 1.0  # disk space a save must leave free
     verify_forward: bool = False  # compare a forward pass on fixed tokens at the save and at the load
@@ -259,7 +259,7 @@ class EvaluationConfig:
     limit: int | None = None  # only the first so many requests of each task
     task_folder: str | None = None  # with definitions of further tasks
     batch_size: int = 16
-    sample_tokens: int = 48  # of the text that is written at each checkpoint; 0: none
+    sample_tokens: int = 48  # of the text that is written every checkpoint.interval_steps; 0: none
     sample_prompts: list[str] = field(default_factory=lambda: [""])  # what it begins with
 
 

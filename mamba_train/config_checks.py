@@ -25,10 +25,14 @@ from mamba_train.config_data_checks import LONGEST_SECONDS, Problem, data_proble
 from mamba_train.ranks import launch
 
 # A digit too many would otherwise be an error of torch's, or fill the memory here with a list of layers.
-LARGEST_NUMBER = 2**31 - 1
-LARGEST_OF_MODEL = {"model.n_layer": 10_000} | {
-    f"model.{name}": 1_000_000 for name in ("d_model", "d_intermediate", "d_state", "d_conv", "expand")
-}
+LARGEST_NUMBER = 2**63 - 1
+LARGEST_SIZE = 2**31 - 1
+SIZES = (
+    "model.vocab_size data.vocab_size data.sequence_length data.lanes evaluation.batch_size "
+    "training.global_batch_size training.micro_batch_size"
+)
+LARGEST = {"model.n_layer": 10_000} | dict.fromkeys(SIZES.split(), LARGEST_SIZE)
+LARGEST |= {f"model.{name}": 1_000_000 for name in ("d_model", "d_intermediate", "d_state", "d_conv", "expand")}
 
 
 def check_config(config: Config, ignore: Collection[str] = ()) -> None:
@@ -56,16 +60,16 @@ def _problems(config: Config) -> Iterable[Problem]:
 
 def _ranges(config: Config) -> Iterable[Problem]:
     """Plain intervals, one line each; NaN and infinities are in none of them."""
+    for key, largest in LARGEST.items():
+        value = _get(config, key)
+        if value is not None and value > largest:
+            yield key, value, f"expected at most {largest:,}"
     for section, settings in vars(config).items():
         for name, value in vars(settings).items() if is_dataclass(settings) else ():
             if isinstance(value, float) and not math.isfinite(value):
                 yield f"{section}.{name}", value, "expected a finite number"
             if isinstance(value, int) and value > LARGEST_NUMBER:
                 yield f"{section}.{name}", value, f"expected at most {LARGEST_NUMBER:,}"
-    for key, largest in LARGEST_OF_MODEL.items():
-        value = _get(config, key)
-        if value > largest:
-            yield key, value, f"expected at most {largest:,}"
     positive = (
         "model.n_layer model.d_model model.d_state model.d_conv model.expand model.pad_vocab_size_multiple "
         "model.dt_min model.dt_max model.dt_init_floor model.dt_scale model.norm_eps "
@@ -263,7 +267,10 @@ def _slurm(slurm: SlurmConfig) -> Iterable[Problem]:
     if seconds is None or seconds <= 0:
         yield "slurm.time", slurm.time, "expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
     elif slurm.time.isdecimal() and int(slurm.time) >= 3600:  # 1:00:00 in YAML
-        problem = "these are minutes; in a YAML file write it in quotes, as it reads 24:00:00 as a number of seconds"
+        problem = (
+            "these are minutes; write so long a time as DAYS-HOURS:MINUTES:SECONDS, "
+            "and in a YAML file in quotes, as it reads 24:00:00 as a number of seconds"
+        )
         yield "slurm.time", slurm.time, problem
     elif slurm.signal_seconds >= seconds:
         yield "slurm.signal_seconds", slurm.signal_seconds, f"expected less than slurm.time ({slurm.time})"

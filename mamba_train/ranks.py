@@ -29,9 +29,9 @@ FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.01, 0.5
 PART_CHARACTERS = 4 << 20  # the store hangs up on whoever sends it more than 8 MiB at once
 # Of a collective operation, where a watchdog knows better how long ranks may wait for each other.
 WATCHED_TIMEOUT = timedelta(days=7)
-# Jobs of one cluster that share a node must not meet at one port, which is below those that Linux hands out itself; and
-# a job that has found its port taken must not come back to it.
-FIRST_PORT, N_PORTS, PORTS_FROM_START_TO_START = 20000, 12000, 5003
+# Jobs of one cluster that share a node, and steps of one allocation, must not meet at one port, which is below those
+# that Linux hands out itself; and a job that has found its port taken must not come back to it.
+FIRST_PORT, N_PORTS, PORTS_FROM_START_TO_START, PORTS_FROM_STEP_TO_STEP = 20000, 12000, 5003, 1201
 
 
 class OtherRankFailed(ValueError):
@@ -80,8 +80,8 @@ def _address() -> tuple[str, int]:
         raise ValueError("MASTER_ADDR is not set: set it to the host of rank 0, or start with torchrun or srun")
     if port := env.get("MASTER_PORT"):
         return host, int(port)
-    job, start = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_RESTART_COUNT", 0))
-    return host, FIRST_PORT + (job + start * PORTS_FROM_START_TO_START) % N_PORTS
+    job, start, step = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    return host, FIRST_PORT + (job + start * PORTS_FROM_START_TO_START + step * PORTS_FROM_STEP_TO_STEP) % N_PORTS
 
 
 def _first_host(node_list: str) -> str:
@@ -241,8 +241,10 @@ def join() -> Ranks:
     started_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listens = here.rank == 0 and not started_by_torchrun
     tcp = dist.TCPStore(host, port, is_master=listens, timeout=timedelta(minutes=10))
-    # A restart by torchrun finds the keys of the attempt before it.
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+    # A restart by torchrun finds the keys of the attempt before it; and a stranger at this port must not be taken for
+    # a rank of this run.
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    store = dist.PrefixStore("_".join(["attempt", *[os.environ.get(name) or "0" for name in names]]), tcp)
     dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size)
     _joined = Ranks(here, store)
     return _joined

@@ -93,7 +93,7 @@ def find_runs(path: Path) -> list[Path]:
     found = {file.parents[1] for file in path.glob(f"**/{run_folder.SLURM}/{HISTORY}")}
     for file in path.glob(f"**/{run_folder.SLURM}/submission-*/{JOB}"):
         root = file.parents[2]
-        found |= {root / name for name in _read_job(file)["runs"]}
+        found |= {root / name for name in _read_job(file)[1]}
     if not found:
         raise ValueError(f"{path}: no run there that was submitted by slurm.submit or slurm/train.sbatch")
     return sorted(found)
@@ -214,21 +214,32 @@ def _waiting_job(run_dir: Path, after: float) -> str | None:
 
 
 def submitted_jobs(run_dir: Path) -> Iterator[tuple[float, str]]:
-    """When (seconds since 1970) and as which job a run was submitted, each time: alone, or as a task of a sweep."""
-    run_dir = run_dir.absolute()  # of `.` there would be no folder above
-    for root in (run_dir, *run_dir.parents):
-        for file in (root / run_folder.SLURM).glob(f"submission-*/{JOB}"):
-            content, name = _read_job(file), str(run_dir.relative_to(root))
-            runs = content["runs"]
-            if name in runs:
-                task = f"_{runs.index(name)}" if len(runs) > 1 else ""
-                yield file.stat().st_mtime, content["job"] + task
+    """When (seconds since 1970) and as which job a run was submitted, each time: alone, or as a task of a sweep.
+
+    Raises ValueError for a file in the run's folder that says nothing; what lies above it may be somebody else's.
+    """
+    # Of `.` there would be no folder above; and what is above a link may be another one than above what it leads to.
+    for where in dict.fromkeys((run_dir.absolute(), run_dir.resolve())):
+        for root in (where, *where.parents):
+            for file in sorted((root / run_folder.SLURM).glob(f"submission-*/{JOB}")):
+                try:
+                    job, runs = _read_job(file)
+                    when = file.stat().st_mtime
+                except (OSError, ValueError):
+                    if root == where:
+                        raise
+                    continue
+                name = str(where.relative_to(root))
+                if name in runs:
+                    yield when, f"{job}_{runs.index(name)}" if len(runs) > 1 else job
 
 
-def _read_job(file: Path) -> dict[str, Any]:
-    """job: its id; runs: their folders, as seen from the one that they share, `.` for a single one."""
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
+def _read_job(file: Path) -> tuple[str, list[str]]:
+    """Its id; and the folders of its runs, as seen from the one that they share, `.` for a single one."""
+    content = run_folder.read_json(file)
+    if "job" not in content:
+        raise ValueError(f"{file} names no job; remove it")
+    return content["job"], content.get("runs", ["."])
 
 
 def _newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:

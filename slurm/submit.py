@@ -244,7 +244,7 @@ def sbatch(submission: Submission) -> str:
     job = result.stdout.strip().split(";")[0]
     root = submission.log_dir.parent
     runs = [str(run.run_dir.relative_to(root)) for run in submission.runs]
-    (submission.folder / JOB).write_text(json.dumps({"job": job, "runs": runs}) + "\n")
+    run_folder.replace(submission.folder / JOB, json.dumps({"job": job, "runs": runs}) + "\n")
     return job
 
 

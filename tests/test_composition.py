@@ -67,7 +67,7 @@ def test_a_tilde_is_the_home_folder_where_no_shell_has_read_it(monkeypatch: pyte
         ("model.n_layer", 10**6, "10,000"),
         ("model.d_model", 10**8, "1,000,000"),
         ("model.vocab_size", 10**20, "2,147,483,647"),
-        ("training.total_steps", 10**10, "2,147,483,647"),
+        ("training.total_steps", 10**20, "9,223,372,036,854,775,807"),
         ("data.sequence_length", 10**10, "2,147,483,647"),
     ],
 )

@@ -196,5 +196,9 @@ def test_a_job_meets_at_a_port_of_its_own_and_at_another_one_when_it_comes_back(
     assert set(hosts) == {"gpu007"}, "where the step begins, not the job"
     assert len(set(ports)) == 200
     assert FIRST_PORT <= min(ports) <= max(ports) < FIRST_PORT + N_PORTS <= 32768, "where Linux begins by itself"
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    assert address(123_456, 0) not in found, "another srun of the same allocation"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "")
+    assert launch().address == address(123_456, 0)
     monkeypatch.setenv("MASTER_PORT", "1234")
     assert address(123_456, 3) == ("gpu007", 1234)

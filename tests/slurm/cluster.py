@@ -4,6 +4,7 @@ Everything runs as root without systemd and cgroups. Debian's packages are enoug
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 N_NODES = 4
 NODES = tuple(f"node{number}" for number in range(1, N_NODES + 1))
@@ -20,7 +22,9 @@ HOSTS = Path("/etc/hosts")
 DAEMONS = ("munged", "slurmctld", "slurmd")
 # Where clusters run at the same time, one per test process, their daemons' ports must differ, and the numbers of their
 # jobs too, as the ranks of a job meet at a port that follows from it (mamba_train.ranks: 12,000 ports from 20,000 on).
+# Each takes the first free place: seven of them share no port however often their jobs come back.
 FIRST_PORT, PORTS_OF_CLUSTER, JOBS_OF_CLUSTER, N_PLACES = 10000, 80, 100, 120
+PLACES = Path(tempfile.gettempdir()) / "mamba_train_slurm_places"
 
 # cred_expire shortens the wait before a requeued job may start from two minutes to some seconds; SlurmdTimeout
 # is how long a node may be silent before it counts as down.
@@ -86,7 +90,8 @@ class Cluster:
         self.folder.chmod(0o755)  # munged insists that others cannot write into the folders above its socket
         for name in ("munge", "run", "state", "log", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        place, first = _free_ports(N_NODES + 1)
+        place, self._place = _take_place(N_NODES + 1)
+        first = FIRST_PORT + place * PORTS_OF_CLUSTER
         self.conf = self.folder / "slurm.conf"
         self.conf.write_text(
             CONFIG.format(
@@ -122,6 +127,7 @@ class Cluster:
         for pid in self._processes(f"SLURM_CONF={self.conf}"):
             _kill(pid)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._place.close()
 
     def _start_munged(self) -> None:
         folder = self.folder / "munge"
@@ -208,21 +214,19 @@ def _name_nodes() -> None:
             file.write(f"\n127.0.0.1 {' '.join(missing)}\n")
 
 
-def _free_ports(count: int) -> tuple[int, int]:
-    """A place on this machine that no other cluster has, and the first of `count` free neighbouring ports there."""
-    for number in range(N_PLACES):
-        place = (os.getpid() + number) % N_PLACES
-        first = FIRST_PORT + place * PORTS_OF_CLUSTER
-        sockets = [socket.socket() for _ in range(count)]
+def _take_place(n_ports: int) -> tuple[int, IO[str]]:
+    """A place on this machine that no other cluster has while the file is open, and whose first ports are free."""
+    PLACES.mkdir(exist_ok=True)
+    for place in range(N_PLACES):
+        file = (PLACES / str(place)).open("w")
         try:
-            for offset, one in enumerate(sockets):
-                one.bind(("", first + offset))
-            return place, first
-        except OSError:
-            continue
-        finally:
-            for one in sockets:
-                one.close()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for offset in range(n_ports):
+                with socket.socket() as one:
+                    one.bind(("", FIRST_PORT + place * PORTS_OF_CLUSTER + offset))
+            return place, file
+        except OSError:  # taken, or daemons that were left
+            file.close()
     raise RuntimeError("no free ports")
 
 

@@ -104,10 +104,10 @@ def test_scontrol_requeue(cluster: Cluster, tmp_path: Path, corpus: Path) -> Non
 
 def test_the_signal_of_slurm(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """--signal=USR1@SECONDS reaches Python, which saves; the batch script requeues."""
-    overrides = ("training.total_steps=130", "checkpoint.interval_steps=1000", "checkpoint.keep_best=false")
-    # SLURM sends it up to half a minute early, so 30 to 60 seconds after the start: the run is in its steps, which take
+    overrides = ("training.total_steps=200", "checkpoint.interval_steps=1000", "checkpoint.keep_best=false")
+    # SLURM sends it up to half a minute early, so 60 to 90 seconds after the start: the run is in its steps, which take
     # longer than that in the first one.
-    job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=2", "slurm.signal_seconds=60", step_seconds=0.5)
+    job = submit_job(cluster, tmp_path, corpus, *overrides, "slurm.time=3", "slurm.signal_seconds=90", step_seconds=0.5)
     undisturbed = Undisturbed(tmp_path, corpus, *overrides)
     job.wait_for_end()
     assert job.restarts >= 1
@@ -149,7 +149,7 @@ def test_a_killed_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
 def test_a_stopped_rank(cluster: Cluster, tmp_path: Path, corpus: Path) -> None:
     """It gives no sign of life, so the other one names it and leaves; SLURM kills it, and the job comes back."""
     overrides = ("training.total_steps=40", "checkpoint.interval_steps=8", "checkpoint.keep_best=false", "engine=ddp")
-    quick = ("watchdog.step_seconds=8", "watchdog.heartbeat_seconds=0.5")
+    quick = ("watchdog.step_seconds=20", "watchdog.heartbeat_seconds=0.5")
     for name in ("plain", "stopped"):
         (tmp_path / name).mkdir()
     plain = submit_job(cluster, tmp_path / "plain", corpus, *overrides, "slurm.nodes=2")

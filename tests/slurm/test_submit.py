@@ -1,6 +1,7 @@
 """What is submitted, and what is refused before it is; no cluster needed."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from mamba_train.composition import compose_config
 from mamba_train.config_checks import seconds_of
 from slurm import submit
 from slurm.script import LINE, TEMPLATE, render
-from slurm.status import JOB
+from slurm.status import JOB, submitted_jobs
 from slurm.submit import compose_submission, plan, refuse_second_job, sweep
 from tests.helpers import REPOSITORY, environment
 from tests.slurm.rendered import BASE, script_of
@@ -179,6 +180,25 @@ def test_a_run_whose_job_is_queued_is_refused_alone_and_in_any_sweep(
             refuse_second_job(compose_submission([*BASE, *overrides], tmp_path))
 
 
+def test_what_earlier_submissions_left_is_read_as_far_as_it_says_something(tmp_path: Path) -> None:
+    queued_by(tmp_path / "sweep", "7", "seed-0", "seed-1")
+    run_dir = tmp_path / "sweep" / "seed-1"
+    (run_dir / "slurm" / "submission-001").mkdir(parents=True)
+    own = run_dir / "slurm" / "submission-001" / JOB
+    own.write_text('{"job": "5", "script": "job.sbatch"}')  # as the first version wrote it
+    above = tmp_path / "slurm" / "submission-001"  # somebody else's, perhaps
+    above.mkdir(parents=True)
+    (above / JOB).touch()
+    assert sorted(job for _, job in submitted_jobs(run_dir)) == ["5", "7_1"]
+    link = tmp_path / "link"
+    link.symlink_to(run_dir)
+    assert sorted({job for _, job in submitted_jobs(link)}) == ["5", "7_1"]
+    for content in ("", "{}"):
+        own.write_text(content)
+        with pytest.raises(ValueError, match=re.escape(str(own))):
+            list(submitted_jobs(run_dir))
+
+
 def test_each_run_of_a_sweep_that_needs_something_else_is_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,7 +230,7 @@ def test_each_run_of_a_sweep_that_needs_something_else_is_planned(
         ("slurm.max_stalled_starts=0", "slurm.max_stalled_starts=0: expected more than 0"),
         ("slurm.account='a\nb'", r"slurm.account='a\nb': expected one line of text"),
         ("slurm.sbatch=['--mem=1\nls']", "expected one line of text"),
-        ("slurm.time='86400'", "slurm.time=86400: these are minutes; in a YAML file write it in quotes"),
+        ("slurm.time='86400'", "slurm.time=86400: these are minutes; write so long a time as DAYS-HOURS"),
         (
             "slurm.cpus_per_task=1,2",
             "slurm.cpus_per_task: 1 and 2 in one sweep, which is one job array with the same slurm.*",

@@ -7,7 +7,8 @@ life, and leaves with EXIT_RESTART. Whoever started the processes (torchrun, sru
 
 Waiting for data has a limit of its own, as a stream may be patient with its server. The other ranks wait in the step
 meanwhile: as long as a rank is alive and waits for its data, their time does not count. Nor does the time in which a
-process was stopped: SLURM wakes a stopped one to end it, when the others have said long ago what happened.
+process was stopped: SLURM wakes a stopped one to end it, when the others have said long ago what happened. (Up to
+BACKSTOP_SECONDS beyond the limit: what ends a process that cannot run Python asks nobody.)
 """
 
 import atexit
@@ -77,8 +78,7 @@ class WatchdogHook(Hook):
         self._data_seconds = data_seconds
         self._loader: BatchLoader | None = None
         self._others_waited_at = 0.0  # when another rank was last seen waiting for its data
-        self._back_at = 0.0  # when this process last went on after it had been stopped
-        self._excused: _Activity | None = None  # in which that was: once in each, so that nothing is put off for ever
+        self._losses: list[tuple[float, float]] = []  # when this process went on after a stop, and how long that was
         self._host = platform.node()
         self._heartbeat = Heartbeat(run_dir, ranks.rank)
         self.begin("start", 0)
@@ -93,7 +93,7 @@ class WatchdogHook(Hook):
         config = self._config
         limits = {"first step": config.first_step_seconds, "step": config.step_seconds}
         limit = limits.get(name, config.between_steps_seconds)
-        self._activity = _Activity(name, step, time.monotonic(), limit)
+        self._activity, self._losses = _Activity(name, step, time.monotonic(), limit), []
 
     def start(self) -> None:
         """Watch from now on; the run folder is this run's. Several ranks are watched from their start-up on."""
@@ -141,15 +141,16 @@ class WatchdogHook(Hook):
     def _now(self) -> _Activity:
         """What the main thread does; in a step, the time that it or another rank has waited for data is left out."""
         activity, loader = self._activity, self._loader
-        activity = replace(activity, since=max(activity.since, self._back_at))
-        if loader is None or activity.name not in IN_STEP:
-            return activity
-        waiting_since = loader.waiting_since
-        if waiting_since is None:
-            return replace(activity, since=max(activity.since, loader.came_at, self._others_waited_at))
-        of_first_step = activity.limit_seconds if activity.name == "first step" else 0.0
-        waiting_since = max(waiting_since, self._back_at)
-        return _Activity(DATA, activity.step, waiting_since, max(self._data_seconds, of_first_step))
+        if loader is not None and activity.name in IN_STEP:
+            waiting_since = loader.waiting_since
+            if waiting_since is None:
+                activity = replace(activity, since=max(activity.since, loader.came_at, self._others_waited_at))
+            else:
+                of_first_step = activity.limit_seconds if activity.name == "first step" else 0.0
+                limit = max(self._data_seconds, of_first_step)
+                activity = _Activity(DATA, activity.step, waiting_since, limit)
+        lost = sum(seconds for back_at, seconds in self._losses if back_at > activity.since)
+        return replace(activity, since=activity.since + lost)
 
     def _watch(self) -> None:
         pause = min(self._config.heartbeat_seconds, self._config.step_seconds / 4)
@@ -160,16 +161,18 @@ class WatchdogHook(Hook):
             if self._closed.wait(pause):
                 return
             # Wherever in here it was stopped, that is known before it is said that something takes too long.
-            self._excuse(time.monotonic() - began - pause)
+            self._excuse(time.monotonic() - began - pause, pause)
             activity = self._now()
             if time.monotonic() - activity.since > activity.limit_seconds:
                 self._end(activity)
 
-    def _excuse(self, late_seconds: float) -> None:
-        """Give the activity its whole time again when this thread slept for so much longer than it wanted to."""
-        activity = self._activity
-        if late_seconds > SILENT_INTERVALS * self._config.heartbeat_seconds and self._excused is not activity:
-            self._excused, self._back_at = activity, time.monotonic()
+    def _excuse(self, late_seconds: float, pause: float) -> None:
+        """Do not count the time by which a round of this thread took longer than its pause.
+
+        That puts nothing off for ever, as the pause itself counts each time.
+        """
+        if late_seconds > pause:
+            self._losses.append((time.monotonic(), late_seconds))
 
     def _beat(self) -> None:
         activity = self._now()
