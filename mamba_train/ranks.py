@@ -84,6 +84,15 @@ def _address() -> tuple[str, int]:
     return host, FIRST_PORT + (job + start * PORTS_FROM_START_TO_START + step * PORTS_FROM_STEP_TO_STEP) % N_PORTS
 
 
+def _attempt() -> str:
+    """What this start has in common with no other one that may be in the same store."""
+    # A restart by torchrun finds the keys of the attempt before it. A stranger at a port that follows from the job's
+    # number must not be taken for a rank of this run; torchruns of one run may be steps of their own.
+    of_srun = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    names = ("TORCHELASTIC_RESTART_COUNT",) if "RANK" in os.environ else of_srun
+    return "_".join(["attempt", *[os.environ.get(name) or "0" for name in names]])
+
+
 def _first_host(node_list: str) -> str:
     """`gpu[007-012,020],login` -> `gpu007`."""
     match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", node_list)
@@ -241,10 +250,7 @@ def join() -> Ranks:
     started_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listens = here.rank == 0 and not started_by_torchrun
     tcp = dist.TCPStore(host, port, is_master=listens, timeout=timedelta(minutes=10))
-    # A restart by torchrun finds the keys of the attempt before it; and a stranger at this port must not be taken for
-    # a rank of this run.
-    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
-    store = dist.PrefixStore("_".join(["attempt", *[os.environ.get(name) or "0" for name in names]]), tcp)
+    store = dist.PrefixStore(_attempt(), tcp)
     dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size)
     _joined = Ranks(here, store)
     return _joined

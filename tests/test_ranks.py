@@ -18,6 +18,7 @@ from mamba_train.ranks import (
     Launch,
     OtherRankFailed,
     Ranks,
+    _attempt,
     launch,
 )
 from tests.distributed.launch import child_environment, free_port
@@ -200,5 +201,12 @@ def test_a_job_meets_at_a_port_of_its_own_and_at_another_one_when_it_comes_back(
     assert address(123_456, 0) not in found, "another srun of the same allocation"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "")
     assert launch().address == address(123_456, 0)
+    assert _attempt() == "attempt_123456_0_1"
     monkeypatch.setenv("MASTER_PORT", "1234")
     assert address(123_456, 3) == ("gpu007", 1234)
+
+
+def test_torchruns_of_one_run_share_a_store_whatever_step_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2", "SLURM_STEP_ID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert _attempt() == "attempt_2"
