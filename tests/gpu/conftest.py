@@ -14,5 +14,9 @@ def _large_memory(request: pytest.FixtureRequest) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     (needed,), (free, total) = marker.args, (number / 2**30 for number in torch.cuda.mem_get_info())
+    if total < needed:
+        pytest.skip(f"needs {needed} GiB of GPU memory, this GPU has {total:.0f}")
     if free < needed:
-        pytest.skip(f"needs {needed} GiB of GPU memory; {free:.0f} of {total:.0f} are free")
+        pytest.fail(
+            f"needs {needed} GiB of GPU memory, {free:.0f} of {total:.0f} are free: run it alone, as `make test-gpu`"
+        )
