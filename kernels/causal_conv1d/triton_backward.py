@@ -24,12 +24,16 @@ from kernels.triton_math import sigmoid
 def _output_gradient(
     rows, now: tl.constexpr, grad, taps, offset, age, WIDTH: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr
 ):
-    """The gradient of the value before the activation: silu' = gate + gate · (value - value · gate)."""
+    """The gradient of the value before the activation: silu' = gate + gate · (value - value · gate).
+
+    Here and below `fma` says which product is rounded with the sum: where there are two, the compiler may take another
+    one in each step of an unrolled loop, and the bits would depend on where a stretch begins.
+    """
     if SILU:
         value = before_activation(rows, now, taps, offset, age, WIDTH, PACKED)
         gate = sigmoid(value)
         grad = grad * gate
-        grad += grad * (value - value * gate)
+        grad = tl.fma(grad, value - value * gate, grad)
     return grad
 
 
@@ -44,7 +48,7 @@ def _reach_back(pending, grad, taps, age, WIDTH: tl.constexpr, PACKED: tl.conste
         if lag == 0:
             with_this = with_this + (taps[0] * by_lag,)
         else:
-            with_this = with_this + (pending[WIDTH - 1 - lag] + taps[lag] * by_lag,)
+            with_this = with_this + (tl.fma(taps[lag], by_lag, pending[WIDTH - 1 - lag]),)
     return with_this
 
 

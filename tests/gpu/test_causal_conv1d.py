@@ -76,6 +76,24 @@ def test_sizes_that_are_divided_differently(shape: tuple[int, int, int], packed:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("silu", [False, True])
+def test_bits_do_not_depend_on_how_the_work_is_divided(dtype: torch.dtype, silu: bool) -> None:
+    """A sequence alone, in a large batch and as the beginning of a longer one: a position falls on other steps."""
+    x, grad = (torch.randn(16, 3000, 512, device="cuda").to(dtype) for _ in range(2))
+    weight, bias = torch.randn(512, 4, device="cuda"), torch.randn(512, device="cuda")
+
+    def x_grad(batch: int, length: int) -> Tensor:
+        values = x[-batch:, :length].detach().requires_grad_()
+        y = causal_conv1d(values, weight, bias, activation="silu" if silu else None)
+        return torch.autograd.grad(y, values, grad[-batch:, :length])[0][-1]
+
+    whole = x_grad(16, 3000)
+    for batch, length in ((1, 3000), (16, 1001), (5, 1333), (1, 90)):
+        complete = length - 3 if length < 3000 else length
+        assert torch.equal(x_grad(batch, length)[:complete], whole[:complete]), (batch, length)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("silu", [False, True])
 def test_y_alone(dtype: torch.dtype, width: int, silu: bool) -> None:
