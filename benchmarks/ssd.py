@@ -4,8 +4,9 @@
 
 One process, one GPU: each row times ours and the peer on the same inputs; the peer is autotuned on the first row, and
 --seed draws the five random shapes. GPU times are medians over replays of a CUDA graph of several calls, with the
-middle half's spread; eager times are what a user sees who calls it from Python. Bytes: x and y once for the forward; x,
-dy and dx for the backward; B, C and dt.
+middle half's spread; eager times are what a user sees who calls it from Python: one call with its backward, which
+pays alone for autograd's change of threads, and several calls in a row with one backward, as a model's layers are.
+Bytes: x and y once for the forward; x, dy and dx for the backward; B, C and dt.
 
 --kernels prints what each of our kernels takes; --sweep does so for other launch shapes than those of the table.
 """
@@ -31,6 +32,7 @@ ROWS = [
     *((1, 32768, 5120), (1, 131072, 5120), (8, 2048, 1536)),
 ]
 HEAD_DIM, STATES = 64, 128
+LAYERS = 8
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
 S = launch.Shape
 SWEEP = {
@@ -73,6 +75,20 @@ def ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_b
     return ssd(x, dt, A, B, C, D, dt_bias=dt_bias)
 
 
+def layers(x: Tensor, *others: Tensor) -> Callable[[], object]:
+    """Forward and backward of `LAYERS` calls of ours in a row, each with parameters and dt, B, C of its own."""
+    leaves = [[t.clone().requires_grad_() for t in others] for _ in range(LAYERS)]
+    grad = torch.randn_like(x)
+
+    def both() -> object:
+        y = x
+        for own in leaves:
+            y = ours(y, *own)
+        return torch.autograd.grad(y, [x, *(leaf for own in leaves for leaf in own)], grad)
+
+    return both
+
+
 def peer() -> Callable[..., Tensor]:
     """mamba_ssm's operator, which tries some 200 launch shapes at its first call: each for 20 ms instead of 125."""
     import triton.testing
@@ -103,7 +119,9 @@ def row(batch: int, length: int, channels: int, official: Callable[..., Tensor],
     for part, floor in enumerate(floors):
         mine, theirs = times[2 * part : 2 * part + 2]
         text += f" | {mine} {theirs} {theirs.median / mine.median:5.2f}x {floor:6.3f}"
-    return text + f" | {eager[0]:8.3f} {eager[1]:8.3f} {eager[0] / times[2].median:5.2f}x"
+    in_a_row = eager_time(layers(*[t.detach().requires_grad_() for t in arguments]), calls=3) / LAYERS
+    ratios = [f"{time:8.3f} {time / times[2].median:5.2f}x" for time in (eager[0], in_a_row)]
+    return text + f" | {ratios[0]} {eager[1]:8.3f} | {ratios[1]}"
 
 
 def kernel_times(call: Callable[[], object], repeats: int = 5) -> dict[str, float]:
@@ -176,9 +194,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, mamba_ssm {mamba_ssm.__version__}; bf16, with D, Δ bias and softplus;", end=" ")
     print(f"heads of {HEAD_DIM}, {STATES} states, 1 group")
     print(f"copy {rate / 1e12:.2f} TB/s; times in ms; floor: bytes that must move at that rate")
-    print(
-        "forward, then forward + backward: ours, mamba_ssm, ratio, floor; then eager f+b: ours, mamba_ssm, ours / GPU"
-    )
+    print("forward, then forward + backward: ours, mamba_ssm, ratio, floor;", end=" ")
+    print(f"then eager f+b: ours, ours / GPU time, mamba_ssm; ours of {LAYERS} in a row, each, that / GPU time")
     print("  b      l     d")
     rows = list(ROWS)
     if not options.quick:
