@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from mamba_train.checkpoint.storage import complete_steps
 from mamba_train.monitor.event_log import read_events
 from mamba_train.monitor.heartbeat import read_heartbeats
 from tests.distributed.conftest import common, texts  # noqa: F401  fixtures
@@ -19,6 +20,7 @@ from tests.distributed.launch import child_environment, overrides, torchrun
 from tests.helpers import REPOSITORY, metrics
 
 pytestmark = pytest.mark.gpu
+STEPS, SAVED = 1200, 500
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 # The main thread waits for the device, which sleeps for some seconds before the all-reduce; a thread takes the record.
@@ -86,9 +88,11 @@ def begin(script: str, log: Path, *arguments: str, restarts: int = 0) -> "subpro
 
 
 def options(texts: Path, run_dir: Path, engine: str) -> list[str]:  # noqa: F811
+    """A step takes 3 ms: nothing but steps for more than a second after the only save, where a rank can be stopped."""
     return overrides(
-        texts, run_dir, f"engine={engine}", "engine.device=cuda", "training.total_steps=150",
-        "checkpoint.interval_steps=25", "training.validation_interval_steps=75", "logging.ssm_health_interval_steps=0",
+        texts, run_dir, f"engine={engine}", "engine.device=cuda", f"training.total_steps={STEPS}",
+        f"checkpoint.interval_steps={SAVED}", f"training.validation_interval_steps={STEPS}",
+        "logging.ssm_health_interval_steps=0",
         "watchdog.heartbeat_seconds=0.3", "watchdog.step_seconds=4", "alerts.timeout_seconds=5",
     )  # fmt: skip
 
@@ -112,8 +116,7 @@ def last_operation(run_dir: Path, rank: int) -> dict[str, Any]:
 def test_a_stopped_rank_is_named_with_the_record_of_nccl(texts: Path, tmp_path: Path, engine: str) -> None:  # noqa: F811
     run_dir, log = tmp_path / "run", tmp_path / "log"
     process = begin("train.py", log, *options(texts, run_dir, engine), restarts=1)
-    file = run_dir / "metrics.jsonl"
-    wait_for(lambda: file.is_file() and len(file.read_text().splitlines()) >= 60, process, log)
+    wait_for(lambda: complete_steps(run_dir / "checkpoints") and len(metrics(run_dir)) > SAVED + 20, process, log)
     beats = read_heartbeats(run_dir)
     os.kill(beats[1]["pid"], signal.SIGSTOP)
     (hang,) = wait_for(lambda: hang_of(run_dir), process, log)
@@ -124,8 +127,9 @@ def test_a_stopped_rank_is_named_with_the_record_of_nccl(texts: Path, tmp_path: 
     assert last["profiling_name"].startswith("nccl:")
     assert last["state"] != "completed"
     assert process.wait(120) == 0, log.read_text()[-3000:]
-    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 151))
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, STEPS + 1))
     assert sorted(event["kind"] for event in read_events(run_dir)) == ["finished", "hang", "start", "start"]
+    assert f"starts after step {SAVED} on 2 ranks" in log.read_text()
 
 
 @two_gpus

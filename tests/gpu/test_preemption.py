@@ -63,6 +63,7 @@ def test_a_signal_while_the_model_is_compiled(tmp_path: Path, corpus: Path) -> N
     assert "SIGTERM: leaving before the first step" in stderr, "the compiler was waited for"
 
 
+@pytest.mark.large_memory(8)  # so that it runs alone: a GPU that others use is not well
 def test_a_node_with_a_gpu_that_is_well() -> None:
     torch.cuda.empty_cache()
     command = [sys.executable, "-m", "slurm.health", "--gpus"]
