@@ -30,6 +30,8 @@ class LoopShape(NamedTuple):
 #
 #   add     2,048 x 768   [4.78]   (2, 1024, 8) 4.02   (4, 1024, 8) 4.16   (1, 1024, 8) 4.29   (1, 1024, 2) 4.99
 #           1,154 x 928   [4.31]   (2, 1024, 4) 3.07   (2, 1024, 8) 3.76   (1, 1024, 2) 3.56   (4, 128, 4) 3.90
+#           769 x 3,472   [7.42]   (1, 4096, 16) 6.93  (1, 4096, 32) 7.21  (1, 4096, 8) 7.13
+#           250 x 4,400   [4.91]   (1, 1024, 8) 3.70   (1, 8192, 16) 3.90  (1, 8192, 8) 4.92
 #   gated   1,154 x 928   [3.33]   (2, 256, 2) 2.70    (2, 1024, 4) 2.82   (4, 256, 4) 2.78    (1, 1024, 2) 3.28
 #           1,647 x 1,616 [5.82]   (1, 2048, 8) 4.35   (2, 2048, 8) 4.69   (1, 2048, 4) 4.75
 #           2,951 x 2,176 [14.5]   (1, 512, 4) 10.1    (1, 4096, 4) 11.4   (2, 4096, 16) 14.3
@@ -76,7 +78,7 @@ def forward_shape(size: int, gated: bool, plain: bool = False) -> Shape:
         return Shape(2, block, 4) if size <= 1280 else Shape(1, block, 4) if size < 3072 else Shape(2, block, 16)
     if 2048 < size <= 3200:
         return Shape(2, whole, 16)
-    return Shape(1, whole, 32 if 3200 < size <= 4096 else 16 if size > 4608 else 8)
+    return Shape(1, whole, 16 if size > 3200 else 8)
 
 
 def _shared_out(rows: int, size: int, block: int, each: int) -> Shape:
