@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Draw documents, each with the same chance, and print them."""
-    folder: Path = arguments.folder
+    folder: Path = arguments.folder.expanduser()
     manifest = read_manifest(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME, str(folder / TOKENIZER_NAME))
     all_shards = manifest.shards[arguments.split]

@@ -45,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Count, print, draw."""
-    folder: Path = arguments.folder
+    folder: Path = arguments.folder.expanduser()
     manifest = read_manifest(folder)
     domains = count(folder, manifest)
     Console(highlight=False, width=None if Console().is_terminal else 120).print(_table(domains))
-    output: Path = arguments.output or folder / "stats.png"
+    output: Path = (arguments.output or folder / "stats.png").expanduser()
     draw(domains, output)
     print(f"drawn in {output}")
 

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.encoder == "fastokens":
         fastokens_call(tokenizer)  # says at once if that cannot work
     job = _plan(arguments, tokenizer, group_inputs(inputs, arguments.group_mib))
-    checksums = _checksums(arguments.checksums, paths)
+    checksums = _checksums(arguments.checksums and arguments.checksums.expanduser(), paths)
     folder: Path = arguments.output.expanduser()
     adopt_folder(folder, job, tokenizer, print)
     mine = [group for group in job.groups if group.number % n_tasks == task]

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check the manifest, then all shards in parallel."""
-    folder: Path = arguments.folder
+    folder: Path = arguments.folder.expanduser()
     manifest = read_manifest(folder)
     problems = [*folder_problems(folder, manifest), *plan_problems(folder, manifest)]
     shards = [shard for split in SPLITS for shard in manifest.shards[split]]

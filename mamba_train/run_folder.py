@@ -23,6 +23,11 @@ SLURM = "slurm"  # jobs: logs, submissions, history
 LOCK = ".lock"  # held by the process that trains here
 
 
+def user_path(text: str) -> Path:
+    """A path as the command line has it: of `--output=~/x` the shell leaves the `~`."""
+    return Path(text).expanduser()
+
+
 def lock(run_dir: Path, patience_seconds: float = 0.0) -> TextIO:
     """Claim the folder for this process until the returned file is closed or the process ends, however it ends.
 

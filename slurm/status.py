@@ -61,7 +61,9 @@ class Status:
 def main() -> None:
     """Parse the command line and show the runs; a user's mistake is one line and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m slurm.status", description=__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run or of a sweep")
+    parser.add_argument(
+        "runs", nargs="*", type=run_folder.user_path, metavar="RUN", help="folder of a run or of a sweep"
+    )
     parser.add_argument("--follow", action="store_true", help=f"show it again every {FOLLOW_SECONDS:g} seconds")
     parser.add_argument("--lines", type=int, default=10, help="how many lines of the log (default: 10)")
     args = parser.parse_intermixed_args()

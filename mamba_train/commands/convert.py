@@ -1,7 +1,8 @@
 """`mamba-train convert export|import`: weights to and from the layouts of transformers and state-spaces."""
 
 import argparse
-from pathlib import Path
+
+from mamba_train.run_folder import user_path
 
 LAYOUTS = ("transformers", "state-spaces")
 
@@ -13,15 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "export", help="write a folder that others can load", description="Write a folder that others can load."
     )
     export.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="folder of a run (its newest checkpoint) or of one")
-    export.add_argument("target", type=Path, metavar="OUT", help="the folder to make")
+    export.add_argument("target", type=user_path, metavar="OUT", help="the folder to make")
     export.add_argument("--layout", required=True, choices=LAYOUTS, help="who loads it")
     import_ = actions.add_parser(
         "import", help="make a run folder of published weights", description="Make a run folder of published weights."
     )
     import_.add_argument("source", metavar="PATH_OR_HUB_NAME", help="a folder, or a name like state-spaces/mamba-130m")
-    import_.add_argument("target", type=Path, metavar="OUT_RUN_DIR", help="the run folder to make")
+    import_.add_argument("target", type=user_path, metavar="OUT_RUN_DIR", help="the run folder to make")
     for action in (export, import_):
-        action.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json to use instead")
+        action.add_argument("--tokenizer", type=user_path, metavar="FILE", help="a tokenizer.json to use instead")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_train.run_folder import EVALUATION, SUMMARY, read_summary, replace
+from mamba_train.run_folder import EVALUATION, SUMMARY, read_summary, replace, user_path
 
 if TYPE_CHECKING:
     from mamba_train.convert.source import Pretrained
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument(
         "source",
+        type=os.path.expanduser,
         metavar="RUN",
         help="folder of a run (its newest checkpoint), of a checkpoint, or of published weights",
     )
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="of matrices (default: bf16 on a GPU, else fp32)")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help=f"where {EVALUATION}/ with the results goes (default: the run)"
+        "--output", type=user_path, metavar="DIR", help=f"where {EVALUATION}/ with the results goes (default: the run)"
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument(
         "source",
+        type=os.path.expanduser,
         metavar="RUN",
         help="folder of a run (its newest checkpoint), of a checkpoint, or of published weights",
     )

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mamba_train.run_folder import BASELINE, CONFIG, read_config, read_json, read_summary, replace
+from mamba_train.run_folder import BASELINE, CONFIG, read_config, read_json, read_summary, replace, user_path
 
 # Counting the pairs of more training tokens than this would take longer than anyone waits for a report.
 MAX_BASELINE_TOKENS = 50_000_000
@@ -13,10 +13,10 @@ MAX_BASELINE_TOKENS = 50_000_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (its run_dir)")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folder of a run (its run_dir)")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="folder for report.png and report.html (default: the run's own, or ./report for several)",
     )

@@ -7,12 +7,12 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from mamba_train.config import LoggingConfig
-from mamba_train.run_folder import CONFIG, read_config
+from mamba_train.run_folder import CONFIG, read_config, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (its run_dir)")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folder of a run (its run_dir)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -40,6 +40,14 @@ def test_generate_continues_the_prompt_and_saves(run_dir: Path) -> None:
     assert (run_dir / "sample.txt").read_text() == result.stdout
     assert "after step 10" in result.stderr
     assert mamba_train(*arguments).stdout == result.stdout
+    at_home = subprocess.run(
+        [sys.executable, "-m", "mamba_train", "generate", f"~/{run_dir.name}", *arguments[2:], "--save"],
+        cwd=REPOSITORY,
+        env=environment() | {"HOME": str(run_dir.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert at_home.stdout == result.stdout, at_home.stderr
     assert mamba_train(*arguments, "--seed", "1").stdout != result.stdout
     assert mamba_train(*arguments, "--state-precision", "bf16").returncode == 0
 

@@ -41,6 +41,14 @@ def test_prints_both_bits_per_byte_and_where_the_files_are(
     assert not (run_dir / "report.html").exists()
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(run_dir.parent))
+    monkeypatch.chdir(run_dir)
+    call("~/run", "--output=~/drawn")
+    assert (run_dir.parent / "drawn" / "report.html").is_file()
+    assert not (run_dir / "~").exists()
+
+
 def test_user_mistakes_are_value_errors(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"no run at .*nowhere; expected the folder of a run"):
         call(str(tmp_path / "nowhere"))

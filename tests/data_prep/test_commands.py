@@ -288,7 +288,11 @@ def test_inspect_shows_whole_documents(
 
 
 def test_stats_counts_and_draws(
-    tmp_path: Path, pile: MakePile, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    pile: MakePile,
+    tokenizer_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pile(3)
     folder = tmp_path / "out"
@@ -301,6 +305,9 @@ def test_stats_counts_and_draws(
     for domain in domains:
         assert domain.counts.sum() == domain.n_documents
         assert (domain.lengths * domain.counts).sum() == domain.n_tokens
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command("stats", "~/out", "--output=~/drawn.png")
+    assert (tmp_path / "drawn.png").is_file()
     command("stats", folder)
     printed = capsys.readouterr().out
     assert all(label in printed for label in LABELS)
