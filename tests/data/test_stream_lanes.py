@@ -165,14 +165,16 @@ def test_the_bytes_that_are_counted_are_those_of_the_targets(
     assert step > 10
 
 
-@pytest.mark.parametrize("micro", [1, 3, 12])
+@pytest.mark.parametrize(("micro", "mask_loss"), [(1, True), (3, True), (12, False)])
 def test_the_rows_of_several_processes_are_those_of_one(
-    micro: int, texts: list[str], tokenizer_path: Path, tmp_path: Path
+    micro: int, mask_loss: bool, texts: list[str], tokenizer_path: Path, tmp_path: Path
 ) -> None:
     """Also where some of them have come to the end of their text and others have not."""
     spec = spec_of(write_files(tmp_path / "text", [texts[i::9] for i in range(9)]), tokenizer_path, repeat=False)
     alone, several = StreamLoader(make_stream(spec), 0, 1, micro), StreamLoader(make_stream(spec), 0, 1, micro)
     several._workers = 5
+    for loader in (alone, several):
+        loader.source.form = WindowForm(LENGTH, with_boundaries=True, mask_loss=mask_loss)
     parts = RankRows(several.source, 0, 0, 1, 5)
     several._items = map(parts.__getitem__, itertools.count())  # type: ignore[assignment]
     several._next_sample, step, n_full = 0, 0, []
