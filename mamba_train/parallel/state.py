@@ -1,4 +1,4 @@
-"""Initial values, whole tensors and copies of what the ranks of an engine hold, whatever cuts it."""
+"""Initial values and whole tensors of what the ranks of an engine hold, whatever cuts it."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from mamba_train.checkpoint.pieces import Piece, Pieces
+from mamba_train.checkpoint.pieces import Piece
 from mamba_train.config import ModelConfig
 from mamba_train.model.initialise import draw
 from mamba_train.parallel.engine import Engine
@@ -108,12 +108,3 @@ def whole_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for part in (pieces.model, pieces.optimizer)
     )
     return model, optimizer
-
-
-def copy_of(pieces: Pieces) -> Pieces:
-    """The same pieces in memory of their own."""
-    model, optimizer = (
-        {name: Piece(p.shape, p.start, p.values.clone(), p.saved_here) for name, p in part.items()}
-        for part in (pieces.model, pieces.optimizer)
-    )
-    return Pieces(model, optimizer)

@@ -15,12 +15,13 @@ import torch
 
 from mamba_train.config_data import BadDocuments
 from mamba_train.data import shard_job
-from mamba_train.data.batches import IGNORE_INDEX
+from mamba_train.data.batches import IGNORE_INDEX, WindowForm
 from mamba_train.data.lanes import LaneOrder
 from mamba_train.data.position import restore, state_of
-from mamba_train.data.stream_loader import StreamLoader
+from mamba_train.data.stream_loader import RankRows, StreamLoader
 from mamba_train.data.streams import StreamSource
 from mamba_train.data.tokenizer import TextTokenizer, load_tokenizer
+from tests.data.rank_process import fed
 from tests.data.stream_order import (
     BATCH,
     LENGTH,
@@ -48,6 +49,8 @@ def test_skipped_samples_are_read_and_dropped(texts: list[str], tokenizer_path: 
     assert rows_of(loader.step(7 * BATCH)) == expected[7]
     with pytest.raises(ValueError, match="cannot go back"):
         loader.step(0)
+    restore(loader.source, json.loads(json.dumps(state_of(make_stream(spec), 0))), 0, allow_changed=False)
+    assert rows_of(loader.step(0)) == expected[0]
 
 
 def test_a_dataset_has_the_order_of_its_files(texts: list[str], tokenizer_path: Path, tmp_path: Path) -> None:
@@ -160,6 +163,43 @@ def test_the_bytes_that_are_counted_are_those_of_the_targets(
         if not len(targets):
             break
     assert step > 10
+
+
+@pytest.mark.parametrize(("micro", "mask_loss"), [(1, True), (3, True), (12, False)])
+def test_the_rows_of_several_processes_are_those_of_one(
+    micro: int, mask_loss: bool, texts: list[str], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    """Also where some of them have come to the end of their text and others have not."""
+    spec = spec_of(write_files(tmp_path / "text", [texts[i::9] for i in range(9)]), tokenizer_path, repeat=False)
+    alone, several = StreamLoader(make_stream(spec), 0, 1, micro), StreamLoader(make_stream(spec), 0, 1, micro)
+    several._workers = 5
+    for loader in (alone, several):
+        loader.source.form = WindowForm(LENGTH, with_boundaries=True, mask_loss=mask_loss)
+    parts = RankRows(several.source, 0, 0, 1, 5)
+    several._items = map(parts.__getitem__, itertools.count())  # type: ignore[assignment]
+    several._next_sample, step, n_full = 0, 0, []
+    while not step or n_full[-1]:
+        expected, found = alone.step(step * BATCH), several.step(step * BATCH)
+        assert all(torch.equal(fed([mine]), fed([theirs])) for mine, theirs in zip(found, expected, strict=True))
+        assert [batch.n_targets for batch in found] == [batch.n_targets for batch in expected]
+        assert several.counts == alone.counts
+        n_full.append(sum(len(row) == LENGTH + 1 for row in rows_of(found)))
+        step += 1
+    assert {0, BATCH} < set(n_full)
+
+
+def test_what_documents_mean_is_up_to_the_form(texts: list[str], tokenizer_path: Path, tmp_path: Path) -> None:
+    """data.reset_state_at_documents and data.mask_loss_at_documents, which no source takes for granted."""
+    spec = spec_of(write_files(tmp_path / "text", [[text[:20] for text in texts]]), tokenizer_path)
+    source = make_stream(spec)
+    (expected,) = StreamLoader(make_stream(spec), 0, 1, BATCH).step(0)
+    source.form = WindowForm(LENGTH, with_boundaries=False, mask_loss=False)
+    loader = StreamLoader(source, 0, 1, BATCH)
+    (found,) = loader.step(0)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert found.seq_idx is None
+    assert found.n_targets == BATCH * LENGTH > expected.n_targets
+    assert loader.counts[0] == TextTokenizer(tokenizer_path.read_bytes(), "").n_bytes(found.targets.numpy())
 
 
 Place = tuple[int, int]  # a file and a line of it

@@ -19,6 +19,7 @@ import pytest
 from data_prep import stats, tokenize
 from data_prep.__main__ import COMMANDS
 from mamba_train.data import shards
+from mamba_train.data.documents import SPLITS
 from mamba_train.data.manifest import file_sha256, read_manifest
 from mamba_train.data.shard_group import GROUPS_FOLDER
 from tests.data_prep.conftest import LABELS, write_rows
@@ -48,6 +49,9 @@ def test_workers_and_tasks_change_nothing(
         folder = tmp_path / f"workers-{workers}"
         command(*tokenize_arguments(tmp_path, folder, tokenizer_file, *GROUP_OPTIONS, "--workers", workers))
         found.append(contents(folder))
+        (record,) = (json.loads(path.read_text()) for path in (folder / "records").iterdir())
+        totals = [read_manifest(folder).total(split, kind) for split in SPLITS for kind in ("n_documents", "n_tokens")]
+        assert (record["documents"], record["tokens"]) == (sum(totals[::2]), sum(totals[1::2]))
     assert found[0] == found[1] == found[2]
     assert "complete: " in capsys.readouterr().out
 
@@ -164,16 +168,24 @@ def test_a_killed_command_leaves_no_worker_behind(tmp_path: Path, tokenizer_file
         time.sleep(0.05)
 
 
-def test_a_worker_that_dies_ends_the_command(tmp_path: Path, pile: MakePile, tokenizer_file: Path) -> None:
+@pytest.mark.parametrize(
+    ("last_act", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "error: a worker died (exit code -9"),
+        ("raise OSError(errno.ENOSPC, 'No space left on device')", "error: {out}: [Errno 28] No space left on device"),
+    ],
+)
+def test_a_worker_that_dies_ends_the_command(
+    last_act: str, said: str, tmp_path: Path, pile: MakePile, tokenizer_file: Path
+) -> None:
     pile(2)
     killing = (
-        "import os, signal, sys\n"
+        "import errno, os, signal\n"
         "from mamba_train.data import shard_pool as pool\n"
         "from data_prep.__main__ import main\n"
-        "original = pool._work\n"
-        "def work(*arguments):\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "pool._work = work\n"
+        "def tokenise_group(*arguments):\n"
+        f"    {last_act}\n"
+        "pool.tokenise_group = tokenise_group\n"
         "if __name__ == '__main__':\n"
         "    main()\n"
     )
@@ -182,7 +194,38 @@ def test_a_worker_that_dies_ends_the_command(tmp_path: Path, pile: MakePile, tok
     line = [sys.executable, str(script), *map(str, tokenize_arguments(tmp_path, tmp_path / "out", tokenizer_file))]
     found = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert found.returncode == 2
-    assert "error: a worker died (exit code -9" in found.stderr
+    assert said.format(out=tmp_path / "out") in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_worker_that_fails_ends_the_others(tmp_path: Path, tokenizer_file: Path) -> None:
+    write_rows(tmp_path / "raw" / "a.jsonl", [("some text " * 200, "A"), (" ", "A")])
+    os.mkfifo(tmp_path / "raw" / "b.jsonl")  # whoever reads it waits for ever
+    process = start(
+        "tokenize", "--input", tmp_path / "raw", "--tokenizer", tokenizer_file, "--output", tmp_path / "out",
+        "--workers", 2, *GROUP_OPTIONS,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        for pid in members(process.pid):
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 2
+    assert "a.jsonl:2: the text is empty" in output
+
+
+def test_an_input_that_is_not_what_its_checksum_says_is_refused(
+    tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "raw" / "0.jsonl", [("some text", "A")])
+    (tmp_path / "SHA256SUMS").write_text(f"{'a' * 64}  0.jsonl\n")
+    with pytest.raises(SystemExit):
+        command(
+            "tokenize", "--input", tmp_path / "raw", "--tokenizer", tokenizer_file, "--output", tmp_path / "out",
+            "--checksums", tmp_path / "SHA256SUMS",
+        )  # fmt: skip
+    assert "raw/0.jsonl: " in (error := capsys.readouterr().err)
+    assert "SHA-256" in error
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -50,6 +50,8 @@ def test_the_contract_holds_and_the_audit_sees_when_it_does_not(name: str) -> No
     assert found["rounded on the last rank"] == "stopped"
     assert "A_log has weight decay" in found["misplaced"]
     assert found["D after the audit"] == 1.0
+    before, doubled, after = found["losses by weights"]
+    assert before == after != doubled, "a pass computes with weights that were replaced"
     assert found["lost"] == [], "gradients are not summed in fp32"
     assert found["accumulation"] < 1e-5
     (summed_once, summed_thrice), (gathered_twice, gathered_once, kept_for_all) = found["traffic"].values()

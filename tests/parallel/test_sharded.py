@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
-from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig
+from mamba_train.config import DeviceKind, EngineConfig, ModelConfig, OptimConfig, Precision
 from mamba_train.model.language_model import resolve_model_config
+from mamba_train.parallel import sharded as sharded_module
 from mamba_train.parallel.native import NativeEngine
 from mamba_train.parallel.sharded import ShardedEngine
-from mamba_train.parallel.state import whole_state
+from mamba_train.parallel.state import load_weights, whole_state
 from mamba_train.ranks import join
 
-MODEL = resolve_model_config(ModelConfig(name="test", n_layer=2, d_model=16, d_state=4), tokenizer_vocab_size=31)
+MODEL = resolve_model_config(
+    ModelConfig(name="test", n_layer=2, d_model=16, d_state=4, d_intermediate=24), tokenizer_vocab_size=31
+)
 
 
 def train(engine: NativeEngine) -> list[tuple[float, float]]:
@@ -35,8 +38,11 @@ def steps(engine: NativeEngine) -> list[tuple[float, float]]:
     return found
 
 
-def test_the_update_of_parts_is_that_of_one_device() -> None:
-    config = EngineConfig(device=DeviceKind.cpu)
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+def test_a_run_of_parts_is_that_of_one_device(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, too: norms, SSMs and the root are gathered in fp32, which autocast leaves alone."""
+    monkeypatch.setattr(NativeEngine, "casts_once", False)  # autocast alone, which rounds gradients once more
+    config = EngineConfig(device=DeviceKind.cpu, precision=precision)
     sharded, plain = ShardedEngine(config, join()), NativeEngine(config, join())
     assert train(sharded) == train(plain)
     for ours, theirs in zip(whole_state(sharded), whole_state(plain), strict=True):
@@ -137,3 +143,37 @@ def test_of_a_pass_that_was_recorded_in_vain_nothing_is_left(place: str) -> None
     engine._forget_gradients()  # of the pass that was not broken off
     engine._is_first = True
     assert steps(engine) == steps(plain)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_whole_gradients_wait_for_the_last_micro_batch_unless_each_is_summed(each: bool) -> None:
+    engine = ShardedEngine(EngineConfig(device=DeviceKind.cpu, reduce_each_micro_batch=each), join())
+    engine.prepare(MODEL, OptimConfig(lr=1e-2), seed=0)
+    kept = []
+    for tokens in engine.micro_batches(2 * [torch.ones(2, 13, dtype=torch.int64)]):
+        engine.accumulate(tokens[:, :-1], tokens[:, 1:], None, torch.tensor(48.0))
+        kept.append("gradient" in traces(engine) or "parameter.unsharded_accumulated_grad" in traces(engine))
+    assert kept == [not each, False]
+
+
+def test_groups_of_ranks_are_neighbours_and_their_number_is_that_of_the_replicas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four groups of two would not show in tests/distributed, where two groups have two ranks each."""
+    monkeypatch.setattr(sharded_module, "init_device_mesh", lambda _, shape, mesh_dim_names: (shape, mesh_dim_names))
+    assert sharded_module._mesh("cpu", 1, 8) == ((8,), ("shard",))
+    assert sharded_module._mesh("cpu", 2, 8) == ((2, 4), ("replica", "shard"))
+
+
+def test_weights_that_are_put_in_take_the_place_of_what_is_gathered() -> None:
+    """The root stays gathered after a pass, which a run that goes back must not compute with."""
+    tokens = torch.arange(26).reshape(2, 13)
+    engines = [ShardedEngine(EngineConfig(device=DeviceKind.cpu), join()) for _ in range(2)]
+    found = []
+    for seed, engine in enumerate(engines):
+        engine.prepare(MODEL, OptimConfig(lr=1e-2), seed=seed)
+        with torch.no_grad():
+            found.append(engine.model(tokens[:, :-1], tokens[:, 1:]).item())
+    load_weights(engines[0], whole_state(engines[1])[0])
+    with torch.no_grad():
+        assert engines[0].model(tokens[:, :-1], tokens[:, 1:]).item() == found[1] != found[0]

@@ -12,6 +12,7 @@ from mamba_train.config import ModelConfig
 from mamba_train.model.initialise import draw
 from mamba_train.model.language_model import MambaLM, resolve_model_config
 from mamba_train.parallel import state
+from mamba_train.ranks import join
 
 MODEL = resolve_model_config(ModelConfig(name="test", n_layer=6, d_model=32, d_state=4), tokenizer_vocab_size=67)
 
@@ -78,3 +79,10 @@ def test_what_a_thread_raises_comes_out(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(state, "LEAST_IN_A_THREAD", 1)
     with pytest.raises(MemoryError, match="no room"):
         state.draw_pieces(empty_pieces(), MODEL, seed=0)
+
+
+def test_norms_of_layers_are_known_where_their_squares_leave_fp32() -> None:
+    """As those of a step that is skipped for its gradient: the ledger names its largest layers."""
+    gradients = {"layers.3.mixer.ssm.D": torch.tensor([3e25, 0.0]), "layers.3.norm.weight": torch.tensor([4e25])}
+    found = state.norms_by_layer({**gradients, "norm.weight": torch.tensor([1e-25])}, join())
+    assert found == {"layer_03": pytest.approx(5e25), "norm": pytest.approx(1e-25)}

@@ -75,7 +75,7 @@ def test_the_ledger_names_data_and_layers(tmp_path: Path, corpus: Path) -> None:
     assert math.isfinite(entry["loss"])
     assert entry["samples"] == [44, 48]
     assert all(norm is None for _, norm in entry["layers"])
-    assert {part for part, _ in entry["layers"]} <= {"embedding", "norm", "layer_00", "layer_01"}
+    assert {part for part, _ in entry["layers"]} == {"embedding", "norm", "layer_00", "layer_01"}
     # The documents are those whose tokens the step read.
     (path,) = {Path(name) for name in entry["documents"]}
     index = Corpus.open(path.parent, "train")
