@@ -13,6 +13,7 @@ import re
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +28,7 @@ T = TypeVar("T")
 # Between two questions to the store: often at first, then seldom, as there may be hundreds who ask.
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.01, 0.5
 PART_CHARACTERS = 4 << 20  # the store hangs up on whoever sends it more than 8 MiB at once
+MEETING_TIMEOUT = timedelta(minutes=10)  # how much later than the first rank the last one may come
 # Of a collective operation, where a watchdog knows better how long ranks may wait for each other.
 WATCHED_TIMEOUT = timedelta(days=7)
 # Jobs of one cluster that share a node, and steps of one allocation, must not meet at one port, which is below those
@@ -84,13 +86,36 @@ def _address() -> tuple[str, int]:
     return host, FIRST_PORT + (job + start * PORTS_FROM_START_TO_START + step * PORTS_FROM_STEP_TO_STEP) % N_PORTS
 
 
-def _attempt() -> str:
-    """What this start has in common with no other one that may be in the same store."""
-    # A restart by torchrun finds the keys of the attempt before it. A stranger at a port that follows from the job's
-    # number must not be taken for a rank of this run; torchruns of one run may be steps of their own.
-    of_srun = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
-    names = ("TORCHELASTIC_RESTART_COUNT",) if "RANK" in os.environ else of_srun
-    return "_".join(["attempt", *[os.environ.get(name) or "0" for name in names]])
+def _job() -> str:
+    """What the processes of a start have in common that came from the same srun.
+
+    A stranger at a port that follows from the job's number must not be taken for a rank of this run.
+    """
+    names = () if "RANK" in os.environ else ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    return "_".join(["job", *[os.environ.get(name) or "0" for name in names]])
+
+
+def _agree_on_start(store: "Store", rank: int, world_size: int) -> str:
+    """A name for this start, the same on all ranks, that is new in a store which outlives them.
+
+    torchrun's count of restarts is none: it differs from node to node, and stays as it is when a node comes or goes.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", own)
+        for other in range(1, world_size):
+            asks = store.get(f"{own}/rank_{other}").decode("ascii")
+            store.set(f"{own}/{asks}", "yes")
+        return own
+    end, pause = time.monotonic() + MEETING_TIMEOUT.total_seconds(), FIRST_PAUSE_SECONDS
+    while time.monotonic() < end:
+        start = store.get("start").decode("ascii")  # perhaps of an earlier rank 0, which does not answer any more
+        store.set(f"{start}/rank_{rank}", own)
+        if store.check([f"{start}/{own}"]):
+            return start
+        time.sleep(pause)
+        pause = min(LAST_PAUSE_SECONDS, 1.2 * pause)
+    raise TimeoutError(f"rank 0 has not answered rank {rank} within {MEETING_TIMEOUT.total_seconds():g} s")
 
 
 def _first_host(node_list: str) -> str:
@@ -249,8 +274,10 @@ def join() -> Ranks:
     # torchrun itself listens at that port, so its workers do not.
     started_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listens = here.rank == 0 and not started_by_torchrun
-    tcp = dist.TCPStore(host, port, is_master=listens, timeout=timedelta(minutes=10))
-    store = dist.PrefixStore(_attempt(), tcp)
+    tcp = dist.TCPStore(host, port, is_master=listens, timeout=MEETING_TIMEOUT)
+    store = dist.PrefixStore(_job(), tcp)
+    if started_by_torchrun:
+        store = dist.PrefixStore(_agree_on_start(store, here.rank, here.world_size), store)
     dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size)
     _joined = Ranks(here, store)
     return _joined

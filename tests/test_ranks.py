@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -18,7 +19,8 @@ from mamba_train.ranks import (
     Launch,
     OtherRankFailed,
     Ranks,
-    _attempt,
+    _agree_on_start,
+    _job,
     launch,
 )
 from tests.distributed.launch import child_environment, free_port
@@ -201,7 +203,7 @@ def test_a_job_meets_at_a_port_of_its_own_and_at_another_one_when_it_comes_back(
     assert address(123_456, 0) not in found, "another srun of the same allocation"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "")
     assert launch().address == address(123_456, 0)
-    assert _attempt() == "attempt_123456_0_1"
+    assert _job() == "job_123456_0_1"
     monkeypatch.setenv("MASTER_PORT", "1234")
     assert address(123_456, 3) == ("gpu007", 1234)
 
@@ -209,4 +211,53 @@ def test_a_job_meets_at_a_port_of_its_own_and_at_another_one_when_it_comes_back(
 def test_torchruns_of_one_run_share_a_store_whatever_step_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2", "SLURM_STEP_ID": "3"}.items():
         monkeypatch.setenv(name, value)
-    assert _attempt() == "attempt_2"
+    assert _job() == "job"
+
+
+MEETING = """
+import os, sys
+from mamba_train import ranks
+group = ranks.join()
+said = group.first(lambda: sys.argv[1])
+print(said, flush=True)
+group.any(False)  # each has what it asks for
+os._exit(0)  # as a start does that is ended: nothing is taken back
+"""
+
+
+def test_what_an_earlier_start_has_left_in_the_store_of_torchrun_is_not_taken_for_this_ones() -> None:
+    """torchrun starts all anew with one count of restarts when a node comes, and with two when a rank of one fails."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for start, counts in enumerate([("0", "0"), ("0", "0"), ("0", "1")]):
+        processes = []
+        for rank in (1, 0):
+            place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+            torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": counts[rank]}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", MEETING, f"start {start}"], env=child_environment(**place, **torchrun),
+                    cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                )
+            )  # fmt: skip
+        try:
+            said = [process.communicate(timeout=60) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [out for out, _ in said] == [f"start {start}\n"] * 2, said
+
+
+def test_a_rank_waits_for_the_answer_of_its_own_rank_0() -> None:
+    store = dist.HashStore()
+
+    def start(late_rank: int) -> list[str]:
+        def agree(rank: int) -> str:
+            time.sleep(0.2 * (rank == late_rank))
+            return _agree_on_start(store, rank, 3)
+
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(agree, range(3)))
+
+    names = [start(late_rank) for late_rank in (0, 0, 1, 2)]
+    assert all(len(set(of_ranks)) == 1 for of_ranks in names), names
+    assert len({of_ranks[0] for of_ranks in names}) == 4

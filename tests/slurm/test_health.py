@@ -49,6 +49,17 @@ def test_a_wrong_kernel_is_found_and_the_node_named(
     assert "node node7 is not fit" in output.err
 
 
+def test_a_wrong_gradient_is_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = kernels.selective_scan.selective_scan
+
+    def wrong_backward(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        y = scan(x, *others)
+        return y + 0.01 * (y - y.detach()) if x.dtype == torch.float32 else y
+
+    monkeypatch.setattr(kernels.selective_scan, "selective_scan", wrong_backward)
+    assert find_problem(0) == "the selective scan computes something else than its reference"
+
+
 @pytest.mark.parametrize(
     ("n_gpus", "free_gib", "expected"),
     [
@@ -62,22 +73,25 @@ def test_gpus_and_their_memory(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free_gib[index] * GIB, 80 * GIB))
-    monkeypatch.setattr("slurm.health._kernel_problem", lambda device: None)
+    looked_at = []
+    monkeypatch.setattr("slurm.health._kernel_problem", looked_at.append)
     assert find_problem(4) == expected
+    assert expected or looked_at == [torch.device("cuda", index) for index in range(4)]
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ImportError])  # a torch that cannot be loaded there, too
 def test_what_the_check_stumbles_over_is_a_finding(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[Exception]
 ) -> None:
     def fall_off_the_bus() -> int:
-        raise RuntimeError("CUDA error:\nGPU lost")
+        raise kind("CUDA error:\nGPU lost")
 
     monkeypatch.setattr(torch.cuda, "device_count", fall_off_the_bus)
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     monkeypatch.setattr(sys, "argv", ["health", "--gpus", "1"])
     with pytest.raises(SystemExit):
         main()
-    assert capsys.readouterr().out == "bad node7: RuntimeError: CUDA error: GPU lost\n"
+    assert capsys.readouterr().out == f"bad node7: {kind.__name__}: CUDA error: GPU lost\n"
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,32 @@ def test_it_needs_no_torch(repository: Path) -> None:
     assert subprocess.run([sys.executable, "-c", script], cwd=repository).returncode == 0
 
 
+def test_ranks_of_a_run_that_is_over_or_a_step_apart_are_not_named(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue(monkeypatch, "")
+    for rank, step in enumerate((57, 58)):
+        heartbeat = {"rank": rank, "host": "node", "pid": 1, "activity": "step", "step": step}
+        Heartbeat(run_dir, rank).write(heartbeat)
+        os.utime(run_dir / HEARTBEATS / f"rank_{rank:05d}.json", (NOW - 3600, NOW - 3600))
+    line = next(line for line in show([run_dir], 0).splitlines() if line.startswith("ranks"))
+    assert line == "ranks   2, step 58, last sign of life 1:00:00 ago"
+
+
+def test_only_starts_of_the_last_job_and_complete_checkpoints_count(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue(monkeypatch, "RUNNING|1:00|23:59:00|node1|None\n")
+    (run_dir / "checkpoints" / "step_00000060.tmp").mkdir()
+    with (run_dir / "slurm" / "history.jsonl").open("a") as file:
+        file.write(json.dumps(entry("start", job="8", step=50)) + "\n")
+        file.write(json.dumps(entry("requeue", job="8", step=50, reason="exit code 1")) + "\n")
+    text = show([run_dir], 0)
+    assert "starts  1\n" in text
+    assert "saved   step 50, " in text
+    assert "\nlast " not in text, "the next start will say why"
+
+
 def test_ranks_that_are_silent_or_behind_are_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queue(monkeypatch, "RUNNING|1:00|23:59:00|node[1-2]|None\n")
     # Whatever its own clock says: the second is an hour behind. The last one gives a sign of life every five minutes.

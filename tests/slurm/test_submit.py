@@ -31,7 +31,7 @@ def test_the_script_says_what_the_config_says(tmp_path: Path) -> None:
         "slurm.signal_seconds=240",
         "slurm.sbatch=['--mail-type=END']",
         "slurm.setup=['module load cuda/13']",
-        "slurm.environment=['NCCL_DEBUG=WARN','NOTE=two words']",
+        "slurm.environment=['NCCL_DEBUG=WARN','NOTE=two words','OPTIONS=a=1']",
         "slurm.max_stalled_starts=5",
     )
     assert bash_accepts(script)
@@ -53,12 +53,14 @@ def test_the_script_says_what_the_config_says(tmp_path: Path) -> None:
         f"RUN_DIR={tmp_path}/run",
         "export NCCL_DEBUG=WARN",
         "export NOTE='two words'",
+        "export OPTIONS=a=1",
         "module load cuda/13",
         "MAX_STALLED_STARTS=5",
     ):
         assert line in script.splitlines(), line
     assert "--array" not in script
     assert "--constraint" not in script
+    assert "--gpus-per-node" not in script_of(tmp_path, "slurm.gpus_per_node=0"), "a site may know no GPUs"
 
 
 def test_a_plain_script_to_type_sbatch_with(tmp_path: Path) -> None:
@@ -90,6 +92,10 @@ def test_containers(tmp_path: Path) -> None:
     line = next(line for line in enroot.splitlines() if line.startswith("SRUN="))
     assert "--container-image=/images/torch.sqsh" in line
     assert f"{tmp_path}/run:{tmp_path}/run" in line
+    mounts = ["slurm.container=enroot", image, "slurm.container_mounts=['/data:/corpus:ro']", "run_dir=a/b", "seed=0,1"]
+    line = next(line for line in script_of(tmp_path, *mounts).splitlines() if line.startswith("SRUN="))
+    assert ",/data:/corpus:ro " in line, "as the site wrote it"
+    assert all(f"{tmp_path}/a/b/seed-{seed}:" in line for seed in (0, 1)), "every run of a sweep"
 
 
 def test_a_sweep_gives_every_run_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -148,6 +154,7 @@ def test_the_site_of_the_environment_reaches_the_job(tmp_path: Path, monkeypatch
     assert submission.slurm.partition == "gpu"
     assert submission.runs[0].overrides[0] == "slurm=example_site"
     assert "module load cuda" in render(submission)
+    assert compose_submission(["slurm=default", *overrides], tmp_path).slurm.partition is None, "what is typed counts"
     monkeypatch.delenv("MAMBA_TRAIN_SITE")
     assert compose_submission(overrides, tmp_path).slurm.partition is None
 
@@ -165,6 +172,21 @@ def test_each_run_of_a_sweep_that_needs_something_else_is_planned(
         f"plan of {tmp_path}/run/model-{model}_seed-0:" for model in ("mamba_tiny", "mamba_2.8b")
     ]
     assert "error: engine.name=ddp: the run needs" in shown.err
+
+
+def test_a_vocabulary_of_another_size_is_planned_and_another_seed_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[list[str]] = []
+
+    def run(command: list[str], *, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        assert env["PYTHONPATH"].split(":")[0] == str(REPOSITORY), "wherever it is started from"
+        planned.append([word for word in command if word.startswith("data.vocab_size=")])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("slurm.submit.subprocess.run", run)
+    plan(compose_submission([*BASE, "run_dir=run", "data.vocab_size=300,400", "seed=0,1"], tmp_path))
+    assert planned == [["data.vocab_size=300"], ["data.vocab_size=400"]]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +231,12 @@ def test_mistakes(tmp_path: Path, override: str, expected: str) -> None:
         compose_submission([*BASE, "run_dir=run", override], tmp_path)
     assert expected in str(caught.value)
     assert "0123" not in str(caught.value)
+
+
+def test_a_node_without_gpus_has_one_process(tmp_path: Path) -> None:
+    assert "#SBATCH --ntasks-per-node=1" in script_of(tmp_path, "slurm.gpus_per_node=0").splitlines()
+    with pytest.raises(ValueError, match=r"slurm.nodes=2 with slurm.gpus_per_node=0 starts 2 processes"):
+        script_of(tmp_path, "slurm.gpus_per_node=0", "engine=single")
 
 
 def test_a_key_that_is_swept_and_given_again(tmp_path: Path) -> None:

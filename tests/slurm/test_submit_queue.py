@@ -25,6 +25,7 @@ def test_a_run_whose_job_is_queued_is_refused_alone_and_in_any_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def squeue(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        assert "--array" in command, "otherwise the tasks that wait are one line, 7_[1-3]"
         queue = {"7": "7_1\n", "8": "8\n"}[command[-1]]
         return subprocess.CompletedProcess(command, 0, stdout=queue, stderr="")
 

@@ -195,23 +195,44 @@ def test_nobody_watches_where_the_watchdog_is_off(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_time_in_which_a_process_was_stopped_does_not_count(tmp_path: Path) -> None:
+def test_the_time_in_which_a_process_was_stopped_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     hook = make_hook(tmp_path, WatchdogConfig(heartbeat_seconds=1.0, step_seconds=60.0))
     hook.begin("step", 7)
-    began = hook._now().since
-    hook._excuse(0.9, pause=1.0)
-    assert hook._now().since == began, "a busy machine, no more"
+
+    def stop(seconds: float) -> None:
+        clock[0] += seconds
+        hook._excuse(seconds, pause=1.0)
+
+    stop(0.9)
+    assert hook._now().since == 0, "a busy machine, no more"
     for stops in (1, 2):
-        hook._excuse(30.0, pause=1.0)
-        assert hook._now().since == began + 30 * stops
-    waiting: Any = SimpleNamespace(waiting_since=time.monotonic(), came_at=0.0)
+        stop(30.0)
+        assert hook._now().since == 30 * stops
+    waiting: Any = SimpleNamespace(waiting_since=clock[0], came_at=0.0)
     hook._loader = waiting
     assert hook._now().name == "data of step"
     assert hook._now().since == waiting.waiting_since, "that was before it waited"
-    hook._excuse(30.0, pause=1.0)
+    stop(30.0)
     assert hook._now().since == waiting.waiting_since + 30
     hook.begin("after the step", 7)
     assert hook._now().since == hook._activity.since
+
+
+def test_a_stop_says_nothing_of_what_has_begun_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a process goes on, its main thread may end a step before the watching one knows of the stop."""
+    clock = [0.0]
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    hook = make_hook(tmp_path, WatchdogConfig(heartbeat_seconds=1.0, step_seconds=60.0))
+    hook.begin("step", 7)
+    clock[0] = 3600.0
+    hook.begin("after the step", 7)
+    clock[0] += 0.5
+    hook._excuse(3600.0, pause=1.0)
+    assert hook._now().since <= clock[0], "a hang of it would be told an hour late"
 
 
 def test_a_process_that_was_stopped_while_it_gave_a_sign_of_life_is_left_alone_too(

@@ -149,7 +149,8 @@ class WatchdogHook(Hook):
                 of_first_step = activity.limit_seconds if activity.name == "first step" else 0.0
                 limit = max(self._data_seconds, of_first_step)
                 activity = _Activity(DATA, activity.step, waiting_since, limit)
-        lost = sum(seconds for back_at, seconds in self._losses if back_at > activity.since)
+        # The main thread may have begun something new before this one noticed the stop, of which then nothing counts.
+        lost = sum(min(seconds, max(0.0, back_at - activity.since)) for back_at, seconds in self._losses)
         return replace(activity, since=activity.since + lost)
 
     def _watch(self) -> None:
