@@ -18,40 +18,16 @@ from torch import Tensor
 
 from mamba_train import ranks
 from mamba_train.composition import compose_config
-from mamba_train.config import Config, ModelConfig, OptimConfig, Recompute
-from mamba_train.model import selective_ssm
-from mamba_train.model.contract import decay_split
-from mamba_train.model.language_model import resolve_model_config
+from mamba_train.config import Config, OptimConfig, Recompute
 from mamba_train.model.observe import observe_scans
-from mamba_train.parallel import optimizer, sharded
 from mamba_train.parallel.build import build_engine
 from mamba_train.parallel.engine import Engine, Judge, Judgement
 from mamba_train.parallel.state import whole, whole_state
-from mamba_train.ranks import OtherRankFailed, Ranks
-from mamba_train.training.audit import ContractViolation, audit
+from mamba_train.ranks import Ranks
+from tests.distributed.audit_checks import broken_contracts, left_gathered, verdict, wrong_initial_values
+from tests.distributed.engine_in_rank import MODEL, backward, make, replaced
 
-# An odd width: what two ranks cut is filled up, and rows of a matrix are cut in the middle.
-MODEL = resolve_model_config(
-    ModelConfig(name="test", n_layer=2, d_model=33, d_state=4, d_intermediate=24), tokenizer_vocab_size=31
-)
 SMALL = 2.0**-12
-OPTIM = OptimConfig(lr=1e-2, beta1=0.9, max_grad_norm=1e9)
-sharded.LEAST_UNITS = 1  # FSDP2 gathers both layers together, as it does a few of many
-
-
-def make(config: Config, group: Ranks) -> Engine:
-    engine = build_engine(config.engine, group)
-    engine.prepare(MODEL, OPTIM, seed=0)
-    return engine
-
-
-def backward(engine: Engine, scale: float = 1.0, seed: int = 0, n_micro_batches: int = 1) -> None:
-    """The same tokens on all ranks, with a loss that each may scale."""
-    for number in engine.micro_batches(range(n_micro_batches)):
-        tokens = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(seed + number))
-        with engine.compute():
-            loss = engine.model(tokens[:, :-1], tokens[:, 1:], None) / 22
-        engine.backward(loss * scale)
 
 
 def zero_moments(engine: Engine) -> None:
@@ -253,78 +229,6 @@ def clipping(engine: Engine) -> float:
     return math.sqrt(sum(float(whole(p, engine.ranks).double().square().sum()) for p in moments)) / 0.1
 
 
-def verdict(engine: Engine, *, fresh: bool) -> str:
-    """What the audit says; on every rank it must stop."""
-    said = ""
-    try:
-        audit(engine, MODEL, fresh=fresh)
-    except ContractViolation as error:
-        said = str(error)
-    except OtherRankFailed:
-        said = "stopped"
-    on_some, missing_on_some = engine.ranks.any(bool(said)), engine.ranks.any(not said)
-    assert on_some != missing_on_some, "ranks disagree"
-    return said
-
-
-def wrong_initial_values(engine: Engine) -> dict[str, str]:
-    """Δ biases that are constant, uniform, or zero."""
-    said = {}
-    for kind in ("constant", "uniform", "zero"):
-        before = {name: p.values.clone() for name, p in engine.pieces().model.items()}
-        for name, piece in engine.pieces().model.items():
-            if name.endswith("ssm.dt_bias"):
-                dt = torch.full(piece.shape, 0.01) if kind == "constant" else torch.linspace(0.001, 0.1, *piece.shape)
-                bias = torch.zeros(piece.shape) if kind == "zero" else dt + torch.log(-torch.expm1(-dt))
-                piece.values.copy_(piece.of(bias))
-        engine.pieces_changed()
-        said[kind] = verdict(engine, fresh=True)
-        for name, piece in engine.pieces().model.items():
-            piece.values.copy_(before[name])
-        engine.pieces_changed()
-    return said
-
-
-@contextlib.contextmanager
-def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
-
-
-def rounded(name: str) -> Callable[..., Any]:
-    """The forward pass of the SSM with one of its parameters in bf16, as a wrapper that casts would have it."""
-    forward = selective_ssm.SelectiveSSM.forward
-
-    def rounded_forward(self: Any, *args: Any) -> Any:
-        stored = self._parameters[name]
-        del self._parameters[name]
-        setattr(self, name, stored.detach().bfloat16())
-        try:
-            return forward(self, *args)
-        finally:
-            delattr(self, name)
-            self._parameters[name] = stored
-
-    return rounded_forward
-
-
-def left_gathered(config: Config, group: Ranks) -> float:
-    """What the first training forward receives for D, 1, after the audit has probed with other values.
-
-    Where the engine may keep gathered weights after a forward pass, it is told to.
-    """
-    settings = dataclasses.replace(config.engine, reshard_after_forward=False)
-    engine = make(dataclasses.replace(config, engine=settings), group)
-    audit(engine, MODEL, fresh=True)
-    with observe_scans() as records:
-        backward(engine)
-    return float(records[0]["D"].max())
-
-
 def losses_by_weights(engine: Engine) -> list[float]:
     """Of passes before and after the weights are doubled, and after they are halved again, as when a run goes back.
 
@@ -339,13 +243,6 @@ def losses_by_weights(engine: Engine) -> list[float]:
         with torch.no_grad(), engine.compute():
             found.append(engine.model(tokens[:, :-1], tokens[:, 1:], None).item())
     return found
-
-
-def misplaced(names: Any) -> tuple[list[str], list[str]]:
-    """One parameter of the contract among those that decay."""
-    decayed, undecayed = decay_split(names)
-    wrong = next(name for name in undecayed if name.endswith("A_log"))
-    return [*decayed, wrong], [name for name in undecayed if name != wrong]
 
 
 def main() -> None:
@@ -372,23 +269,7 @@ def main() -> None:
     found["clean in bf16"] = verdict(engine, fresh=True)
     found["lost"] = small_gradients_count(engine)
     found["skip in bf16"] = skip(engine)
-    found["rounded"] = {}
-    for name in ("A_log", "D", "dt_bias"):
-        with replaced(selective_ssm.SelectiveSSM, "forward", rounded(name)):
-            found["rounded"][name] = verdict(engine, fresh=False)
-    only_here = rounded("D") if group.rank == group.world_size - 1 else selective_ssm.SelectiveSSM.forward
-    with replaced(selective_ssm.SelectiveSSM, "forward", only_here):
-        found["rounded on the last rank"] = verdict(engine, fresh=False)
-    if isinstance(engine, sharded.ShardedEngine):
-        policy = sharded.MixedPrecisionPolicy
-
-        def bf16(dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-            return policy(torch.bfloat16, *args, **kwargs)
-
-        with replaced(sharded, "MixedPrecisionPolicy", bf16):
-            found["rounded"]["policy"] = verdict(make(mixed, group), fresh=True)
-    with replaced(optimizer, "decay_split", misplaced):
-        found["misplaced"] = verdict(make(mixed, group), fresh=True)
+    found |= broken_contracts(mixed, engine)
     clipped = OptimConfig(lr=1e-2, beta1=0.9, max_grad_norm=0.5)
     engine = build_engine(exact.engine, group)
     engine.prepare(MODEL, clipped, seed=0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mamba_train.model.initialise import draw
-from tests.distributed.checks import MODEL
+from tests.distributed.engine_in_rank import MODEL
 from tests.distributed.launch import TOPOLOGIES, child_environment, torchrun
 from tests.distributed.test_parity import OTHERS, skip_without
 
